@@ -1,0 +1,203 @@
+//! The configuration: read from TOML, from the environment and from files, checked, and from then on trusted.
+//!
+//! Everything below [`Config`] is already valid: no other module checks a value again.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::pg::Side;
+
+/// A value that is never shown: its Debug and Display say only that it is there.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a value.
+    pub fn new(value: impl Into<String>) -> Secret {
+        Secret(value.into())
+    }
+    /// The value itself, for the one place that needs it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[secret]")
+    }
+}
+
+/// What libpq calls `sslmode` (PostgreSQL manual, 34.19 "SSL support").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SslMode {
+    /// Never TLS.
+    Disable,
+    /// Plain first, TLS if the server refuses that.
+    Allow,
+    /// TLS if the server has it (the default).
+    Prefer,
+    /// TLS or nothing; the certificate is not checked unless a root certificate is given.
+    Require,
+    /// TLS, and the certificate chains to the root certificate.
+    VerifyCa,
+    /// The same, and it is for this host.
+    VerifyFull,
+}
+
+/// One of the two servers, as pgflip reaches it.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Which one.
+    pub side: Side,
+    /// Host name, address, or the directory of a Unix socket (starts with `/`).
+    pub host: String,
+    /// TCP port, also part of the socket's name.
+    pub port: u16,
+    /// pgflip's own role there: a superuser, or what `pgflip check` asks for.
+    pub user: String,
+    /// Its password, if the server asks for one.
+    pub password: Option<Secret>,
+    /// TLS towards this server.
+    pub sslmode: SslMode,
+    /// PEM file of the root certificates for `verify-ca` and `verify-full`.
+    pub sslrootcert: Option<PathBuf>,
+    /// How the *other server* reaches this one, when that differs (`link_host`, `link_port`).
+    pub link_host: String,
+    /// See `link_host`.
+    pub link_port: u16,
+}
+
+/// TLS towards clients.
+#[derive(Clone, Debug)]
+pub struct ClientTls {
+    /// PEM file: certificate chain.
+    pub cert: PathBuf,
+    /// PEM file: private key.
+    pub key: PathBuf,
+    /// Refuse clients that don't use TLS.
+    pub required: bool,
+}
+
+/// How clients log in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientAuth {
+    /// SCRAM-SHA-256 against the verifiers of the active side.
+    Scram,
+    /// Anyone is who they say. For loopback and tests; the servers must trust pgflip's address as well.
+    Trust,
+}
+
+/// The admin port.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// Bearer token. Without one `listen` is a loopback address.
+    pub token: Option<Secret>,
+}
+
+/// What happens to a session that does not reach its boundary in time, or holds state that can't be moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stragglers {
+    /// The flip unwinds, nobody but them notices.
+    Unwind,
+    /// They are ended with 57P01 and the flip goes on.
+    Terminate,
+}
+
+/// Limits and choices of a flip.
+#[derive(Clone, Debug)]
+pub struct Flip {
+    /// How long clients may be held while sessions reach their boundary.
+    pub drain_timeout: Duration,
+    /// How long clients may be held from then until the pivot.
+    pub window_timeout: Duration,
+    /// How long lag may take to become small before the flip gives up, nobody held.
+    pub settle_timeout: Duration,
+    /// Lag in bytes that counts as small.
+    pub settle_lag_bytes: u64,
+    /// How long arming one table waits for its lock before it tries again.
+    pub arm_lock_timeout: Duration,
+    /// How long arming all tables may take.
+    pub arm_timeout: Duration,
+    /// What happens to stragglers.
+    pub stragglers: Stragglers,
+    /// By how many increments sequences jump at a flip, for `nextval` calls that go around the proxy.
+    pub sequence_cushion: i64,
+}
+
+/// Limits of the data plane.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Clients at once; more are refused with 53300.
+    pub max_clients: usize,
+    /// From accept to the end of authentication.
+    pub client_login_timeout: Duration,
+    /// From connect to ReadyForQuery on a server.
+    pub server_connect_timeout: Duration,
+    /// How long the last unnamed Parse may be to be kept, in bytes.
+    pub unnamed_statement_max: usize,
+    /// How long a client that arrives while no side can be served, or is held by a flip, waits before 57P03.
+    pub hold_timeout: Duration,
+}
+
+/// How logs look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Everything, valid.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Threads that serve clients; each has its own runtime and listener.
+    pub workers: usize,
+    /// Databases that flip together; the first is the carrier. Never empty.
+    pub databases: Vec<String>,
+    /// Blue.
+    pub blue: Server,
+    /// Green.
+    pub green: Server,
+    /// The admin port.
+    pub admin: Admin,
+    /// How clients log in.
+    pub auth: ClientAuth,
+    /// TLS towards clients.
+    pub client_tls: Option<ClientTls>,
+    /// Flip limits.
+    pub flip: Flip,
+    /// Data plane limits.
+    pub limits: Limits,
+    /// Names of custom settings (`app.tenant`) to carry over beside those that are found.
+    pub custom_settings: Vec<String>,
+    /// Directory of pg_dump, when it is not the newest one found on PATH and in the usual places.
+    pub pg_bin: Option<PathBuf>,
+    /// Logs.
+    pub log_format: LogFormat,
+    /// `tracing` filter, such as `info` or `pgflip=debug`.
+    pub log_level: String,
+}
+
+impl Config {
+    /// The server of a side.
+    pub fn server(&self, side: Side) -> &Server {
+        match side {
+            Side::Blue => &self.blue,
+            Side::Green => &self.green,
+        }
+    }
+
+    /// The database that carries the epoch.
+    pub fn carrier(&self) -> &str {
+        &self.databases[0]
+    }
+}

@@ -1,0 +1,3 @@
+//! What an operator asks for. Each capability is usable alone; the steps of a flip are thin.
+
+pub mod operation;

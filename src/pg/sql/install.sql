@@ -1,0 +1,98 @@
+-- Everything pgflip keeps in a database: schema pgflip. Servers 13 and later. May be run again.
+create schema if not exists pgflip;
+revoke all on schema pgflip from public;
+grant usage on schema pgflip to public;
+
+-- The truth. One row a database and side. See DESIGN, "Who is right".
+--   state:   active      clients write here
+--            fenced      source of attempt `attempt`: nobody but replication writes here, may be unwound
+--            committing  the same, and the pivot of `attempt` may have been committed on the target
+--            standby     nobody but replication writes here
+create table if not exists pgflip.state (
+    one        boolean primary key default true check (one),
+    side       text   not null check (side in ('blue', 'green')),
+    carrier    text   not null,                        -- database that carries the epoch
+    epoch      bigint not null check (epoch >= 1),     -- rises by one with every flip
+    state      text   not null check (state in ('active', 'fenced', 'committing', 'standby')),
+    attempt    bigint not null default 0,              -- highest attempt that touched this row
+    burnt      bigint not null default 0,              -- attempts up to this one can never pivot here
+    go_to      text   not null default '',             -- where writers are told to go while this side is fenced
+    changed_at timestamptz not null default clock_timestamp()
+);
+
+-- To fence is to lock this table in EXCLUSIVE mode; every write of an armed table takes ROW EXCLUSIVE.
+create table if not exists pgflip.gate ();
+
+-- Rows written here on one side and seen on the other prove that everything before them has been applied.
+create table if not exists pgflip.marker (
+    n    bigint not null,                              -- random, so that an INSERT never conflicts
+    side text   not null,                              -- where it was written
+    at   timestamptz not null default clock_timestamp(),
+    primary key (side, n)
+);
+
+-- What happened, newest last. Never replicated: each side and database tells its own story.
+create table if not exists pgflip.history (
+    id      bigint generated always as identity primary key,
+    at      timestamptz not null default clock_timestamp(),
+    epoch   bigint not null,
+    attempt bigint not null,
+    event   text   not null,
+    detail  jsonb  not null default '{}'
+);
+
+-- Refuses writes while this side is fenced. Replication passes (initial copy, apply, pgflip's own repairs): they alone
+-- run with a replication origin set up.
+create or replace function pgflip.fence() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    row pgflip.state;
+begin
+    if pg_catalog.pg_replication_origin_session_is_setup() then
+        return null;
+    end if;
+    lock table pgflip.gate in row exclusive mode;
+    if pg_catalog.current_setting('transaction_isolation') in ('read committed', 'read uncommitted') then
+        select * into row from pgflip.state;
+    else
+        -- An old snapshot must fail (40001) rather than read an old state.
+        select * into row from pgflip.state for share;
+    end if;
+    if row.state is distinct from 'active' then
+        raise exception 'pgflip: % is not the active side: no write is accepted here', coalesce(row.side, 'this side')
+            using errcode = 'read_only_sql_transaction',
+                  detail = pg_catalog.format('Table %I.%I, database %I, epoch %s, state %s. Nothing was changed.',
+                                             tg_table_schema, tg_table_name, pg_catalog.current_database(),
+                                             row.epoch, row.state),
+                  hint = coalesce(nullif(row.go_to, ''), 'Connect through pgflip, or to the active side.');
+    end if;
+    return null;
+end
+$$;
+revoke all on function pgflip.fence() from public;
+
+-- The same for DDL.
+create or replace function pgflip.fence_ddl() returns event_trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    row pgflip.state;
+begin
+    if pg_catalog.pg_replication_origin_session_is_setup() then
+        return;
+    end if;
+    lock table pgflip.gate in row exclusive mode;
+    if pg_catalog.current_setting('transaction_isolation') in ('read committed', 'read uncommitted') then
+        select * into row from pgflip.state;
+    else
+        select * into row from pgflip.state for share;
+    end if;
+    if row.state is distinct from 'active' then
+        raise exception 'pgflip: % is not the active side: % is not accepted here', coalesce(row.side, 'this side'), tg_tag
+            using errcode = 'read_only_sql_transaction',
+                  detail = pg_catalog.format('Database %I, epoch %s, state %s. Nothing was changed.',
+                                             pg_catalog.current_database(), row.epoch, row.state),
+                  hint = coalesce(nullif(row.go_to, ''), 'Connect through pgflip, or to the active side.');
+    end if;
+end
+$$;
+revoke all on function pgflip.fence_ddl() from public;
