@@ -39,15 +39,43 @@ pub const BUILD: &str = "pgflip_build_info";
 pub const METRICS: &[(&str, Kind, &str)] = &[
     (BUILD, Kind::Gauge, "Always 1; label version."),
     (SESSIONS, Kind::Gauge, "Clients connected now."),
-    (QUERIES, Kind::Counter, "Requests answered (ReadyForQuery passed on to clients)."),
-    (BYTES, Kind::Counter, "Bytes passed on; label direction: in (from clients), out (to clients)."),
+    (
+        QUERIES,
+        Kind::Counter,
+        "Requests answered (ReadyForQuery passed on to clients).",
+    ),
+    (
+        BYTES,
+        Kind::Counter,
+        "Bytes passed on; label direction: in (from clients), out (to clients).",
+    ),
     (LOGINS, Kind::Counter, "Logins of clients; label result."),
-    (FLIPS, Kind::Counter, "Flips that have ended; labels direction, outcome."),
+    (
+        FLIPS,
+        Kind::Counter,
+        "Flips that have ended; labels direction, outcome.",
+    ),
     (FLIP_HELD, Kind::Histogram, "Seconds for which a flip held clients."),
-    (LAG_BYTES, Kind::Gauge, "Bytes of WAL a link has still to carry; labels database, to. Absent while unknown."),
-    (LAG_SECONDS, Kind::Gauge, "Seconds a link is behind; labels database, to. Absent while unknown."),
-    (EPOCH, Kind::Gauge, "Epoch at which clients are served; 0 until it is known."),
-    (ACTIVE, Kind::Gauge, "1 for the active side, 0 for the other; label side. Both 0 until it is known."),
+    (
+        LAG_BYTES,
+        Kind::Gauge,
+        "Bytes of WAL a link has still to carry; labels database, to. Absent while unknown.",
+    ),
+    (
+        LAG_SECONDS,
+        Kind::Gauge,
+        "Seconds a link is behind; labels database, to. Absent while unknown.",
+    ),
+    (
+        EPOCH,
+        Kind::Gauge,
+        "Epoch at which clients are served; 0 until it is known.",
+    ),
+    (
+        ACTIVE,
+        Kind::Gauge,
+        "1 for the active side, 0 for the other; label side. Both 0 until it is known.",
+    ),
     (HELD, Kind::Gauge, "1 while clients are held."),
 ];
 
@@ -97,7 +125,9 @@ pub fn logs(format: LogFormat, level: &str) -> Result<LogLevel, TelemetryError> 
     let registry = tracing_subscriber::registry().with(filter);
     let lines = fmt::layer().with_writer(std::io::stderr);
     match format {
-        LogFormat::Human => registry.with(lines.with_ansi(std::io::stderr().is_terminal())).try_init()?,
+        LogFormat::Human => registry
+            .with(lines.with_ansi(std::io::stderr().is_terminal()))
+            .try_init()?,
         LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init()?,
     }
     Ok(LogLevel(handle))
@@ -107,7 +137,9 @@ pub fn logs(format: LogFormat, level: &str) -> Result<LogLevel, TelemetryError> 
 pub fn metrics() -> Result<PrometheusHandle, TelemetryError> {
     let failed = |e: &dyn std::fmt::Display| TelemetryError::Metrics(e.to_string());
     // From a millisecond to the longest drain anybody should allow.
-    let buckets = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
+    let buckets = [
+        0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
+    ];
     let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Full(FLIP_HELD.to_owned()), &buckets)
         .map_err(|e| failed(&e))?

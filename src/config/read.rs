@@ -13,9 +13,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{
-    Admin, ClientAuth, ClientTls, Config, Flip, Limits, LogFormat, Secret, Server, SslMode, Stragglers,
-};
+use super::{Admin, ClientAuth, ClientTls, Config, Flip, Limits, LogFormat, Secret, Server, SslMode, Stragglers};
 use crate::pg::Side;
 
 /// One thing that is wrong with the configuration.
@@ -58,7 +56,14 @@ pub enum ConfigError {
 fn show(path: &Path, problems: &[Problem]) -> String {
     use fmt::Write as _;
     let mut text = String::new();
-    for Problem { line, key, value, what, fix } in problems {
+    for Problem {
+        line,
+        key,
+        value,
+        what,
+        fix,
+    } in problems
+    {
         if !text.is_empty() {
             text.push('\n');
         }
@@ -77,8 +82,10 @@ fn show(path: &Path, problems: &[Problem]) -> String {
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        })?;
         Config::parse(&text, path)
     }
 
@@ -118,7 +125,10 @@ pub fn parse_with(text: &str, path: &Path, env: &dyn Fn(&str) -> Option<String>)
             if !errors.is_empty() {
                 problems.retain(|problem| problem.key.is_empty());
             }
-            Err(ConfigError::Invalid { path: path.to_owned(), problems })
+            Err(ConfigError::Invalid {
+                path: path.to_owned(),
+                problems,
+            })
         }
     }
 }
@@ -128,8 +138,19 @@ const KEYS: &[(&str, &[&str])] = &[
     (
         "",
         &[
-            "listen", "workers", "databases", "custom_settings", "pg_bin", "blue", "green", "admin", "auth", "tls",
-            "flip", "limits", "log",
+            "listen",
+            "workers",
+            "databases",
+            "custom_settings",
+            "pg_bin",
+            "blue",
+            "green",
+            "admin",
+            "auth",
+            "tls",
+            "flip",
+            "limits",
+            "log",
         ],
     ),
     ("blue", &["url", "password", "link_host", "link_port"]),
@@ -140,19 +161,37 @@ const KEYS: &[(&str, &[&str])] = &[
     (
         "flip",
         &[
-            "drain_timeout", "window_timeout", "settle_timeout", "settle_lag_bytes", "arm_lock_timeout", "arm_timeout",
-            "stragglers", "sequence_cushion",
+            "drain_timeout",
+            "window_timeout",
+            "settle_timeout",
+            "settle_lag_bytes",
+            "arm_lock_timeout",
+            "arm_timeout",
+            "stragglers",
+            "sequence_cushion",
         ],
     ),
     (
         "limits",
-        &["max_clients", "client_login_timeout", "server_connect_timeout", "unnamed_statement_max", "hold_timeout"],
+        &[
+            "max_clients",
+            "client_login_timeout",
+            "server_connect_timeout",
+            "unnamed_statement_max",
+            "hold_timeout",
+        ],
     ),
     ("log", &["format", "level"]),
 ];
 
 /// Keys whose values are never shown.
-const SECRET: &[&str] = &["blue.url", "blue.password", "green.url", "green.password", "admin.token"];
+const SECRET: &[&str] = &[
+    "blue.url",
+    "blue.password",
+    "green.url",
+    "green.password",
+    "admin.token",
+];
 
 /// Where a value stands, for messages.
 #[derive(Clone)]
@@ -205,14 +244,29 @@ impl<'a> Reader<'a> {
 
     /// Where a section starts, for what is missing in it.
     fn at_section(&self, section: &str, key: &str) -> At {
-        let start = self.root.get_key_value(section).map_or(0, |(name, _)| name.span().start);
-        At { line: self.line(start), key: path(section, key), shown: None }
+        let start = self
+            .root
+            .get_key_value(section)
+            .map_or(0, |(name, _)| name.span().start);
+        At {
+            line: self.line(start),
+            key: path(section, key),
+            shown: None,
+        }
     }
 
     fn at(&self, section: &str, key: &str, value: &Spanned<DeValue<'_>>) -> At {
         let path = path(section, key);
-        let shown = if SECRET.contains(&path.as_str()) { None } else { shown(value.get_ref()) };
-        At { line: self.line(value.span().start), key: path, shown }
+        let shown = if SECRET.contains(&path.as_str()) {
+            None
+        } else {
+            shown(value.get_ref())
+        };
+        At {
+            line: self.line(value.span().start),
+            key: path,
+            shown,
+        }
     }
 
     fn unknown_keys(&mut self) {
@@ -220,14 +274,20 @@ impl<'a> Reader<'a> {
         for (name, value) in root.iter() {
             let (section, known) = ("", KEYS[0].1);
             self.known(section, name, known);
-            let Some((section, known)) = KEYS[1..].iter().find(|(section, _)| *section == name.get_ref().as_ref())
+            let Some((section, known)) = KEYS[1..]
+                .iter()
+                .find(|(section, _)| *section == name.get_ref().as_ref())
             else {
                 continue;
             };
             match value.get_ref().as_table() {
                 Some(table) => table.iter().for_each(|(key, _)| self.known(section, key, known)),
                 None => {
-                    let at = At { line: self.line(value.span().start), key: (*section).into(), shown: None };
+                    let at = At {
+                        line: self.line(value.span().start),
+                        key: (*section).into(),
+                        shown: None,
+                    };
                     let what = format!("this is {}, but must be a section", article(value.get_ref()));
                     self.problem(&at, what, format!("Write a line [{section}] with its keys below it"));
                 }
@@ -240,9 +300,19 @@ impl<'a> Reader<'a> {
         if known.contains(&name) {
             return;
         }
-        let at = At { line: self.line(key.span().start), key: path(section, name), shown: None };
-        let elsewhere = KEYS.iter().find(|(other, keys)| *other != section && keys.contains(&name));
-        let near = known.iter().map(|k| (distance(k, name), k)).min().filter(|(d, k)| *d <= 2.max(k.len() / 3));
+        let at = At {
+            line: self.line(key.span().start),
+            key: path(section, name),
+            shown: None,
+        };
+        let elsewhere = KEYS
+            .iter()
+            .find(|(other, keys)| *other != section && keys.contains(&name));
+        let near = known
+            .iter()
+            .map(|k| (distance(k, name), k))
+            .min()
+            .filter(|(d, k)| *d <= 2.max(k.len() / 3));
         let fix = match (near, elsewhere) {
             (Some((_, near)), _) => format!("Write {near:?} if you meant that"),
             (None, Some((other, _))) if other.is_empty() => format!("{name:?} stands above all sections"),
@@ -268,7 +338,9 @@ impl<'a> Reader<'a> {
             }
             DeValue::Table(table) => {
                 at.shown = None;
-                let mut entries = table.iter().map(|(name, value)| (name.get_ref().as_ref(), value.get_ref().as_str()));
+                let mut entries = table
+                    .iter()
+                    .map(|(name, value)| (name.get_ref().as_ref(), value.get_ref().as_str()));
                 let text = match (entries.next(), entries.next()) {
                     (Some(("env", Some(name))), None) => {
                         at.key = format!("{} (environment variable {name})", at.key);
@@ -284,9 +356,16 @@ impl<'a> Reader<'a> {
                         let file = self.directory.join(name);
                         at.key = format!("{} (file {})", at.key, file.display());
                         match std::fs::read_to_string(&file) {
-                            Ok(text) => text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t).to_owned()).unwrap_or(text),
+                            Ok(text) => text
+                                .strip_suffix('\n')
+                                .map(|t| t.strip_suffix('\r').unwrap_or(t).to_owned())
+                                .unwrap_or(text),
                             Err(error) => {
-                                self.problem(&at, format!("the file can't be read: {error}"), "Make it readable for pgflip's user");
+                                self.problem(
+                                    &at,
+                                    format!("the file can't be read: {error}"),
+                                    "Make it readable for pgflip's user",
+                                );
                                 return None;
                             }
                         }
@@ -334,7 +413,9 @@ impl<'a> Reader<'a> {
     }
 
     fn integer(&mut self, section: &str, key: &str, default: i64, least: i64, most: i64) -> i64 {
-        let Some((raw, at)) = self.raw(section, key) else { return default };
+        let Some((raw, at)) = self.raw(section, key) else {
+            return default;
+        };
         let number = match raw {
             Raw::Integer(number) => Some(number),
             Raw::Outside(text) => text.trim().parse().ok(),
@@ -343,69 +424,109 @@ impl<'a> Reader<'a> {
         match number {
             Some(number) if (least..=most).contains(&number) => number,
             Some(_) => {
-                self.problem(&at, "this is out of range", format!("Write a number from {least} to {most}"));
+                self.problem(
+                    &at,
+                    "this is out of range",
+                    format!("Write a number from {least} to {most}"),
+                );
                 default
             }
             None => {
-                self.problem(&at, "this is not an integer", format!("Write a number from {least} to {most}, without quotes"));
+                self.problem(
+                    &at,
+                    "this is not an integer",
+                    format!("Write a number from {least} to {most}, without quotes"),
+                );
                 default
             }
         }
     }
 
     fn boolean(&mut self, section: &str, key: &str, default: bool) -> bool {
-        let Some((raw, at)) = self.raw(section, key) else { return default };
+        let Some((raw, at)) = self.raw(section, key) else {
+            return default;
+        };
         match raw {
             Raw::Boolean(truth) => truth,
             Raw::Outside(text) if text.trim() == "true" => true,
             Raw::Outside(text) if text.trim() == "false" => false,
             _ => {
-                self.problem(&at, "this is neither true nor false", "Write true or false, without quotes");
+                self.problem(
+                    &at,
+                    "this is neither true nor false",
+                    "Write true or false, without quotes",
+                );
                 default
             }
         }
     }
 
     fn duration(&mut self, section: &str, key: &str, default: Duration, least: Duration, most: Duration) -> Duration {
-        let Some((raw, at)) = self.raw(section, key) else { return default };
+        let Some((raw, at)) = self.raw(section, key) else {
+            return default;
+        };
         let text = match raw {
             Raw::Text(text) | Raw::Outside(text) => text,
             Raw::Integer(number) => {
-                self.problem(&at, "this has no unit", format!("Write \"{number}s\" for seconds or \"{number}ms\" for milliseconds"));
+                self.problem(
+                    &at,
+                    "this has no unit",
+                    format!("Write \"{number}s\" for seconds or \"{number}ms\" for milliseconds"),
+                );
                 return default;
             }
             Raw::Boolean(_) => {
-                self.problem(&at, "this is no duration", "Write it like \"5s\", \"200ms\", \"2m\" or \"1h\"");
+                self.problem(
+                    &at,
+                    "this is no duration",
+                    "Write it like \"5s\", \"200ms\", \"2m\" or \"1h\"",
+                );
                 return default;
             }
         };
         match duration(text.trim()) {
             Some(found) if (least..=most).contains(&found) => found,
             Some(_) => {
-                self.problem(&at, "this is out of range", format!("Write a duration from {least:?} to {most:?}"));
+                self.problem(
+                    &at,
+                    "this is out of range",
+                    format!("Write a duration from {least:?} to {most:?}"),
+                );
                 default
             }
             None => {
-                self.problem(&at, "this is no duration", "Write a whole number and a unit, like \"5s\", \"200ms\", \"2m\" or \"1h\"");
+                self.problem(
+                    &at,
+                    "this is no duration",
+                    "Write a whole number and a unit, like \"5s\", \"200ms\", \"2m\" or \"1h\"",
+                );
                 default
             }
         }
     }
 
     fn choice<T: Copy>(&mut self, section: &str, key: &str, choices: &[(&str, T)], default: T) -> T {
-        let Some((text, at)) = self.text(section, key) else { return default };
+        let Some((text, at)) = self.text(section, key) else {
+            return default;
+        };
         match choices.iter().find(|(name, _)| *name == text) {
             Some((_, choice)) => *choice,
             None => {
                 let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
-                self.problem(&at, "this is not one of the choices", format!("Write {}", names.join(" or ")));
+                self.problem(
+                    &at,
+                    "this is not one of the choices",
+                    format!("Write {}", names.join(" or ")),
+                );
                 default
             }
         }
     }
 
     fn address(&mut self, section: &str, key: &str, default: SocketAddr) -> (SocketAddr, At) {
-        let Some((text, at)) = self.text(section, key) else { return (default, self.at_section(section, key)) };
+        let Some((text, at)) = self.text(section, key) else {
+            return (default, self.at_section(section, key));
+        };
         match text.parse() {
             Ok(address) => (address, at),
             Err(_) => {
@@ -447,9 +568,17 @@ impl<'a> Reader<'a> {
     fn file(&mut self, name: &str, at: &At) -> PathBuf {
         let file = self.directory.join(name);
         if let Err(error) = std::fs::File::open(&file).and_then(|f| f.metadata()).and_then(|m| {
-            if m.is_file() { Ok(()) } else { Err(std::io::Error::other("it is not a file")) }
+            if m.is_file() {
+                Ok(())
+            } else {
+                Err(std::io::Error::other("it is not a file"))
+            }
         }) {
-            self.problem(at, format!("{} can't be read: {error}", file.display()), "Give the path of a PEM file that pgflip's user may read");
+            self.problem(
+                at,
+                format!("{} can't be read: {error}", file.display()),
+                "Give the path of a PEM file that pgflip's user may read",
+            );
         }
         file
     }
@@ -485,18 +614,32 @@ impl<'a> Reader<'a> {
             );
         }
         let port_zero = listen.port() == 0;
-        if !port_zero && listen.port() == admin_listen.port() && (listen.ip() == admin_listen.ip() || listen.ip().is_unspecified() || admin_listen.ip().is_unspecified()) {
+        if !port_zero
+            && listen.port() == admin_listen.port()
+            && (listen.ip() == admin_listen.ip() || listen.ip().is_unspecified() || admin_listen.ip().is_unspecified())
+        {
             let at = if admin_at.shown.is_some() { admin_at } else { listen_at };
-            self.problem(&at, "clients and the admin port would share one address", "Give them different ports");
+            self.problem(
+                &at,
+                "clients and the admin port would share one address",
+                "Give them different ports",
+            );
         }
 
-        let auth = self.choice("auth", "method", &[("scram", ClientAuth::Scram), ("trust", ClientAuth::Trust)], ClientAuth::Scram);
+        let auth = self.choice(
+            "auth",
+            "method",
+            &[("scram", ClientAuth::Scram), ("trust", ClientAuth::Trust)],
+            ClientAuth::Scram,
+        );
         let client_tls = self.client_tls();
         let flip = Flip {
             drain_timeout: self.duration("flip", "drain_timeout", s(5), ms(1), s(3600)),
             window_timeout: self.duration("flip", "window_timeout", s(5), ms(10), s(600)),
             settle_timeout: self.duration("flip", "settle_timeout", s(60), ms(100), s(86_400)),
-            settle_lag_bytes: self.integer("flip", "settle_lag_bytes", 256 * 1024, 0, i64::MAX).unsigned_abs(),
+            settle_lag_bytes: self
+                .integer("flip", "settle_lag_bytes", 256 * 1024, 0, i64::MAX)
+                .unsigned_abs(),
             arm_lock_timeout: self.duration("flip", "arm_lock_timeout", ms(100), ms(1), s(60)),
             arm_timeout: self.duration("flip", "arm_timeout", s(60), ms(100), s(86_400)),
             stragglers: self.choice(
@@ -511,10 +654,17 @@ impl<'a> Reader<'a> {
             max_clients: self.integer("limits", "max_clients", 1000, 1, 1_000_000).unsigned_abs() as usize,
             client_login_timeout: self.duration("limits", "client_login_timeout", s(15), ms(100), s(600)),
             server_connect_timeout: self.duration("limits", "server_connect_timeout", s(10), ms(100), s(600)),
-            unnamed_statement_max: self.integer("limits", "unnamed_statement_max", 64 * 1024, 0, 1 << 30).unsigned_abs() as usize,
+            unnamed_statement_max: self
+                .integer("limits", "unnamed_statement_max", 64 * 1024, 0, 1 << 30)
+                .unsigned_abs() as usize,
             hold_timeout: self.duration("limits", "hold_timeout", s(30), ms(100), s(86_400)),
         };
-        let log_format = self.choice("log", "format", &[("human", LogFormat::Human), ("json", LogFormat::Json)], LogFormat::Human);
+        let log_format = self.choice(
+            "log",
+            "format",
+            &[("human", LogFormat::Human), ("json", LogFormat::Json)],
+            LogFormat::Human,
+        );
         let log_level = self.log_level();
         Some(Config {
             listen,
@@ -522,7 +672,10 @@ impl<'a> Reader<'a> {
             databases,
             blue: blue?,
             green: green?,
-            admin: Admin { listen: admin_listen, token },
+            admin: Admin {
+                listen: admin_listen,
+                token,
+            },
             auth,
             client_tls,
             flip,
@@ -541,17 +694,31 @@ impl<'a> Reader<'a> {
     fn databases(&mut self) -> Vec<String> {
         let at = self.at_section("", "databases");
         if !self.says("", "databases") {
-            self.problem(&at, "this is missing", "Name the databases that flip together: databases = [\"app\"]");
+            self.problem(
+                &at,
+                "this is missing",
+                "Name the databases that flip together: databases = [\"app\"]",
+            );
             return Vec::new();
         }
-        let Some((names, at)) = self.strings("", "databases") else { return Vec::new() };
+        let Some((names, at)) = self.strings("", "databases") else {
+            return Vec::new();
+        };
         if names.is_empty() {
-            self.problem(&at, "this names no database", "Name at least one: databases = [\"app\"]");
+            self.problem(
+                &at,
+                "this names no database",
+                "Name at least one: databases = [\"app\"]",
+            );
         }
         let mut seen = BTreeSet::new();
         for (name, at) in &names {
             if name.len() > 63 {
-                self.problem(at, "a name is longer than 63 bytes", "Write it as it stands in pg_database");
+                self.problem(
+                    at,
+                    "a name is longer than 63 bytes",
+                    "Write it as it stands in pg_database",
+                );
             }
             if name.contains('\0') || name == "template0" || name == "template1" {
                 self.problem(at, "this is no database that clients can use", "Leave it out");
@@ -564,14 +731,20 @@ impl<'a> Reader<'a> {
     }
 
     fn custom_settings(&mut self) -> Vec<String> {
-        let Some((names, _)) = self.strings("", "custom_settings") else { return Vec::new() };
+        let Some((names, _)) = self.strings("", "custom_settings") else {
+            return Vec::new();
+        };
         for (name, at) in &names {
             let fine = |part: &str| {
                 part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
                     && part.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '$')
             };
             if !name.contains('.') || !name.split('.').all(fine) {
-                self.problem(at, "this is not the name of a custom setting", "Write it with its prefix, like \"app.tenant\"");
+                self.problem(
+                    at,
+                    "this is not the name of a custom setting",
+                    "Write it with its prefix, like \"app.tenant\"",
+                );
             }
         }
         names.into_iter().map(|(name, _)| name).collect()
@@ -582,15 +755,25 @@ impl<'a> Reader<'a> {
         let directory = self.directory.join(text);
         if !directory.join("pg_dump").is_file() {
             let what = format!("there is no pg_dump in {}", directory.display());
-            self.problem(&at, what, "Give the directory of pg_dump, or leave the key out to have the newest one found");
+            self.problem(
+                &at,
+                what,
+                "Give the directory of pg_dump, or leave the key out to have the newest one found",
+            );
         }
         Some(directory)
     }
 
     fn log_level(&mut self) -> String {
-        let Some((text, at)) = self.filled("log", "level") else { return "info".into() };
+        let Some((text, at)) = self.filled("log", "level") else {
+            return "info".into();
+        };
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&text) {
-            self.problem(&at, format!("this is no log filter: {error}"), "Write a level (\"info\", \"debug\") or \"pgflip=debug\"");
+            self.problem(
+                &at,
+                format!("this is no log filter: {error}"),
+                "Write a level (\"info\", \"debug\") or \"pgflip=debug\"",
+            );
         }
         text
     }
@@ -598,10 +781,18 @@ impl<'a> Reader<'a> {
     fn token(&mut self) -> Option<Secret> {
         let (text, at) = self.filled("admin", "token")?;
         if text.len() < 16 {
-            self.problem(&at, "this token is shorter than 16 characters", "Make one with: openssl rand -hex 32");
+            self.problem(
+                &at,
+                "this token is shorter than 16 characters",
+                "Make one with: openssl rand -hex 32",
+            );
         }
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            self.problem(&at, "a token consists of visible ASCII characters without blanks", "Make one with: openssl rand -hex 32");
+            self.problem(
+                &at,
+                "a token consists of visible ASCII characters without blanks",
+                "Make one with: openssl rand -hex 32",
+            );
         }
         Some(Secret::new(text))
     }
@@ -614,19 +805,31 @@ impl<'a> Reader<'a> {
         for (name, given) in [("cert", &cert), ("key", &key)] {
             if given.is_none() && !self.says("tls", name) {
                 let at = self.at_section("tls", name);
-                self.problem(&at, "this is missing", format!("Give the path of a PEM file: {name} = \"…\""));
+                self.problem(
+                    &at,
+                    "this is missing",
+                    format!("Give the path of a PEM file: {name} = \"…\""),
+                );
             }
         }
-        let (cert, cert_at) = cert?;
-        let (key, key_at) = key?;
-        Some(ClientTls { cert: self.file(&cert, &cert_at), key: self.file(&key, &key_at), required })
+        let cert = cert.map(|(name, at)| self.file(&name, &at));
+        let key = key.map(|(name, at)| self.file(&name, &at));
+        Some(ClientTls {
+            cert: cert?,
+            key: key?,
+            required,
+        })
     }
 
     fn server(&mut self, side: Side, databases: &[String]) -> Option<Server> {
         let section = side.as_str();
         if !self.says(section, "url") {
             let at = self.at_section(section, "url");
-            self.problem(&at, "this is missing", "Write url = \"postgresql://user:password@host:5432\"");
+            self.problem(
+                &at,
+                "this is missing",
+                "Write url = \"postgresql://user:password@host:5432\"",
+            );
             return None;
         }
         let (url, at) = self.filled(section, "url")?;
@@ -660,16 +863,27 @@ impl<'a> Reader<'a> {
         };
         let sslrootcert = parsed.sslrootcert.map(|name| self.file(&name, &at));
         if matches!(parsed.sslmode, SslMode::VerifyCa | SslMode::VerifyFull) && sslrootcert.is_none() {
-            self.problem(&at, "this sslmode checks the server's certificate, but there is nothing to check it against", "Add sslrootcert=/path/to/ca.pem to the URL");
+            self.problem(
+                &at,
+                "this sslmode checks the server's certificate, but there is nothing to check it against",
+                "Add sslrootcert=/path/to/ca.pem to the URL",
+            );
         }
         let socket = parsed.host.starts_with('/');
-        if socket && parsed.sslmode != SslMode::Prefer && parsed.sslmode != SslMode::Disable && parsed.sslmode != SslMode::Allow {
+        if socket
+            && parsed.sslmode != SslMode::Prefer
+            && parsed.sslmode != SslMode::Disable
+            && parsed.sslmode != SslMode::Allow
+        {
             self.problem(&at, "there is no TLS over a Unix socket", "Leave sslmode out");
         }
         Some(Server {
             side,
             link_host: link_host.unwrap_or_else(|| parsed.host.clone()),
-            link_port: u16::try_from(link_port).ok().filter(|port| *port != 0).unwrap_or(parsed.port),
+            link_port: u16::try_from(link_port)
+                .ok()
+                .filter(|port| *port != 0)
+                .unwrap_or(parsed.port),
             host: parsed.host,
             port: parsed.port,
             user: parsed.user,
@@ -681,7 +895,11 @@ impl<'a> Reader<'a> {
 }
 
 fn path(section: &str, key: &str) -> String {
-    if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") }
+    if section.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{section}.{key}")
+    }
 }
 
 fn article(value: &DeValue<'_>) -> &'static str {
@@ -780,10 +998,15 @@ impl Url {
             None => (login, None),
         };
         if place.contains(',') {
-            return Err(("the URL names several hosts".into(), "Name one: each side is one server".into()));
+            return Err((
+                "the URL names several hosts".into(),
+                "Name one: each side is one server".into(),
+            ));
         }
         let (host, port) = if let Some(bracketed) = place.strip_prefix('[') {
-            let (host, rest) = bracketed.split_once(']').ok_or_else(|| wrong("the \"[\" of an IPv6 address is not closed"))?;
+            let (host, rest) = bracketed
+                .split_once(']')
+                .ok_or_else(|| wrong("the \"[\" of an IPv6 address is not closed"))?;
             (host, rest.strip_prefix(':').unwrap_or(""))
         } else {
             place.split_once(':').unwrap_or((place, ""))
@@ -794,7 +1017,9 @@ impl Url {
         let mut port = port.to_owned();
         let (mut sslmode, mut sslrootcert) = (SslMode::Prefer, None);
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').ok_or_else(|| wrong("a parameter after \"?\" has no value"))?;
+            let (name, value) = pair
+                .split_once('=')
+                .ok_or_else(|| wrong("a parameter after \"?\" has no value"))?;
             let value = decode(value, "parameters")?;
             match name {
                 "host" => host = value,
@@ -825,17 +1050,22 @@ impl Url {
                     };
                 }
                 // The name is shown only if it can't be the tail of a password with a "?" in it.
-                name if name.len() <= 40 && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') && !login.is_empty() => {
-                    return Err((format!("the URL's parameter {name:?} is unknown"), format!("Known: {PARAMETERS}")));
+                name if name.len() <= 40
+                    && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                    && !login.is_empty() =>
+                {
+                    return Err((
+                        format!("the URL's parameter {name:?} is unknown"),
+                        format!("Known: {PARAMETERS}"),
+                    ));
                 }
-                _ => return Err(("the URL has a parameter that is unknown".into(), format!("Known: {PARAMETERS}"))),
+                _ => {
+                    return Err((
+                        "the URL has a parameter that is unknown".into(),
+                        format!("Known: {PARAMETERS}"),
+                    ));
+                }
             }
-        }
-        if user.is_empty() {
-            return Err(wrong("the URL names no user"));
-        }
-        if host.is_empty() {
-            return Err(wrong("the URL names no host"));
         }
         let port = match port.as_str() {
             "" => 5432,
@@ -849,12 +1079,26 @@ impl Url {
                 Ok(port) => port,
             },
         };
+        if user.is_empty() {
+            return Err(wrong("the URL names no user"));
+        }
+        if host.is_empty() {
+            return Err(wrong("the URL names no host"));
+        }
         let database = match database {
             "" => None,
             name => Some(decode(name, "database")?),
         };
         // An empty password is none, as libpq has it.
-        Ok(Url { user, password: password.filter(|p| !p.is_empty()), host, port, database, sslmode, sslrootcert })
+        Ok(Url {
+            user,
+            password: password.filter(|p| !p.is_empty()),
+            host,
+            port,
+            database,
+            sslmode,
+            sslrootcert,
+        })
     }
 }
 
@@ -876,7 +1120,10 @@ fn decode(text: &str, what: &str) -> Result<String, Wrong> {
         }
         let (digits, tail) = rest.split_at_checked(2).ok_or_else(bad)?;
         let digit = |d: u8| char::from(d).to_digit(16);
-        let value = digit(digits[0]).zip(digit(digits[1])).map(|(high, low)| high * 16 + low).filter(|v| *v != 0);
+        let value = digit(digits[0])
+            .zip(digit(digits[1]))
+            .map(|(high, low)| high * 16 + low)
+            .filter(|v| *v != 0);
         bytes.push(u8::try_from(value.ok_or_else(bad)?).expect("two hexadecimal digits fit in a byte"));
         rest = tail;
     }

@@ -50,7 +50,10 @@ fn the_smallest_configuration_gets_the_defaults() {
     assert_eq!(config.log_level, "info");
     assert_eq!(config.blue.sslmode, SslMode::Prefer);
     assert_eq!(config.blue.password.unwrap().expose(), "hunter2-blue");
-    assert_eq!((config.green.link_host.as_str(), config.green.link_port), ("127.0.0.1", 5433));
+    assert_eq!(
+        (config.green.link_host.as_str(), config.green.link_port),
+        ("127.0.0.1", 5433)
+    );
     assert!(config.workers >= 1);
 }
 
@@ -78,7 +81,12 @@ fn the_example_that_is_shipped_is_valid_and_says_what_the_defaults_say() {
         Err(other) => panic!("{other}"),
     };
     for problem in wrong {
-        assert!(problem.what.contains("can't be read") || problem.what.contains("no pg_dump") || problem.what.contains("not set"), "{problem:?}");
+        assert!(
+            problem.what.contains("can't be read")
+                || problem.what.contains("no pg_dump")
+                || problem.what.contains("not set"),
+            "{problem:?}"
+        );
     }
 }
 
@@ -86,45 +94,258 @@ fn the_example_that_is_shipped_is_valid_and_says_what_the_defaults_say() {
 fn each_kind_of_mistake_names_its_key_value_line_and_remedy() {
     // section, line, key, value shown, part of what, part of fix
     let kinds: &[(&str, &str, &str, Option<&str>, &str, &str)] = &[
-        ("", "listen = \"127.0.0.1:1\"", "listen", None, "unknown key", "\"listen\""),
+        (
+            "blue",
+            "listen = \"127.0.0.1:1\"",
+            "blue.listen",
+            None,
+            "unknown key",
+            "above all sections",
+        ),
         ("", "token = \"x\"", "token", None, "unknown key", "[admin]"),
         ("", "[purple]\nx = 1", "purple", None, "unknown key", "Known here"),
-        ("flip", "drain_timeot = \"5s\"", "flip.drain_timeot", None, "unknown key", "\"drain_timeout\""),
-        ("flip", "drain_timeout = 5", "flip.drain_timeout", Some("5"), "no unit", "\"5s\""),
-        ("flip", "drain_timeout = \"5 parsecs\"", "flip.drain_timeout", Some("\"5 parsecs\""), "no duration", "\"200ms\""),
-        ("flip", "drain_timeout = \"99999999999999999999s\"", "flip.drain_timeout", Some("\"99999999999999999999s\""), "no duration", "\"5s\""),
-        ("flip", "drain_timeout = \"9h\"", "flip.drain_timeout", Some("\"9h\""), "out of range", "3600s"),
-        ("flip", "stragglers = \"kill\"", "flip.stragglers", Some("\"kill\""), "choices", "\"unwind\" or \"terminate\""),
-        ("flip", "sequence_cushion = -1", "flip.sequence_cushion", Some("-1"), "out of range", "from 0"),
-        ("", "listen = \"localhost:6432\"", "listen", Some("\"localhost:6432\""), "not an IP address", "127.0.0.1:6432"),
-        ("", "listen = \"*:6432\"", "listen", Some("\"*:6432\""), "not an IP address", "0.0.0.0:6432"),
-        ("", "listen = 6432", "listen", Some("6432"), "must be a string", "quotes"),
-        ("", "workers = \"two\"", "workers", Some("\"two\""), "not an integer", "without quotes"),
+        (
+            "flip",
+            "drain_timeot = \"5s\"",
+            "flip.drain_timeot",
+            None,
+            "unknown key",
+            "\"drain_timeout\"",
+        ),
+        (
+            "flip",
+            "drain_timeout = 5",
+            "flip.drain_timeout",
+            Some("5"),
+            "no unit",
+            "\"5s\"",
+        ),
+        (
+            "flip",
+            "drain_timeout = \"5 parsecs\"",
+            "flip.drain_timeout",
+            Some("\"5 parsecs\""),
+            "no duration",
+            "\"200ms\"",
+        ),
+        (
+            "flip",
+            "drain_timeout = \"99999999999999999999s\"",
+            "flip.drain_timeout",
+            Some("\"99999999999999999999s\""),
+            "no duration",
+            "\"5s\"",
+        ),
+        (
+            "flip",
+            "drain_timeout = \"9h\"",
+            "flip.drain_timeout",
+            Some("\"9h\""),
+            "out of range",
+            "3600s",
+        ),
+        (
+            "flip",
+            "stragglers = \"kill\"",
+            "flip.stragglers",
+            Some("\"kill\""),
+            "choices",
+            "\"unwind\" or \"terminate\"",
+        ),
+        (
+            "flip",
+            "sequence_cushion = -1",
+            "flip.sequence_cushion",
+            Some("-1"),
+            "out of range",
+            "from 0",
+        ),
+        (
+            "",
+            "listen = \"localhost:6432\"",
+            "listen",
+            Some("\"localhost:6432\""),
+            "not an IP address",
+            "127.0.0.1:6432",
+        ),
+        (
+            "",
+            "listen = \"*:6432\"",
+            "listen",
+            Some("\"*:6432\""),
+            "not an IP address",
+            "0.0.0.0:6432",
+        ),
+        (
+            "",
+            "listen = 6432",
+            "listen",
+            Some("6432"),
+            "must be a string",
+            "quotes",
+        ),
+        (
+            "",
+            "workers = \"two\"",
+            "workers",
+            Some("\"two\""),
+            "not an integer",
+            "without quotes",
+        ),
         ("", "workers = 0", "workers", Some("0"), "out of range", "from 1"),
-        ("", "custom_settings = [\"tenant\"]", "custom_settings", Some("\"tenant\""), "custom setting", "app.tenant"),
-        ("", "pg_bin = \"/nowhere\"", "pg_bin", Some("\"/nowhere\""), "no pg_dump", "leave the key out"),
+        (
+            "",
+            "custom_settings = [\"tenant\"]",
+            "custom_settings",
+            Some("\"tenant\""),
+            "custom setting",
+            "app.tenant",
+        ),
+        (
+            "",
+            "pg_bin = \"/nowhere\"",
+            "pg_bin",
+            Some("\"/nowhere\""),
+            "no pg_dump",
+            "leave the key out",
+        ),
         ("", "flip = 3", "flip", None, "must be a section", "[flip]"),
-        ("tls", "required = \"yes\"", "tls.required", Some("\"yes\""), "neither true nor false", "without quotes"),
-        ("tls", "cert = \"/nowhere.pem\"", "tls.cert", Some("\"/nowhere.pem\""), "can't be read", "PEM"),
-        ("log", "format = \"xml\"", "log.format", Some("\"xml\""), "choices", "\"json\""),
-        ("log", "level = \"pgflip=loud\"", "log.level", Some("\"pgflip=loud\""), "log filter", "\"info\""),
-        ("auth", "method = \"md5\"", "auth.method", Some("\"md5\""), "choices", "\"scram\""),
-        ("limits", "max_clients = 0", "limits.max_clients", Some("0"), "out of range", "from 1"),
-        ("admin", "listen = \"0.0.0.0:6433\"", "admin.listen", Some("\"0.0.0.0:6433\""), "without a token", "admin.token"),
-        ("admin", "listen = \"127.0.0.1:6432\"", "admin.listen", Some("\"127.0.0.1:6432\""), "share one address", "different"),
-        ("admin", "token = \"short\"", "admin.token", None, "shorter than 16", "openssl"),
-        ("admin", "token = \"with blanks in it, long\"", "admin.token", None, "visible ASCII", "openssl"),
-        ("admin", "token = { env = \"MISSING\" }", "admin.token (environment variable MISSING)", None, "not set", "Set it"),
-        ("admin", "token = { file = \"nowhere\" }", "admin.token (file conf/nowhere)", None, "can't be read", "readable"),
-        ("admin", "token = { vault = \"x\" }", "admin.token", None, "where the value comes from", "env"),
-        ("flip", "drain_timeout = { env = \"BAD\" }", "flip.drain_timeout (environment variable BAD)", None, "no duration", "5s"),
-        ("blue", "password = \"hunter2-two\"", "blue.password", None, "password too", "Keep one"),
-        ("blue", "link_port = 70000", "blue.link_port", Some("70000"), "out of range", "65535"),
+        (
+            "tls",
+            "required = \"yes\"",
+            "tls.required",
+            Some("\"yes\""),
+            "neither true nor false",
+            "without quotes",
+        ),
+        (
+            "tls",
+            "cert = \"/nowhere.pem\"",
+            "tls.cert",
+            Some("\"/nowhere.pem\""),
+            "can't be read",
+            "PEM",
+        ),
+        (
+            "log",
+            "format = \"xml\"",
+            "log.format",
+            Some("\"xml\""),
+            "choices",
+            "\"json\"",
+        ),
+        (
+            "log",
+            "level = \"pgflip=loud\"",
+            "log.level",
+            Some("\"pgflip=loud\""),
+            "log filter",
+            "\"info\"",
+        ),
+        (
+            "auth",
+            "method = \"md5\"",
+            "auth.method",
+            Some("\"md5\""),
+            "choices",
+            "\"scram\"",
+        ),
+        (
+            "limits",
+            "max_clients = 0",
+            "limits.max_clients",
+            Some("0"),
+            "out of range",
+            "from 1",
+        ),
+        (
+            "admin",
+            "listen = \"0.0.0.0:6433\"",
+            "admin.listen",
+            Some("\"0.0.0.0:6433\""),
+            "without a token",
+            "admin.token",
+        ),
+        (
+            "admin",
+            "listen = \"127.0.0.1:6432\"",
+            "admin.listen",
+            Some("\"127.0.0.1:6432\""),
+            "share one address",
+            "different",
+        ),
+        (
+            "admin",
+            "token = \"short\"",
+            "admin.token",
+            None,
+            "shorter than 16",
+            "openssl",
+        ),
+        (
+            "admin",
+            "token = \"with blanks in it, long\"",
+            "admin.token",
+            None,
+            "visible ASCII",
+            "openssl",
+        ),
+        (
+            "admin",
+            "token = { env = \"MISSING\" }",
+            "admin.token (environment variable MISSING)",
+            None,
+            "not set",
+            "Set it",
+        ),
+        (
+            "admin",
+            "token = { file = \"nowhere\" }",
+            "admin.token (file conf/nowhere)",
+            None,
+            "can't be read",
+            "readable",
+        ),
+        (
+            "admin",
+            "token = { vault = \"x\" }",
+            "admin.token",
+            None,
+            "where the value comes from",
+            "env",
+        ),
+        (
+            "flip",
+            "drain_timeout = { env = \"BAD\" }",
+            "flip.drain_timeout (environment variable BAD)",
+            None,
+            "no duration",
+            "5s",
+        ),
+        (
+            "blue",
+            "password = \"hunter2-two\"",
+            "blue.password",
+            None,
+            "password too",
+            "Keep one",
+        ),
+        (
+            "blue",
+            "link_port = 70000",
+            "blue.link_port",
+            Some("70000"),
+            "out of range",
+            "65535",
+        ),
     ];
     for (section, line, key, value, what, fix) in kinds {
         let text = with(section, line);
         let found = problems(&text);
-        let problem = found.iter().find(|p| p.key == *key).unwrap_or_else(|| panic!("{line}: {found:?}"));
+        let problem = found
+            .iter()
+            .find(|p| p.key == *key)
+            .unwrap_or_else(|| panic!("{line}: {found:?}"));
         assert_eq!(problem.value.as_deref(), *value, "{line}");
         assert!(problem.what.contains(what), "{line}: {problem:?}");
         assert!(problem.fix.contains(fix), "{line}: {problem:?}");
@@ -136,17 +357,37 @@ fn each_kind_of_mistake_names_its_key_value_line_and_remedy() {
 
 #[test]
 fn urls_are_read_as_libpq_reads_them() {
-    let server = |url: &str| parse(&GOOD.replace("postgresql://pgflip:hunter2-blue@127.0.0.1:5432", url)).unwrap().blue;
+    let server = |url: &str| {
+        parse(&GOOD.replace("postgresql://pgflip:hunter2-blue@127.0.0.1:5432", url))
+            .unwrap()
+            .blue
+    };
     let plain = server("postgres://me@db.example");
-    assert_eq!((plain.host.as_str(), plain.port, plain.user.as_str(), plain.password), ("db.example", 5432, "me", None));
+    assert_eq!(
+        (plain.host.as_str(), plain.port, plain.user.as_str(), plain.password),
+        ("db.example", 5432, "me", None)
+    );
     let encoded = server("postgresql://m%40e:p%3A%2F%40%25w@[::1]:6000/app?sslmode=require");
-    assert_eq!((encoded.user.as_str(), encoded.password.unwrap().expose()), ("m@e", "p:/@%w"));
-    assert_eq!((encoded.host.as_str(), encoded.port, encoded.sslmode), ("::1", 6000, SslMode::Require));
+    assert_eq!(
+        (encoded.user.as_str(), encoded.password.unwrap().expose()),
+        ("m@e", "p:/@%w")
+    );
+    assert_eq!(
+        (encoded.host.as_str(), encoded.port, encoded.sslmode),
+        ("::1", 6000, SslMode::Require)
+    );
     let socket = server("postgresql://me@%2Fvar%2Frun/");
     assert_eq!((socket.host.as_str(), socket.port), ("/var/run", 5432));
     let query = server("postgresql:///app?host=/tmp&port=5434&user=me&password=secret");
-    assert_eq!((query.host.as_str(), query.port, query.user.as_str()), ("/tmp", 5434, "me"));
-    for (mode, expected) in [("disable", SslMode::Disable), ("allow", SslMode::Allow), ("prefer", SslMode::Prefer)] {
+    assert_eq!(
+        (query.host.as_str(), query.port, query.user.as_str()),
+        ("/tmp", 5434, "me")
+    );
+    for (mode, expected) in [
+        ("disable", SslMode::Disable),
+        ("allow", SslMode::Allow),
+        ("prefer", SslMode::Prefer),
+    ] {
         assert_eq!(server(&format!("postgresql://me@h?sslmode={mode}")).sslmode, expected);
     }
 }
@@ -171,7 +412,10 @@ fn a_url_that_is_wrong_is_explained_without_showing_it() {
         ("postgresql://me:hunter2@a,b", "several hosts"),
         ("postgresql://me:hunter2@[::1", "not closed"),
         ("postgresql://me:hunter2@h?sslmode=hunter2", "sslmode is not one"),
-        ("postgresql://me:hunter2@h?sslmode=verify-full", "nothing to check it against"),
+        (
+            "postgresql://me:hunter2@h?sslmode=verify-full",
+            "nothing to check it against",
+        ),
         ("postgresql://me:hunter2@h?sslrootcert=system", "not supported"),
         ("postgresql://me:hunter2@h?connect_timeout=3", "connect_timeout"),
         ("postgresql://me:hunter2@h?sslmode", "has no value"),
@@ -190,7 +434,15 @@ fn a_url_that_is_wrong_is_explained_without_showing_it() {
 fn all_problems_are_reported_at_once_in_the_order_of_their_lines() {
     let found = problems("listen = 1\nworkers = 0\nnonsense = 2\n[flip]\nstragglers = 7\n");
     let keys: Vec<(usize, &str)> = found.iter().map(|p| (p.line, p.key.as_str())).collect();
-    for expected in [(1, "listen"), (2, "workers"), (3, "nonsense"), (5, "flip.stragglers"), (1, "databases"), (1, "blue.url"), (1, "green.url")] {
+    for expected in [
+        (1, "listen"),
+        (2, "workers"),
+        (3, "nonsense"),
+        (5, "flip.stragglers"),
+        (1, "databases"),
+        (1, "blue.url"),
+        (1, "green.url"),
+    ] {
         assert!(keys.contains(&expected), "{expected:?} is not in {keys:?}");
     }
     assert!(keys.is_sorted_by_key(|(line, _)| *line));
@@ -212,7 +464,10 @@ fn values_come_from_the_environment_and_from_files() {
     let env = |name: &str| if name == "N" { Some("3".into()) } else { env(name) };
     let config = parse_with(text, &directory.path().join("pgflip.toml"), &env).unwrap();
     assert_eq!(config.workers, 3);
-    assert_eq!((config.blue.host.as_str(), config.blue.port, config.blue.sslmode), ("db.example", 6000, SslMode::Require));
+    assert_eq!(
+        (config.blue.host.as_str(), config.blue.port, config.blue.sslmode),
+        ("db.example", 6000, SslMode::Require)
+    );
     assert_eq!(config.green.password.unwrap().expose(), "from a file");
     assert_eq!(config.admin.token.unwrap().expose(), "0123456789abcdef0123");
 }

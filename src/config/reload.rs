@@ -48,7 +48,11 @@ impl Config {
             ("log.format", false, *log_format != new.log_format),
             ("log.level", true, *log_level != new.log_level),
         ];
-        compared.into_iter().filter(|(_, _, differs)| *differs).map(|(key, now, _)| Change { key, now }).collect()
+        compared
+            .into_iter()
+            .filter(|(_, _, differs)| *differs)
+            .map(|(key, now, _)| Change { key, now })
+            .collect()
     }
 
     /// This configuration with everything from `new` that takes effect at once. The admin token is taken over only if
