@@ -1,1 +1,3 @@
-//! (to be written)
+//! `pgflip demo`, and what it shares with the tests: throwaway servers.
+
+pub mod cluster;
