@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -406,13 +406,17 @@ fn template(binaries: &Binaries, options: &Options) -> Result<Template, ClusterE
 
 /// A directory that is removed when it is dropped, or by the next process that starts a server here if this one had no
 /// time for it.
-struct Directory {
-    path: PathBuf,
+pub(super) struct Directory {
+    pub(super) path: PathBuf,
     _alive: File,
 }
 
 impl Directory {
-    fn new(name: &str) -> Result<Directory, ClusterError> {
+    /// Readable by us alone.
+    pub(super) fn new(name: &str) -> Result<Directory, ClusterError> {
+        // Held until the directory's own lock is: a sweep in between would take it for one that was left behind.
+        let making = lock_file(&shared_directory()?.join("directories.lock"))?;
+        making.lock().map_err(io_error("locking the list of temporary directories"))?;
         sweep();
         let path = tempfile::Builder::new()
             .prefix(&format!("pgflip-server-{name}-"))
@@ -421,7 +425,6 @@ impl Directory {
             .keep();
         let alive = lock_file(&path.join("alive"))?;
         alive.lock().map_err(io_error("locking a temporary directory"))?;
-        hand_over(&path)?;
         Ok(Directory { path, _alive: alive })
     }
 }
@@ -436,7 +439,7 @@ impl Drop for Directory {
     }
 }
 
-/// Removes directories of processes that were killed: nobody holds their lock any more.
+/// Removes directories of processes that were killed: nobody holds their lock any more. Call it with `directories.lock`.
 fn sweep() {
     // SAFETY: takes nothing, touches no memory, can't fail.
     let me = unsafe { libc::geteuid() };
@@ -459,7 +462,7 @@ fn sweep() {
 
 /// Processes whose death must follow ours are started from one thread that lives as long as we do: the kernel sends
 /// PR_SET_PDEATHSIG when the *thread* that forked ends, and threads of a test or of a pool end early.
-fn spawn(mut command: Command) -> io::Result<Child> {
+fn spawn(mut command: Command, death: i32) -> io::Result<Child> {
     type Job = (Command, mpsc::Sender<io::Result<Child>>);
     static SPAWNER: LazyLock<Mutex<mpsc::Sender<Job>>> = LazyLock::new(|| {
         let (send, jobs) = mpsc::channel::<Job>();
@@ -479,7 +482,7 @@ fn spawn(mut command: Command) -> io::Result<Child> {
     let tie = move || {
         // SAFETY: both are system calls that touch no memory, allowed between fork and exec.
         unsafe {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGQUIT) != 0 {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, death) != 0 {
                 return Err(io::Error::last_os_error());
             }
             // We may have died before the call: then nobody would ever send the signal.
@@ -501,9 +504,25 @@ fn spawn(mut command: Command) -> io::Result<Child> {
     child.recv().map_err(|_| io::Error::other("the spawner is gone"))?
 }
 
-/// Starts a program that ends (SIGQUIT) when this process does, whichever thread calls.
+/// Starts a program that is killed when this process ends, whichever thread calls.
 pub fn spawn_tied(command: Command) -> io::Result<Child> {
-    spawn(command)
+    spawn(command, libc::SIGKILL)
+}
+
+/// The directory of a `pg_dump` and a `pg_restore` that can read a server of this major version: of that version, or of
+/// the next one that can be had.
+pub fn dump_tools(version: u32) -> Result<PathBuf, ClusterError> {
+    let mut first = None;
+    for candidate in version..=18 {
+        match find_tools(candidate) {
+            Ok(found) => return Ok(found.bin),
+            Err(error) => first = first.or(Some(error)),
+        }
+    }
+    Err(first.unwrap_or(ClusterError::NotFound {
+        version,
+        reason: "there is no such version".to_owned(),
+    }))
 }
 
 /// A running (or stopped) throwaway server.
@@ -533,6 +552,7 @@ impl Cluster {
     pub fn start(binaries: &Binaries, options: Options) -> Result<Cluster, ClusterError> {
         let template = template(binaries, &options)?;
         let directory = Directory::new(&options.name)?;
+        hand_over(&directory.path)?;
         let mut copy = command(Path::new("cp"));
         copy.args(["-a", "--reflink=auto"])
             .arg(&template.data)
@@ -618,7 +638,7 @@ impl Cluster {
         postgres
             .stdout(log.try_clone().map_err(io_error("the server's log"))?)
             .stderr(log);
-        let mut child = spawn(postgres).map_err(io_error(what.clone()))?;
+        let mut child = spawn(postgres, libc::SIGQUIT).map_err(io_error(what.clone()))?;
         let deadline = Instant::now() + Duration::from_secs(120);
         loop {
             if let Some(status) = child.try_wait().map_err(io_error(what.clone()))? {
@@ -848,7 +868,7 @@ pub async fn connect(url: &str) -> Result<tokio_postgres::Client, tokio_postgres
     Ok(client)
 }
 
-fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+pub(super) fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
     let deadline = Instant::now() + limit;
     loop {
         let status = child.try_wait()?;
@@ -859,7 +879,7 @@ fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
     }
 }
 
-fn send(pid: u32, signal: i32) {
+pub(super) fn send(pid: u32, signal: i32) {
     // A pid of 0 or below would mean a whole group.
     if let Ok(pid @ 2..) = i32::try_from(pid) {
         // SAFETY: touches no memory. The pid is of a child that was not waited for, or of its child.
@@ -874,7 +894,7 @@ fn stat(pid: u32) -> Option<(char, u32)> {
     Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
 }
 
-fn state(pid: u32) -> Option<char> {
+pub(super) fn state(pid: u32) -> Option<char> {
     stat(pid).map(|(state, _)| state)
 }
 
@@ -911,11 +931,6 @@ fn remove_segment(data: &Path) {
         // SAFETY: IPC_RMID reads no buffer; the kernel keeps a segment that is still in use.
         unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
     }
-}
-
-/// Lets everybody read a file that servers or pgflip under test need.
-pub fn readable(path: &Path) -> io::Result<()> {
-    fs::set_permissions(path, fs::Permissions::from_mode(0o644))
 }
 
 #[cfg(test)]
@@ -985,8 +1000,9 @@ mod tests {
             .unwrap()
             .keep();
         fs::write(left.join("alive"), "").unwrap();
+        // Making one sweeps.
         let kept = Directory::new("kept").unwrap();
-        sweep();
+        let _another = Directory::new("another").unwrap();
         assert!(!left.exists());
         assert!(kept.path.exists());
     }
