@@ -16,7 +16,7 @@ pub const SESSIONS: &str = "pgflip_sessions";
 pub const QUERIES: &str = "pgflip_queries_total";
 /// Counter, `direction` = `in` (from clients) or `out` (to clients): bytes passed on.
 pub const BYTES: &str = "pgflip_bytes_total";
-/// Counter, `result` = `ok`, `refused` or `failed`: logins of clients.
+/// Counter, `result` = `ok`, `wrong_password` or `server` (a server refused): logins of clients.
 pub const LOGINS: &str = "pgflip_logins_total";
 /// Counter, `direction` = `cutover` or `rollback`, `outcome`: flips that have ended.
 pub const FLIPS: &str = "pgflip_flips_total";
@@ -49,7 +49,11 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
         Kind::Counter,
         "Bytes passed on; label direction: in (from clients), out (to clients).",
     ),
-    (LOGINS, Kind::Counter, "Logins of clients; label result."),
+    (
+        LOGINS,
+        Kind::Counter,
+        "Logins of clients; label result: ok, wrong_password, server (a server refused).",
+    ),
     (
         FLIPS,
         Kind::Counter,
@@ -88,6 +92,16 @@ pub enum Kind {
     Gauge,
     /// A distribution.
     Histogram,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        })
+    }
 }
 
 /// Logs or metrics could not be set up.

@@ -319,35 +319,33 @@ async fn metrics(State(admin): Shared) -> Response {
         .into_response()
 }
 
-/// What is read at the moment of the scrape. Written here rather than recorded, because a recorded gauge can't be
-/// absent: an unknown lag would show its last value.
+/// What is read at the moment of the scrape: the sessions' own counts, added up, and gauges. Written here rather than
+/// recorded, because a recorded gauge can't be absent: an unknown lag would show its last value.
 async fn live_gauges(admin: &Admin, text: &mut String) {
     let mut put = |name: &str, samples: &[(String, f64)]| {
+        let Some((_, kind, meaning)) = telemetry::METRICS.iter().find(|(known, ..)| *known == name) else {
+            return;
+        };
         if samples.is_empty() {
             return;
         }
-        let meaning = telemetry::METRICS
-            .iter()
-            .find(|(known, ..)| *known == name)
-            .map_or("", |(_, _, meaning)| meaning);
-        let _ = write!(text, "# HELP {name} {meaning}\n# TYPE {name} gauge\n");
+        let _ = write!(text, "# HELP {name} {meaning}\n# TYPE {name} {kind}\n");
         for (labels, value) in samples {
             let _ = writeln!(text, "{name}{labels} {value}");
         }
     };
+    let plain = |value: f64| [(String::new(), value)];
+    let totals = admin.gate.totals();
+    put(telemetry::SESSIONS, &plain(totals.sessions as f64));
+    put(telemetry::QUERIES, &plain(totals.queries as f64));
+    let direction = |name: &str, bytes: u64| (format!("{{direction=\"{name}\"}}"), bytes as f64);
+    put(
+        telemetry::BYTES,
+        &[direction("in", totals.bytes_in), direction("out", totals.bytes_out)],
+    );
     let upstream = admin.gate.upstream();
-    put(
-        telemetry::SESSIONS,
-        &[(String::new(), admin.gate.sessions().len() as f64)],
-    );
-    put(
-        telemetry::HELD,
-        &[(String::new(), f64::from(u8::from(admin.gate.held())))],
-    );
-    put(
-        telemetry::EPOCH,
-        &[(String::new(), upstream.map_or(0.0, |at| at.epoch as f64))],
-    );
+    put(telemetry::HELD, &plain(f64::from(u8::from(admin.gate.held()))));
+    put(telemetry::EPOCH, &plain(upstream.map_or(0.0, |at| at.epoch as f64)));
     let active = |side: Side| f64::from(u8::from(upstream.is_some_and(|at| at.side == side)));
     put(
         telemetry::ACTIVE,
