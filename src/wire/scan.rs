@@ -382,11 +382,40 @@ mod tests {
             turns.push((to_server, bytes));
         };
         turn(true, &[(b'Q', b"set app.tenant = '1'\0")]);
-        turn(false, &[(b'C', b"SET\0"), (b'S', b"TimeZone\0UTC\0"), (b'Z', b"I")]);
-        turn(true, &[(b'P', b"\0select $1\0\0\0"), (b'D', b"S\0"), (b'S', b"")]);
-        turn(false, &[(b'1', b""), (b't', b"\0\0"), (b'n', b""), (b'Z', b"I")]);
-        turn(true, &[(b'P', b"named\0select 2\0\0\0"), (b'B', b"\0\0"), (b'E', b"\0\0\0\0\0"), (b'S', b""), (b'Q', b"begin\0")]);
-        turn(false, &[(b'1', b""), (b'2', b""), (b'D', b"\0\0"), (b'C', b"SELECT 1\0"), (b'Z', b"I"), (b'C', b"BEGIN\0"), (b'Z', b"T")]);
+        turn(
+            false,
+            &[(b'C', b"SET\0"), (b'S', b"TimeZone\0UTC\0"), (b'Z', b"I")],
+        );
+        turn(
+            true,
+            &[(b'P', b"\0select $1\0\0\0"), (b'D', b"S\0"), (b'S', b"")],
+        );
+        turn(
+            false,
+            &[(b'1', b""), (b't', b"\0\0"), (b'n', b""), (b'Z', b"I")],
+        );
+        turn(
+            true,
+            &[
+                (b'P', b"named\0select 2\0\0\0"),
+                (b'B', b"\0\0"),
+                (b'E', b"\0\0\0\0\0"),
+                (b'S', b""),
+                (b'Q', b"begin\0"),
+            ],
+        );
+        turn(
+            false,
+            &[
+                (b'1', b""),
+                (b'2', b""),
+                (b'D', b"\0\0"),
+                (b'C', b"SELECT 1\0"),
+                (b'Z', b"I"),
+                (b'C', b"BEGIN\0"),
+                (b'Z', b"T"),
+            ],
+        );
         turns
     }
 
@@ -406,12 +435,18 @@ mod tests {
     }
 
     fn check(requests: &Requests, replies: &Replies) {
-        assert_eq!((requests.sent, replies.answered, replies.status), (4, 4, b'T'));
+        assert_eq!(
+            (requests.sent, replies.answered, replies.status),
+            (4, 4, b'T')
+        );
         assert!(!requests.batch_open && !at_boundary(requests, replies));
         assert_eq!(requests.unnamed.body, b"\0select $1\0\0\0");
         assert!(requests.unnamed.confirmed);
         assert_eq!(requests.settings.iter().collect::<Vec<_>>(), ["app.tenant"]);
-        assert_eq!(replies.parameters.get(&b"TimeZone"[..]).map(Vec::as_slice), Some(&b"UTC"[..]));
+        assert_eq!(
+            replies.parameters.get(&b"TimeZone"[..]).map(Vec::as_slice),
+            Some(&b"UTC"[..])
+        );
     }
 
     #[test]
@@ -459,7 +494,10 @@ mod tests {
         let mut requests = Requests::new(1000);
         assert_eq!(requests.scan(&bytes, true).unwrap(), first);
         assert_eq!(requests.sent, 1);
-        assert_eq!(requests.scan(&bytes[first..], true).unwrap(), bytes.len() - first);
+        assert_eq!(
+            requests.scan(&bytes[first..], true).unwrap(),
+            bytes.len() - first
+        );
         assert_eq!(requests.sent, 2);
     }
 
@@ -472,7 +510,12 @@ mod tests {
         }
         requests.scan(&bytes, false).unwrap();
         let mut bytes = Vec::new();
-        for (kind, body) in [(b'2', &b""[..]), (b'G', b"\0\0\0"), (b'C', b"COPY 1\0"), (b'Z', b"I")] {
+        for (kind, body) in [
+            (b'2', &b""[..]),
+            (b'G', b"\0\0\0"),
+            (b'C', b"COPY 1\0"),
+            (b'Z', b"I"),
+        ] {
             put(&mut bytes, kind, body);
         }
         replies.scan(&bytes, &mut requests).unwrap();
