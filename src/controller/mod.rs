@@ -1,3 +1,6 @@
 //! What an operator asks for. Each capability is usable alone; the steps of a flip are thin.
 
+pub mod fence;
+pub mod marker;
 pub mod operation;
+pub mod state;

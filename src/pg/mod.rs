@@ -3,6 +3,7 @@
 //! Nothing here knows of clients, flips or epochs.
 
 pub mod connect;
+pub mod origin;
 
 use std::fmt;
 use std::str::FromStr;
