@@ -1,6 +1,8 @@
 //! What an operator asks for. Each capability is usable alone; the steps of a flip are thin.
 
 pub mod fence;
+pub mod links;
 pub mod marker;
 pub mod operation;
+pub mod preflight;
 pub mod state;
