@@ -230,7 +230,7 @@ fn is_moving(error: &tokio_postgres::Error) -> bool {
 async fn locked(client: &Client, left: Vec<Table>, began: Instant) -> FenceError {
     let mut holders = Vec::new();
     if let Some(first) = left.first() {
-        let asked = client.query(include_str!("../pg/sql/fence_holders.sql"), &[&first.oid]);
+        let asked = async { client.query(include_str!("../pg/sql/fence_holders.sql"), &[&first.oid]).await };
         if let Ok(Ok(rows)) = tokio::time::timeout(Duration::from_secs(2), asked).await {
             holders = rows.iter().map(|row| row.get(0)).collect();
         }

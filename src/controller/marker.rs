@@ -88,7 +88,7 @@ impl Watch {
         let not_seen = || MarkerError::NotSeen { side, after: began.elapsed() };
         let mut pause = Duration::from_millis(1);
         loop {
-            let asked = target.query_one(&self.0, &[&side.as_str(), &n]);
+            let asked = async { target.query_one(&self.0, &[&side.as_str(), &n]).await };
             let seen: bool = timeout_at(deadline, asked).await.map_err(|_| not_seen())??.get(0);
             if seen {
                 return Ok(());

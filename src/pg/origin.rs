@@ -23,15 +23,22 @@ pub enum OriginError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// All four are in use by other sessions of pgflip.
-    #[error("all {} replication origins of pgflip's own are in use on {0}", POOL.len())]
-    Busy(crate::pg::Side),
+    #[error("all {} replication origins of pgflip's own are in use on {side}", POOL.len())]
+    Busy {
+        /// On which side.
+        side: crate::pg::Side,
+    },
     /// The server has no room for another origin, or refuses it.
     #[error(
         "no replication origin can be set up: {}. pgflip needs up to {} of its own, beside one for each subscription: raise \
          max_active_replication_origins (18 and later) or max_replication_slots (up to 17)",
-        describe(.0), POOL.len()
+        describe(.source), POOL.len()
     )]
-    Refused(#[source] tokio_postgres::Error),
+    Refused {
+        /// The server's words.
+        #[source]
+        source: tokio_postgres::Error,
+    },
 }
 
 /// Logs pgflip in with an origin of the pool set up for the whole session. `limit` bounds reaching the server, logging
@@ -51,7 +58,7 @@ pub async fn connect_with_origin(
             }
         }
         if Instant::now() >= deadline {
-            return Err(OriginError::Busy(server.side));
+            return Err(OriginError::Busy { side: server.side });
         }
         sleep(Duration::from_millis(20)).await;
     }
@@ -64,14 +71,14 @@ async fn set_up(client: &Client, name: &str) -> Result<bool, OriginError> {
         Ok(_) => {}
         // Somebody else created it in between.
         Err(e) if e.code() == Some(&SqlState::UNIQUE_VIOLATION) => {}
-        Err(e) => return Err(OriginError::Refused(e)),
+        Err(e) => return Err(OriginError::Refused { source: e }),
     }
     match client.execute("select pg_replication_origin_session_setup($1)", &[&name]).await {
         Ok(_) => Ok(true),
         Err(e) if e.code() == Some(&SqlState::OBJECT_IN_USE) => Ok(false),
         // Dropped in between, by `replication stop`: the next round creates it.
         Err(e) if e.code() == Some(&SqlState::UNDEFINED_OBJECT) => Ok(false),
-        Err(e) => Err(OriginError::Refused(e)),
+        Err(e) => Err(OriginError::Refused { source: e }),
     }
 }
 
@@ -82,7 +89,7 @@ pub async fn drop_origins(client: &tokio_postgres::Client) -> Result<(), OriginE
         match client.query_opt(drop, &[&name]).await {
             Ok(_) => {}
             Err(e) if e.code() == Some(&SqlState::OBJECT_IN_USE) || e.code() == Some(&SqlState::UNDEFINED_OBJECT) => {}
-            Err(e) => return Err(OriginError::Refused(e)),
+            Err(e) => return Err(OriginError::Refused { source: e }),
         }
     }
     Ok(())
