@@ -351,12 +351,12 @@ async fn force(config: &Config, gate: &Gate, operation: &Operation, direction: D
             on.batch_execute("set lock_timeout = '5s'").await?;
             let here = Attempt { epoch: row.epoch, id: attempt.id };
             let (changed, to) = match row.state {
-                State::Standby => (state::pivot(&**on, here).await?, row.epoch + 1),
-                State::Fenced | State::Committing => (state::force_back(&**on, here).await?, row.epoch + 2),
+                State::Standby => (state::pivot(&*on, here).await?, row.epoch + 1),
+                State::Fenced | State::Committing => (state::force_back(&*on, here).await?, row.epoch + 2),
                 State::Active => (true, row.epoch),
             };
             if !changed {
-                return Err(StateError::Superseded { found: state::read(&**on).await? }.into());
+                return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
             }
             // The carrier's epoch is everybody's.
             let epoch = *epoch.get_or_insert(to);
@@ -426,7 +426,7 @@ impl Flip {
             for (client, side, state) in
                 [(&database.source, source, State::Active), (&database.target, source.other(), State::Standby)]
             {
-                let row = state::read(&***client).await?.ok_or_else(|| {
+                let row = state::read(&**client).await?.ok_or_else(|| {
                     Stop::no_go(
                         format!("database {} on {side} has no schema pgflip", database.name),
                         "Run `pgflip replication start`.",
@@ -454,7 +454,7 @@ impl Flip {
                 "pgflip's guard brings them together; look at its log if it does not.",
             ));
         }
-        let regime = Regime::read(&**databases[0].source, &**databases[0].target).await?;
+        let regime = Regime::read(&*databases[0].source, &*databases[0].target).await?;
         let attempt = Attempt { epoch, id: state::next_id(&rows) };
         let stragglers = request.stragglers.unwrap_or(config.flip.stragglers);
         Ok(Flip {
@@ -740,7 +740,7 @@ impl Flip {
                 database.prepared = Some(prepared);
                 if regime == Regime::Plain {
                     let reverse = links::slot_name(source, &database.name);
-                    database.reverse_origin = Some(links::origin_name(&**database.source, &reverse).await?);
+                    database.reverse_origin = Some(links::origin_name(&*database.source, &reverse).await?);
                     if i < ORIGINS_AHEAD {
                         database.origin = Some(origin_on(config, target, &database.name).await?);
                     }
@@ -924,7 +924,7 @@ impl Flip {
     async fn rows(&mut self) -> Result<(), Stop> {
         let attempt = self.attempt;
         try_join_all(self.databases.iter().map(|database| async move {
-            let (here, there) = tokio::try_join!(state::read(&**database.source), state::read(&**database.target))?;
+            let (here, there) = tokio::try_join!(state::read(&*database.source), state::read(&*database.target))?;
             let fenced = here.as_ref().is_some_and(|row| {
                 let fence = fault::skip("fence") || row.state == State::Fenced && row.attempt == attempt.id;
                 fence && row.epoch == attempt.epoch
@@ -956,8 +956,8 @@ impl Flip {
         match self.regime {
             Regime::OriginFilter => {
                 let source = &self.databases[0].source;
-                if !state::committing(&***source, attempt).await? {
-                    return Err(StateError::Superseded { found: state::read(&***source).await? }.into());
+                if !state::committing(&**source, attempt).await? {
+                    return Err(StateError::Superseded { found: state::read(&**source).await? }.into());
                 }
                 Ok(())
             }
@@ -988,7 +988,7 @@ impl Flip {
     async fn pivot(&mut self) -> Ended {
         let began = Instant::now();
         let limit = self.config.flip.window_timeout.max(Duration::from_secs(1));
-        let answer = timeout(limit, state::pivot(&**self.databases[0].target, self.attempt)).await;
+        let answer = timeout(limit, state::pivot(&*self.databases[0].target, self.attempt)).await;
         self.timings.push(Timing { step: PIVOT, ms: ms(began.elapsed()) });
         let why = match answer {
             Ok(Ok(true)) => {
@@ -1215,7 +1215,7 @@ impl Flip {
         }
         let completed = json!({ "from": self.source, "to": self.target });
         let carrier = &self.databases[0].target;
-        if let Err(error) = state::history(&***carrier, self.attempt.epoch + 1, self.attempt.id, "flipped", completed).await {
+        if let Err(error) = state::history(&**carrier, self.attempt.epoch + 1, self.attempt.id, "flipped", completed).await {
             tracing::debug!(%error, "the history could not be written");
         }
         let result = self.result("completed");
@@ -1271,21 +1271,21 @@ impl Flip {
         let (attempt, words) = (self.attempt, &words);
         let (carrier, others) = self.databases.split_first().expect("config.databases is never empty");
         let source = async {
-            if state::done(&**carrier.source, attempt, words).await? {
+            if state::done(&*carrier.source, attempt, words).await? {
                 Ok(())
             } else {
-                Err(Stop::from(StateError::Superseded { found: state::read(&**carrier.source).await? }))
+                Err(Stop::from(StateError::Superseded { found: state::read(&*carrier.source).await? }))
             }
         };
         let others = try_join_all(others.iter().map(|database| async move {
-            if !state::pivot(&**database.target, attempt).await? {
-                match state::read(&**database.target).await? {
+            if !state::pivot(&*database.target, attempt).await? {
+                match state::read(&*database.target).await? {
                     Some(row) if row.state == State::Active && row.epoch == attempt.epoch + 1 => {}
                     found => return Err(Stop::from(StateError::Superseded { found })),
                 }
             }
-            if !state::done(&**database.source, attempt, words).await? {
-                return Err(Stop::from(StateError::Superseded { found: state::read(&**database.source).await? }));
+            if !state::done(&*database.source, attempt, words).await? {
+                return Err(Stop::from(StateError::Superseded { found: state::read(&*database.source).await? }));
             }
             Ok(())
         }));

@@ -87,7 +87,7 @@ impl Guard {
     async fn look(&mut self, config: &Config, side: Side) -> Known {
         let key = (side, config.carrier().to_owned());
         if let Some(client) = self.clients.get(&key).filter(|client| !client.is_closed()) {
-            if let Ok(Ok(row)) = timeout(READ_TIMEOUT, state::read(&***client)).await {
+            if let Ok(Ok(row)) = timeout(READ_TIMEOUT, state::read(&**client)).await {
                 return row.map_or(Known::Absent, Known::Row);
             }
             self.clients.remove(&key);

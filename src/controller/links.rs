@@ -660,23 +660,23 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
     let mut on_active = connect(config.server(active), database, PURPOSE, limit).await?;
     let reading = connect(config.server(standby), database, PURPOSE, limit).await?;
     for (client, expected) in [(&on_active, State::Active), (&reading, State::Standby)] {
-        match state::read(&***client).await? {
+        match state::read(&**client).await? {
             Some(row) if row.state == expected && row.epoch == epoch => {}
             found => return Err(StateError::Superseded { found }.into()),
         }
     }
-    let regime = Regime::read(&**on_active, &**reading).await?;
+    let regime = Regime::read(&*on_active, &*reading).await?;
     let (expect_active, expect_standby) =
         (Expect { states: &[State::Active], epoch }, Expect { states: &[State::Standby], epoch });
     let (forward, reverse) = (slot_name(standby, database), slot_name(active, database));
     let mut did = Vec::new();
 
-    if subscription(&**reading, &forward).await?.is_some_and(|s| !s.enabled) {
+    if subscription(&*reading, &forward).await?.is_some_and(|s| !s.enabled) {
         let mut on_standby = connect_with_origin(config.server(standby), database, PURPOSE, limit).await?;
         enable(&mut on_standby, &forward, &expect_standby).await?;
         did.push(format!("{database}: enabled {forward} on {standby}"));
     }
-    let Some(back) = subscription(&**on_active, &reverse).await? else { return Ok(did) };
+    let Some(back) = subscription(&*on_active, &reverse).await? else { return Ok(did) };
     match (regime, back.enabled) {
         (Regime::OriginFilter, false) => {
             enable(&mut on_active, &reverse, &expect_active).await?;
@@ -690,7 +690,7 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         }
         _ => {}
     }
-    match slot(&**reading, &reverse).await? {
+    match slot(&*reading, &reverse).await? {
         Some(slot) if slot.wal_status.as_deref() == Some("lost") => {
             drop_slot(&reading, &reverse).await?;
             create_slot(&reading, &reverse).await?;

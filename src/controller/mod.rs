@@ -3,14 +3,19 @@
 //! [`Controller`] is what the admin port talks to: it runs one long operation at a time, and beside it the guard, which
 //! follows the state rows for ever.
 
+pub mod copy;
 pub mod fence;
 pub mod flip;
 pub mod guard;
+pub mod lag;
 pub mod links;
 pub mod marker;
 pub mod operation;
 pub mod preflight;
 pub mod recovery;
+pub mod replication;
+pub mod roles;
+pub mod schema;
 pub mod sequences;
 pub mod state;
 pub mod steps;
@@ -29,7 +34,9 @@ use crate::config::{Config, Stragglers};
 use crate::pg::{Purpose, Side, connect};
 use crate::proxy::gate::Gate;
 use guard::{Guard, Phase};
+use lag::LinkLag;
 use operation::{Kind, Operation, Status as Outcome};
+use preflight::{Failure, Finding};
 use recovery::Known;
 
 /// Which way a flip goes.
@@ -274,10 +281,9 @@ impl Controller {
                 }
                 (ended.status, ended.result)
             }
-            Request::ReplicationStart | Request::ReplicationStop | Request::Finalize => {
-                drop(config);
-                (Outcome::Failed, json!({ "what": "replication is not part of this build" }))
-            }
+            Request::ReplicationStart => ended(replication::start(config, operation).await),
+            Request::ReplicationStop => ended(replication::stop(config, operation).await),
+            Request::Finalize => ended(replication::finalize(config, operation).await),
         }
     }
 
@@ -321,10 +327,38 @@ impl Controller {
         }
     }
 
+    /// Lag of every link, read now. Unknown is a value of its own.
+    pub async fn lag(&self) -> Vec<LinkLag> {
+        lag::measure(&self.config()).await
+    }
+
+    /// Everything that would stop what comes next: a flip if replication has been set up, else `replication start`.
+    pub async fn check(&self) -> Vec<Finding> {
+        let config = self.config();
+        let (blue, green) = {
+            let inner = self.inner.lock();
+            (inner.blue.clone(), inner.green.clone())
+        };
+        match (&blue, &green, self.gate.upstream()) {
+            (Known::Row(_), Known::Row(_), Some(upstream)) => preflight::for_flip(&config, upstream.side).await,
+            _ => preflight::for_replication(&config).await,
+        }
+    }
+
+    /// Links, copies, slots: read now.
+    pub async fn replication_status(&self) -> Value {
+        replication::status(self.config()).await
+    }
+
     /// Everything an operator wants to see at once.
     pub async fn status(&self) -> Value {
         let config = self.config();
-        let (blue, green) = tokio::join!(side_status(&config, Side::Blue), side_status(&config, Side::Green));
+        let (blue, green, lag, replication) = tokio::join!(
+            side_status(&config, Side::Blue),
+            side_status(&config, Side::Green),
+            lag::measure(&config),
+            replication::status(config.clone())
+        );
         let upstream = self.gate.upstream();
         let sessions = self.gate.sessions();
         let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
@@ -349,12 +383,21 @@ impl Controller {
             "epoch": upstream.map(|upstream| upstream.epoch),
             "held": self.gate.held(),
             "sides": { "blue": blue, "green": green },
+            "replication": replication["state"],
+            "lag": lag,
             "sessions": { "total": sessions.len(), "blue": on(Side::Blue), "green": on(Side::Green) },
             "operation": running,
             "last_flip": inner.last_flip,
             "traffic": inner.traffic,
             "warnings": warnings,
         })
+    }
+}
+
+fn ended(done: Result<Value, Failure>) -> (Outcome, Value) {
+    match done {
+        Ok(result) => (Outcome::Succeeded, result),
+        Err(failure) => (Outcome::Failed, json!(failure)),
     }
 }
 

@@ -217,7 +217,7 @@ async fn answer<T, E: Into<RecoveryError>>(
 pub async fn look(config: &Config, side: Side, database: &str) -> (Known, Option<f64>) {
     let read = async {
         let client = client(config, side, database).await?;
-        let row = answer(side, "reading the state row", state::read(&**client)).await?;
+        let row = answer(side, "reading the state row", state::read(&*client)).await?;
         let age = match &row {
             None => None,
             Some(_) => {
@@ -301,7 +301,7 @@ pub enum Burnt {
 /// Burns an attempt on its target. An error means that the outcome is still open.
 pub async fn burn(config: &Config, target: Side, attempt: Attempt) -> Result<Burnt, RecoveryError> {
     let on = client(config, target, config.carrier()).await?;
-    let burnt = answer(target, "burning the attempt (a pivot in flight has not been answered)", state::burn(&**on, attempt));
+    let burnt = answer(target, "burning the attempt (a pivot in flight has not been answered)", state::burn(&*on, attempt));
     Ok(if burnt.await? { Burnt::Yes } else { Burnt::No })
 }
 
@@ -315,17 +315,17 @@ pub async fn unwind_source(
     because: &str,
 ) -> Result<(), RecoveryError> {
     let on = client(config, source, config.carrier()).await?;
-    if !answer(source, "unwinding", state::unwind(&**on, attempt, from)).await? {
-        return Err(StateError::Superseded { found: state::read(&**on).await? }.into());
+    if !answer(source, "unwinding", state::unwind(&*on, attempt, from)).await? {
+        return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
     }
     tracing::info!(side = %source, epoch = attempt.epoch, attempt = attempt.id, from = "fenced", to = "active", because, "unwound");
     note(&on, attempt, "unwound", because).await;
     try_join_all(config.databases[1..].iter().map(|database| async move {
         let on = client(config, source, database).await?;
-        if answer(source, "unwinding", state::unwind(&**on, attempt, Unwinding::Burnt)).await? {
+        if answer(source, "unwinding", state::unwind(&*on, attempt, Unwinding::Burnt)).await? {
             Ok(())
         } else {
-            Err(RecoveryError::from(StateError::Superseded { found: state::read(&**on).await? }))
+            Err(RecoveryError::from(StateError::Superseded { found: state::read(&*on).await? }))
         }
     }))
     .await?;
@@ -340,8 +340,8 @@ async fn forward_on(config: &Config, source: Side, epoch: u64) -> Result<(), Rec
         let mended = async {
             let (one, other) = tokio::try_join!(client(config, source, database), client(config, target, database))?;
             let name = links::slot_name(target, database);
-            let missing = links::subscription(&**other, &name).await?.is_none();
-            if missing || Regime::read(&**one, &**other).await? == Regime::OriginFilter {
+            let missing = links::subscription(&*other, &name).await?.is_none();
+            if missing || Regime::read(&*one, &*other).await? == Regime::OriginFilter {
                 return Ok::<_, RecoveryError>(());
             }
             let limit = config.limits.server_connect_timeout;
@@ -376,8 +376,8 @@ pub fn go_to(config: &Config, active: Side) -> String {
 pub async fn go_forward(config: &Config, source: Side, attempt: Attempt) -> Result<(), RecoveryError> {
     let on = client(config, source, config.carrier()).await?;
     let words = go_to(config, source.other());
-    if !answer(source, "noting that the flip is done", state::done(&**on, attempt, &words)).await? {
-        return Err(StateError::Superseded { found: state::read(&**on).await? }.into());
+    if !answer(source, "noting that the flip is done", state::done(&*on, attempt, &words)).await? {
+        return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
     }
     tracing::info!(side = %source, epoch = attempt.epoch + 1, attempt = attempt.id, from = "committing", to = "standby",
         because = "the pivot has been committed", "done");
@@ -391,7 +391,7 @@ pub async fn demote(config: &Config, stale: Side, epoch: u64) -> Result<(), Reco
         let words = &words;
         async move {
             let mut on = client(config, stale, database).await?;
-            let Some(row) = state::read(&**on).await? else { return Ok(()) };
+            let Some(row) = state::read(&*on).await? else { return Ok(()) };
             if row.epoch >= epoch {
                 return Ok(());
             }
@@ -422,7 +422,7 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
         async move {
             let (here, there) =
                 tokio::try_join!(client(config, active, database), client(config, active.other(), database))?;
-            let (Some(now), Some(old)) = (state::read(&**here).await?, state::read(&**there).await?) else {
+            let (Some(now), Some(old)) = (state::read(&*here).await?, state::read(&*there).await?) else {
                 return Ok(Vec::new());
             };
             let mut did = Vec::new();
@@ -437,13 +437,13 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
             match now.state {
                 State::Standby if now.epoch + 1 == epoch => {
                     let attempt = Attempt { epoch: now.epoch, id: now.burnt.max(now.attempt).max(old.attempt) + 1 };
-                    if answer(active, "following the carrier", state::pivot(&**here, attempt)).await? {
+                    if answer(active, "following the carrier", state::pivot(&*here, attempt)).await? {
                         did.push(format!("{database}: {active} active at epoch {epoch}"));
                     }
                 }
                 State::Fenced | State::Committing if now.epoch == epoch => {
                     let attempt = Attempt { epoch, id: now.attempt };
-                    if answer(active, "following the carrier", state::unwind(&**here, attempt, Unwinding::Burnt)).await? {
+                    if answer(active, "following the carrier", state::unwind(&*here, attempt, Unwinding::Burnt)).await? {
                         did.push(format!("{database}: {active} unwound"));
                     }
                 }
@@ -456,7 +456,7 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
             }
             if old.epoch + 1 == epoch && matches!(old.state, State::Fenced | State::Committing) {
                 let attempt = Attempt { epoch: old.epoch, id: old.attempt };
-                if answer(old.side, "following the carrier", state::done(&**there, attempt, words)).await? {
+                if answer(old.side, "following the carrier", state::done(&*there, attempt, words)).await? {
                     did.push(format!("{database}: {} standby at epoch {epoch}", old.side));
                 }
             }
@@ -476,7 +476,7 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
 pub async fn all_active(config: &Config, active: Side, epoch: u64) -> Result<bool, RecoveryError> {
     let rows = try_join_all(config.databases[1..].iter().map(|database| async move {
         let on = client(config, active, database).await?;
-        Ok::<_, RecoveryError>(state::read(&**on).await?)
+        Ok::<_, RecoveryError>(state::read(&*on).await?)
     }))
     .await?;
     Ok(rows.iter().all(|row| match row {
