@@ -361,3 +361,164 @@ pub fn at_boundary(requests: &Requests, replies: &Replies) -> bool {
         && requests.between_messages()
         && replies.between_messages()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn put(into: &mut Vec<u8>, kind: u8, body: &[u8]) {
+        message::put(into, kind, |to| to.extend_from_slice(body));
+    }
+
+    /// What a client sends and a server answers, in turns: `>` and `<`.
+    fn conversation() -> Vec<(bool, Vec<u8>)> {
+        let mut turns = Vec::new();
+        let mut turn = |to_server: bool, messages: &[(u8, &[u8])]| {
+            let mut bytes = Vec::new();
+            for (kind, body) in messages {
+                put(&mut bytes, *kind, body);
+            }
+            turns.push((to_server, bytes));
+        };
+        turn(true, &[(b'Q', b"set app.tenant = '1'\0")]);
+        turn(
+            false,
+            &[(b'C', b"SET\0"), (b'S', b"TimeZone\0UTC\0"), (b'Z', b"I")],
+        );
+        turn(
+            true,
+            &[(b'P', b"\0select $1\0\0\0"), (b'D', b"S\0"), (b'S', b"")],
+        );
+        turn(
+            false,
+            &[(b'1', b""), (b't', b"\0\0"), (b'n', b""), (b'Z', b"I")],
+        );
+        turn(
+            true,
+            &[
+                (b'P', b"named\0select 2\0\0\0"),
+                (b'B', b"\0\0"),
+                (b'E', b"\0\0\0\0\0"),
+                (b'S', b""),
+                (b'Q', b"begin\0"),
+            ],
+        );
+        turn(
+            false,
+            &[
+                (b'1', b""),
+                (b'2', b""),
+                (b'D', b"\0\0"),
+                (b'C', b"SELECT 1\0"),
+                (b'Z', b"I"),
+                (b'C', b"BEGIN\0"),
+                (b'Z', b"T"),
+            ],
+        );
+        turns
+    }
+
+    /// Runs it with every turn cut into pieces, and says what is known at its end.
+    fn after(pieces: &dyn Fn(&[u8]) -> Vec<Vec<u8>>) -> (Requests, Replies) {
+        let (mut requests, mut replies) = (Requests::new(1000), Replies::default());
+        for (to_server, bytes) in conversation() {
+            for piece in pieces(&bytes) {
+                if to_server {
+                    assert_eq!(requests.scan(&piece, false).unwrap(), piece.len());
+                } else {
+                    replies.scan(&piece, &mut requests).unwrap();
+                }
+            }
+        }
+        (requests, replies)
+    }
+
+    fn check(requests: &Requests, replies: &Replies) {
+        assert_eq!(
+            (requests.sent, replies.answered, replies.status),
+            (4, 4, b'T')
+        );
+        assert!(!requests.batch_open && !at_boundary(requests, replies));
+        assert_eq!(requests.unnamed.body, b"\0select $1\0\0\0");
+        assert!(requests.unnamed.confirmed);
+        assert_eq!(requests.settings.iter().collect::<Vec<_>>(), ["app.tenant"]);
+        assert_eq!(
+            replies.parameters.get(&b"TimeZone"[..]).map(Vec::as_slice),
+            Some(&b"UTC"[..])
+        );
+    }
+
+    #[test]
+    fn a_conversation_reads_the_same_wherever_one_cut_is() {
+        for cut in 0..200 {
+            let (requests, replies) = after(&|bytes| {
+                let (head, tail) = bytes.split_at(cut.min(bytes.len()));
+                vec![head.to_vec(), tail.to_vec()]
+            });
+            check(&requests, &replies);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_conversation_reads_the_same_however_it_is_cut(sizes in proptest::collection::vec(1usize..9, 1..40)) {
+            let (requests, replies) = after(&|bytes| {
+                let (mut rest, mut sizes) = (bytes, sizes.iter().cycle());
+                let mut pieces = Vec::new();
+                while !rest.is_empty() {
+                    let (head, tail) = rest.split_at((*sizes.next().unwrap()).min(rest.len()));
+                    pieces.push(head.to_vec());
+                    rest = tail;
+                }
+                pieces
+            });
+            check(&requests, &replies);
+        }
+
+        #[test]
+        fn no_bytes_make_the_scanners_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let mut requests = Requests::new(10);
+            let _ = requests.scan(&bytes, false);
+            let _ = Replies::default().scan(&bytes, &mut requests);
+        }
+    }
+
+    #[test]
+    fn a_scan_for_one_request_stops_behind_it() {
+        let mut bytes = Vec::new();
+        put(&mut bytes, b'P', b"\0select 1\0\0\0");
+        put(&mut bytes, b'S', b"");
+        let first = bytes.len();
+        put(&mut bytes, b'Q', b"select 2\0");
+        let mut requests = Requests::new(1000);
+        assert_eq!(requests.scan(&bytes, true).unwrap(), first);
+        assert_eq!(requests.sent, 1);
+        assert_eq!(
+            requests.scan(&bytes[first..], true).unwrap(),
+            bytes.len() - first
+        );
+        assert_eq!(requests.sent, 2);
+    }
+
+    #[test]
+    fn a_sync_within_copy_in_leaves_the_count_uncertain_and_too_high() {
+        let (mut requests, mut replies) = (Requests::new(1000), Replies::default());
+        let mut bytes = Vec::new();
+        for kind in [b'B', b'E', b'S', b'd', b'c', b'S'] {
+            put(&mut bytes, kind, b"");
+        }
+        requests.scan(&bytes, false).unwrap();
+        let mut bytes = Vec::new();
+        for (kind, body) in [
+            (b'2', &b""[..]),
+            (b'G', b"\0\0\0"),
+            (b'C', b"COPY 1\0"),
+            (b'Z', b"I"),
+        ] {
+            put(&mut bytes, kind, body);
+        }
+        replies.scan(&bytes, &mut requests).unwrap();
+        assert!(replies.uncertain && !replies.copy_in && !at_boundary(&requests, &replies));
+    }
+}
