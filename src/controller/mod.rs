@@ -383,7 +383,7 @@ impl Controller {
             "epoch": upstream.map(|upstream| upstream.epoch),
             "held": self.gate.held(),
             "sides": { "blue": blue, "green": green },
-            "replication": replication["state"],
+            "replication": replication_state(&replication),
             "lag": lag,
             "sessions": { "total": sessions.len(), "blue": on(Side::Blue), "green": on(Side::Green) },
             "operation": running,
@@ -392,6 +392,36 @@ impl Controller {
             "warnings": warnings,
         })
     }
+}
+
+/// One word for all links: `none`, `copying`, `running`, or `broken` (a link that ought to be on is not).
+fn replication_state(status: &Value) -> &'static str {
+    let databases = status["databases"].as_array().map_or(&[][..], Vec::as_slice);
+    let links: Vec<&Value> =
+        databases.iter().flat_map(|database| database["links"].as_array().map_or(&[][..], Vec::as_slice)).collect();
+    let forward: Vec<&Value> = databases
+        .iter()
+        .filter_map(|database| {
+            let links = database["links"].as_array()?;
+            links.iter().find(|link| link["from"] == database["active"])
+        })
+        .collect();
+    let unread = databases.iter().any(|database| database.get("error").is_some())
+        || links.iter().any(|link| link.get("error").is_some());
+    if unread {
+        return "unknown";
+    }
+    if forward.iter().all(|link| link["enabled"].is_null()) {
+        return "none";
+    }
+    let unready = |link: &&Value| {
+        ["waiting", "copying", "catching_up"].iter().any(|state| link["tables"][state].as_u64().is_none_or(|n| n > 0))
+    };
+    if forward.iter().any(unready) {
+        return "copying";
+    }
+    let up = |link: &&Value| link["enabled"] == json!(true) && link["slot_active"] == json!(true);
+    if forward.iter().all(up) { "running" } else { "broken" }
 }
 
 fn ended(done: Result<Value, Failure>) -> (Outcome, Value) {
