@@ -7,6 +7,7 @@ pub mod links;
 pub mod marker;
 pub mod operation;
 pub mod preflight;
+pub mod replication;
 pub mod roles;
 pub mod schema;
 pub mod state;
