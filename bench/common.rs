@@ -1,0 +1,148 @@
+//! What both benchmarks share: arguments, PgBouncer before a server, medians.
+#![allow(dead_code, reason = "each benchmark uses its own part of this")]
+
+use std::fs;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use pgflip::demo::cluster::{Cluster, Port, connect, spawn_tied};
+use pgflip::demo::ledger::App;
+
+/// What goes wrong ends the benchmark with its message.
+pub type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// The value behind `--name`, or the default. cargo's own `--bench` is ignored.
+pub fn argument<T: std::str::FromStr>(name: &str, default: T) -> Outcome<T> {
+    let arguments: Vec<String> = std::env::args().collect();
+    let Some(at) = arguments.iter().position(|argument| argument == &format!("--{name}")) else {
+        return Ok(default);
+    };
+    let value = arguments.get(at + 1).ok_or(format!("--{name} needs a value"))?;
+    value
+        .parse()
+        .map_err(|_| format!("--{name} {value}: not a value it can have").into())
+}
+
+/// The middle one; of an even number the higher of the two in the middle.
+pub fn median(values: &[f64]) -> f64 {
+    at(values, 0.5)
+}
+
+/// The value below which this share of the values lies.
+pub fn at(values: &[f64], share: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let index = ((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1));
+    sorted.get(index).copied().unwrap_or(f64::NAN)
+}
+
+/// CPU time of a process, all threads, user and system, in seconds (proc(5), fields 14 and 15 of stat).
+pub fn cpu_seconds(pid: u32) -> Outcome<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let after = stat.rsplit_once(')').ok_or("stat without a name")?.1;
+    let fields: Vec<&str> = after.split_whitespace().collect();
+    let ticks: f64 =
+        fields.get(11).ok_or("stat is short")?.parse::<f64>()? + fields.get(12).ok_or("short")?.parse::<f64>()?;
+    // SAFETY: sysconf touches no memory of ours.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    Ok(ticks / per_second as f64)
+}
+
+/// A PgBouncer before one server, with the same authentication as pgflip: the roles' SCRAM verifiers.
+pub struct PgBouncer {
+    child: Child,
+    port: Port,
+    app: App,
+    _directory: tempfile::TempDir,
+}
+
+impl PgBouncer {
+    /// Starts it. `mode` is `session` or `transaction`.
+    pub async fn start(server: &Cluster, app: &App, mode: &str) -> Outcome<PgBouncer> {
+        let program = std::env::var_os("PGBOUNCER").map_or_else(|| PathBuf::from("pgbouncer"), PathBuf::from);
+        let directory = tempfile::Builder::new().prefix("pgflip-pgbouncer-").tempdir()?;
+        let port = Port::take()?;
+        let admin = server.connect("postgres").await?;
+        let verifier = "SELECT rolpassword FROM pg_authid WHERE rolname = $1";
+        let verifier: String = admin.query_one(verifier, &[&app.user]).await?.get(0);
+        let users = directory.path().join("users.txt");
+        fs::write(&users, format!("\"{}\" \"{verifier}\"\n", app.user))?;
+        let ini = directory.path().join("pgbouncer.ini");
+        fs::write(
+            &ini,
+            format!(
+                "[databases]\n{database} = host=127.0.0.1 port={server} dbname={database}\n\
+                 [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+                 auth_type = scram-sha-256\nauth_file = {users}\nadmin_users = {user}\npool_mode = {mode}\n\
+                 default_pool_size = 200\nmax_client_conn = 1000\nignore_startup_parameters = extra_float_digits\n\
+                 logfile = {log}\n",
+                database = app.database,
+                server = server.port(),
+                port = port.number(),
+                users = users.display(),
+                user = app.user,
+                log = directory.path().join("log").display(),
+            ),
+        )?;
+        let mut command = Command::new(program);
+        command
+            .arg(&ini)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0);
+        // SAFETY: takes nothing, touches no memory, can't fail.
+        if unsafe { libc::geteuid() } == 0 {
+            // It refuses to run as root.
+            let nobody = 65_534;
+            for path in [directory.path(), &users, &ini] {
+                std::os::unix::fs::chown(path, Some(nobody), Some(nobody))?;
+            }
+            command.uid(nobody).gid(nobody);
+        }
+        let child =
+            spawn_tied(command).map_err(|error| format!("pgbouncer: {error} (its path may be set as PGBOUNCER)"))?;
+        let bouncer = PgBouncer {
+            child,
+            port,
+            app: app.clone(),
+            _directory: directory,
+        };
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            match connect(&app.url(bouncer.port())).await {
+                Ok(_) => return Ok(bouncer),
+                Err(error) if Instant::now() > until => {
+                    return Err(format!("pgbouncer does not serve: {}", pgflip::pg::connect::describe(&error)).into());
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its console.
+    pub async fn console(&self) -> Outcome<tokio_postgres::Client> {
+        let mut app = self.app.clone();
+        app.database = "pgbouncer".to_owned();
+        Ok(connect(&app.url(self.port())).await?)
+    }
+}
+
+impl Drop for PgBouncer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,176 @@
+//! What clients feel of a flip: flips there and back under TPC-B, beside PgBouncer's bare PAUSE and RESUME (which moves
+//! nothing), and beside nothing at all.
+//!
+//! ```text
+//! cargo bench --bench flip -- --flips 20 --clients 32 --blue 16 --green 18
+//! ```
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Outcome, PgBouncer, argument, at, median};
+use pgflip::demo::cluster::{self, Cluster, Options};
+use pgflip::demo::ledger::{App, Ledger, Load, Shape, Style};
+use pgflip::demo::sidecar::{Setup, Sidecar};
+
+/// Between two flips.
+const PAUSE: Duration = Duration::from_millis(1_500);
+
+fn line(what: &str, held: &[f64], stalls: &[f64]) {
+    let cell = |values: &[f64], value: f64| {
+        if values.is_empty() {
+            "-".to_owned()
+        } else {
+            format!("{value:.1}")
+        }
+    };
+    println!(
+        "{what:<44} {:>8} {:>8} {:>8}   {:>8} {:>8}",
+        cell(held, median(held)),
+        cell(held, at(held, 0.99)),
+        cell(held, at(held, 1.0)),
+        cell(stalls, median(stalls)),
+        cell(stalls, at(stalls, 1.0)),
+    );
+}
+
+#[tokio::main]
+async fn main() -> Outcome<()> {
+    let (flips, clients): (usize, usize) = (argument("flips", 20)?, argument("clients", 32)?);
+    let (from, to): (u32, u32) = (argument("blue", 16)?, argument("green", 18)?);
+    let start = |version: u32, name: &str| {
+        // Otherwise a subscription's worker comes back only 5 s after its last start, and flips have to wait for that.
+        let options = Options::named(name).setting("wal_retrieve_retry_interval", "200ms");
+        Cluster::start(&cluster::find(version)?, options)
+    };
+    let (blue, green) = (start(from, "blue")?, start(to, "green")?);
+    let app = App::setup(
+        &blue.url(),
+        "app",
+        Shape {
+            tables: 60,
+            ..Shape::default()
+        },
+    )
+    .await?;
+    let load = Load {
+        clients,
+        styles: vec![Style::Transaction],
+        ..Load::default()
+    };
+    println!("{flips} times, {clients} clients of TPC-B, Postgres {from} and {to}, fsync on; milliseconds");
+    println!(
+        "{:<44} {:>8} {:>8} {:>8}   {:>8} {:>8}",
+        "", "held p50", "p99", "max", "stall p50", "max"
+    );
+
+    // Nothing at all: what a client waits for at most in spans as long as those with a flip.
+    let mut setup = Setup::new(env!("CARGO_BIN_EXE_pgflip"), &blue, &green);
+    setup.pg_bin = Some(cluster::dump_tools(from)?);
+    setup.log_level = "info".to_owned();
+    let mut sidecar = Sidecar::start(setup)?;
+    sidecar.ready(Duration::from_secs(30)).await?;
+    let ledger = Ledger::start(&app, sidecar.port(), &load);
+    let stalls = spans(&ledger, flips).await?;
+    line("pgflip, no flip", &[], &stalls);
+
+    let replication = sidecar.run(&["replication", "start"]).await?;
+    if replication.code != Some(0) {
+        return Err(format!(
+            "replication start: {}{}\n{}",
+            replication.out,
+            replication.err,
+            sidecar.log_tail(30)
+        )
+        .into());
+    }
+    let stalls = spans(&ledger, flips).await?;
+    line("pgflip, replication running, no flip", &[], &stalls);
+
+    let (mut held, mut whole, mut stalls) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..flips {
+        let direction = if n % 2 == 0 { "cutover" } else { "rollback" };
+        ledger.lap();
+        let said = sidecar.run(&[direction]).await?;
+        let result = said.result();
+        if said.code != Some(0) {
+            return Err(format!("{direction} {n}: {}{}\n{}", said.out, said.err, sidecar.log_tail(40)).into());
+        }
+        let (Some(held_ms), Some(drain_ms)) = (result["held_ms"].as_f64(), result["drain_ms"].as_f64()) else {
+            return Err(format!("{direction} {n} does not say how long it held: {result}").into());
+        };
+        held.push(held_ms - drain_ms);
+        whole.push(held_ms);
+        progress(&ledger).await?;
+        stalls.push(ledger.lap().longest_ms);
+        tokio::time::sleep(PAUSE).await;
+    }
+    line("pgflip, flips: held beyond the drain", &held, &stalls);
+    line("pgflip, flips: held with the drain", &whole, &stalls);
+    let report = ledger.stop().await;
+    let active = if flips.is_multiple_of(2) { &blue } else { &green };
+    let verdict = report.verify(&active.connect("app").await?).await?;
+    println!("the ledger after them: {verdict}");
+    if !verdict.is_perfect() {
+        return Err("the ledger is not right".into());
+    }
+    drop((sidecar, blue, green));
+
+    // PgBouncer before a server of its own that replicates nothing.
+    let server = start(from, "blue")?;
+    let app = App::setup(
+        &server.url(),
+        "app",
+        Shape {
+            tables: 60,
+            ..Shape::default()
+        },
+    )
+    .await?;
+    let bouncer = PgBouncer::start(&server, &app, "transaction").await?;
+    let console = bouncer.console().await?;
+    let ledger = Ledger::start(&app, bouncer.port(), &load);
+    let stalls = spans(&ledger, flips).await?;
+    line("PgBouncer (transaction mode), no pause", &[], &stalls);
+    let (mut held, mut stalls) = (Vec::new(), Vec::new());
+    for _ in 0..flips {
+        ledger.lap();
+        let since = std::time::Instant::now();
+        console.simple_query("PAUSE").await?;
+        console.simple_query("RESUME").await?;
+        held.push(since.elapsed().as_secs_f64() * 1_000.0);
+        progress(&ledger).await?;
+        stalls.push(ledger.lap().longest_ms);
+        tokio::time::sleep(PAUSE).await;
+    }
+    line("PgBouncer (transaction mode), PAUSE + RESUME", &held, &stalls);
+    let report = ledger.stop().await;
+    if !report.errors.is_empty() {
+        println!(
+            "errors of clients of PgBouncer: {:?}",
+            report.errors.iter().take(3).collect::<Vec<_>>()
+        );
+    }
+    Ok(())
+}
+
+async fn progress(ledger: &Ledger) -> Outcome<()> {
+    if ledger.progress(200, Duration::from_secs(30)).await {
+        Ok(())
+    } else {
+        Err("clients stand still".into())
+    }
+}
+
+/// The longest wait of a client in each of so many spans in which nothing is done.
+async fn spans(ledger: &Ledger, many: usize) -> Outcome<Vec<f64>> {
+    progress(ledger).await?;
+    let mut stalls = Vec::new();
+    for _ in 0..many {
+        ledger.lap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        stalls.push(ledger.lap().longest_ms);
+    }
+    Ok(stalls)
+}

@@ -1,0 +1,338 @@
+//! What integration tests stand on: a [`Rig`] is a blue and a green server of two versions, an application's tables on
+//! blue, and pgflip (the real program) before them. Everything goes when it is dropped; if a test fails, the ends of all
+//! logs are shown.
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+use std::time::{Duration, Instant};
+
+use pgflip::demo::cluster::{self, Cluster, Options};
+use pgflip::demo::ledger::{App, Ledger, Load, Report, Shape, Verdict};
+use pgflip::demo::sidecar::{Said, Setup, Sidecar};
+use pgflip::pg::Side;
+use serde_json::Value;
+
+/// How long anything that should be quick may take before a test fails: machines that build are slow.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a [`Rig`] is made of.
+#[derive(Clone)]
+pub struct Plan {
+    versions: [u32; 2],
+    databases: usize,
+    shape: Shape,
+    settings: [Vec<(String, String)>; 2],
+    top: String,
+    sections: String,
+    environment: Vec<(String, String)>,
+}
+
+impl Plan {
+    /// So many databases that flip together: `app`, `app2` …
+    pub fn databases(mut self, n: usize) -> Plan {
+        self.databases = n;
+        self
+    }
+    /// How big the application is in each of them.
+    pub fn shape(mut self, shape: Shape) -> Plan {
+        self.shape = shape;
+        self
+    }
+    /// A setting of both servers.
+    pub fn setting(self, name: &str, value: &str) -> Plan {
+        self.setting_of(Side::Blue, name, value)
+            .setting_of(Side::Green, name, value)
+    }
+    /// A setting of one server.
+    pub fn setting_of(mut self, side: Side, name: &str, value: &str) -> Plan {
+        self.settings[index(side)].push((name.to_owned(), value.to_owned()));
+        self
+    }
+    /// Sections of pgflip's configuration, such as `[flip]`.
+    pub fn config(mut self, sections: &str) -> Plan {
+        self.sections.push_str(sections);
+        self.sections.push('\n');
+        self
+    }
+    /// Lines of the configuration before the first section, such as `workers = 1`.
+    pub fn top(mut self, lines: &str) -> Plan {
+        self.top.push_str(lines);
+        self.top.push('\n');
+        self
+    }
+    /// PGFLIP_FAULT of the first pgflip.
+    pub fn fault(mut self, fault: &str) -> Plan {
+        self.environment.push(("PGFLIP_FAULT".to_owned(), fault.to_owned()));
+        self
+    }
+    /// Starts it all; pgflip is ready, on blue, with nothing replicated yet.
+    pub async fn start(self) -> Rig {
+        let binaries = self
+            .versions
+            .map(|version| cluster::find(version).expect("Postgres for tests"));
+        let [blue, green] = std::array::from_fn(|n| {
+            // Otherwise a subscription's worker comes back only 5 s after its last start, which is not what is tested.
+            let mut options = Options::named(["blue", "green"][n]).setting("wal_retrieve_retry_interval", "200ms");
+            options.settings.extend(self.settings[n].iter().cloned());
+            Cluster::start(&binaries[n], options).expect("a server for tests")
+        });
+        let mut apps: Vec<App> = Vec::new();
+        for n in 0..self.databases {
+            let name = if n == 0 {
+                "app".to_owned()
+            } else {
+                format!("app{}", n + 1)
+            };
+            let app = match apps.first() {
+                None => App::setup(&blue.url(), &name, self.shape.clone()).await,
+                Some(first) => first.also_in(&blue.url(), &name).await,
+            };
+            apps.push(app.expect("the application's tables"));
+        }
+        let mut setup = Setup::new(env!("CARGO_BIN_EXE_pgflip"), &blue, &green);
+        setup.pg_bin = Some(cluster::dump_tools(self.versions[0]).expect("pg_dump for tests"));
+        setup.databases = apps.iter().map(|app| app.database.clone()).collect();
+        setup.top = self.top;
+        setup.sections = self.sections;
+        setup.environment = self.environment;
+        let mut sidecar = Sidecar::start(setup.clone()).expect("pgflip starts");
+        sidecar.ready(LIMIT).await.expect("pgflip is ready");
+        Rig {
+            sidecar,
+            others: Vec::new(),
+            apps,
+            setup,
+            blue,
+            green,
+        }
+    }
+}
+
+fn index(side: Side) -> usize {
+    match side {
+        Side::Blue => 0,
+        Side::Green => 1,
+    }
+}
+
+/// Two servers, an application, pgflip.
+pub struct Rig {
+    // Dropped in this order: pgflip first.
+    /// pgflip.
+    pub sidecar: Sidecar,
+    /// Further sidecars before the same servers.
+    pub others: Vec<Sidecar>,
+    /// The application in each database.
+    pub apps: Vec<App>,
+    /// What sidecars are started with.
+    pub setup: Setup,
+    /// Blue.
+    pub blue: Cluster,
+    /// Green.
+    pub green: Cluster,
+}
+
+impl Rig {
+    /// Blue's and green's major version; one database, the default shape.
+    #[allow(clippy::new_ret_no_self, reason = "a plan comes first")]
+    pub fn new(blue: u32, green: u32) -> Plan {
+        Plan {
+            versions: [blue, green],
+            databases: 1,
+            shape: Shape::default(),
+            settings: [Vec::new(), Vec::new()],
+            top: String::new(),
+            sections: String::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// A side's server.
+    pub fn cluster(&self, side: Side) -> &Cluster {
+        match side {
+            Side::Blue => &self.blue,
+            Side::Green => &self.green,
+        }
+    }
+
+    /// The same, to stop or kill it.
+    pub fn cluster_mut(&mut self, side: Side) -> &mut Cluster {
+        match side {
+            Side::Blue => &mut self.blue,
+            Side::Green => &mut self.green,
+        }
+    }
+
+    /// The application in the carrier.
+    pub fn app(&self) -> &App {
+        &self.apps[0]
+    }
+
+    /// The application's URL through pgflip.
+    pub fn url(&self) -> String {
+        self.app().url(self.sidecar.port())
+    }
+
+    /// A client of the application's through pgflip.
+    pub async fn client(&self) -> tokio_postgres::Client {
+        cluster::connect(&self.url()).await.expect("a login through pgflip")
+    }
+
+    /// The superuser, around pgflip, in the carrier.
+    pub async fn admin(&self, side: Side) -> tokio_postgres::Client {
+        self.cluster(side)
+            .connect(&self.app().database)
+            .await
+            .expect("a superuser's login")
+    }
+
+    /// Starts clients in every database.
+    pub fn ledgers(&self, load: &Load) -> Vec<Ledger> {
+        self.apps
+            .iter()
+            .map(|app| Ledger::start(app, self.sidecar.port(), load))
+            .collect()
+    }
+
+    /// Starts clients in the carrier.
+    pub fn ledger(&self, load: &Load) -> Ledger {
+        Ledger::start(self.app(), self.sidecar.port(), load)
+    }
+
+    /// One more sidecar before the same servers.
+    pub async fn another(&mut self, fault: &str) -> usize {
+        let mut setup = self.setup.clone();
+        setup.name = format!("pgflip-{}", self.others.len() + 2);
+        setup.environment = vec![("PGFLIP_FAULT".to_owned(), fault.to_owned())];
+        let mut sidecar = Sidecar::start(setup).expect("another pgflip starts");
+        sidecar.ready(LIMIT).await.expect("another pgflip is ready");
+        self.others.push(sidecar);
+        self.others.len() - 1
+    }
+
+    /// Runs a command of pgflip's.
+    pub async fn run(&self, arguments: &[&str]) -> Said {
+        self.sidecar
+            .run(arguments)
+            .await
+            .expect("a command of pgflip's can be run")
+    }
+
+    async fn done(&self, arguments: &[&str]) -> Value {
+        let said = self.run(arguments).await;
+        assert_eq!(said.code, Some(0), "pgflip {arguments:?}: {}{}", said.out, said.err);
+        said.result()
+    }
+
+    /// `replication start`, which has to succeed.
+    pub async fn replicate(&self) -> Value {
+        self.done(&["replication", "start"]).await
+    }
+
+    /// `cutover`, which has to complete. Its result.
+    pub async fn cutover(&self) -> Value {
+        let result = self.done(&["cutover"]).await;
+        assert_eq!(result["outcome"], "completed", "{result}");
+        result
+    }
+
+    /// `rollback`, which has to complete. Its result.
+    pub async fn rollback(&self) -> Value {
+        let result = self.done(&["rollback"]).await;
+        assert_eq!(result["outcome"], "completed", "{result}");
+        result
+    }
+
+    /// The flip that leaves this side.
+    pub async fn flip_from(&self, side: Side) -> Value {
+        match side {
+            Side::Blue => self.cutover().await,
+            Side::Green => self.rollback().await,
+        }
+    }
+
+    /// `GET /v1/status`.
+    pub async fn status(&self) -> Value {
+        let (code, status) = self.sidecar.get("/v1/status").await.expect("an answer");
+        assert_eq!(code, 200, "{status}");
+        status
+    }
+
+    /// The side that `status` calls active.
+    pub async fn active(&self) -> Option<Side> {
+        self.status().await["active"]
+            .as_str()
+            .and_then(|side| side.parse().ok())
+    }
+
+    /// Waits until pgflip serves, and returns the active side.
+    pub async fn serving(&self) -> Side {
+        let until = Instant::now() + LIMIT;
+        loop {
+            let last = self.sidecar.get("/v1/status").await;
+            if let Ok((200, status)) = &last
+                && status["phase"] == "serving"
+                && status["held"] == false
+                && let Some(side) = status["active"].as_str().and_then(|side| side.parse().ok())
+            {
+                return side;
+            }
+            assert!(Instant::now() < until, "pgflip does not serve: {last:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The sides on which a superuser may write, found by trying.
+    pub async fn writable(&self) -> Vec<Side> {
+        let mut sides = Vec::new();
+        for side in Side::BOTH {
+            let Ok(client) = self.cluster(side).connect(&self.app().database).await else {
+                continue;
+            };
+            let there = "SELECT to_regclass('public.attack') IS NOT NULL";
+            // Before the schema is copied nothing can be written there either.
+            if !client.query_one(there, &[]).await.is_ok_and(|row| row.get(0)) {
+                continue;
+            }
+            let tried = client
+                .batch_execute("BEGIN; INSERT INTO public.attack VALUES (0, 'probe'); ROLLBACK")
+                .await;
+            if tried.is_ok() {
+                sides.push(side);
+            }
+        }
+        sides
+    }
+
+    /// Compares a report with a side, in the database of `self.apps[n]`. A standby may need a moment to catch up.
+    pub async fn verify(&self, n: usize, report: &Report, side: Side) -> Verdict {
+        let server = self
+            .cluster(side)
+            .connect(&self.apps[n].database)
+            .await
+            .expect("a superuser's login");
+        let until = Instant::now() + LIMIT;
+        loop {
+            let verdict = report.verify(&server).await.expect("the ledger can be read");
+            if verdict.data_is_right() || Instant::now() > until {
+                return verdict;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Stops ledgers, one for each database, and asserts that clients saw no error and that both sides hold what was
+    /// acknowledged, once.
+    pub async fn perfect(&self, ledgers: Vec<Ledger>) {
+        for (n, ledger) in ledgers.into_iter().enumerate() {
+            let report = ledger.stop().await;
+            for side in Side::BOTH {
+                let verdict = self.verify(n, &report, side).await;
+                assert!(
+                    verdict.is_perfect(),
+                    "database {}, {side}: {verdict}",
+                    self.apps[n].database
+                );
+            }
+        }
+    }
+}
