@@ -353,10 +353,11 @@ async fn server(
     found: &mut Vec<Finding>,
 ) {
     let statement = include_str!("../pg/sql/preflight_server.sql");
-    let read = rows(&**client, statement, &[&config.databases, &facts.origins_setting()], &format!("What {side} has room for"), found);
-    let read = read.await;
-    let rights = rows(&**client, include_str!("../pg/sql/preflight_rights.sql"), &[], &format!("pgflip's rights on {side}"), found);
-    if let Some(rights) = rights.await.first() {
+    let what = format!("What {side} has room for");
+    let read = rows(&**client, statement, &[&config.databases, &facts.origins_setting()], &what, found).await;
+    let statement = include_str!("../pg/sql/preflight_rights.sql");
+    let rights = rows(&**client, statement, &[], &format!("pgflip's rights on {side}"), found).await;
+    if let Some(rights) = rights.first() {
         permissions(config, side, facts, rights, found);
     }
     let Some(row) = read.first() else { return };
@@ -816,7 +817,7 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
             }
         };
         standing(source, &from, &to, &mut of_this).await;
-        match Regime::read(&**from, &**to).await {
+        match Regime::read(&*from, &*to).await {
             Ok(regime) => {
                 let ends = Ends { source: &from, target: &to, source_side: source, database };
                 match links::obstacles(&ends, regime).await {
@@ -836,7 +837,7 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
                 Err(error) => of_this.push(unread("The roles", error)),
             }
             let statement = include_str!("../pg/sql/old_transactions.sql");
-            let old = rows(&**from, statement, &[&config.databases], "The open transactions", &mut of_this).await;
+            let old = rows(&*from, statement, &[&config.databases], "The open transactions", &mut of_this).await;
             let old: Vec<String> = old.iter().map(|row| row.get(0)).collect();
             if !old.is_empty() {
                 of_this.push(Finding::warning(

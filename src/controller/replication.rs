@@ -276,7 +276,7 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
     let source = run.on_source(database).await?;
     let mut target = run.on_target(database).await?;
     let read = |e: tokio_postgres::Error| run.failed(query("reading the tables")(e));
-    let (here, there) = (schema::columns(&**source).await.map_err(read)?, schema::columns(&*target).await.map_err(read)?);
+    let (here, there) = (schema::columns(&*source).await.map_err(read)?, schema::columns(&*target).await.map_err(read)?);
     let applied: bool = target
         .query_one("select exists (select from pgflip.history where event = 'schema')", &[])
         .await
@@ -287,7 +287,7 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
     if empty || !missing.is_empty() {
         let features = |client| Features::read(client);
         let (source_features, target_features) =
-            (features(&**source).await.map_err(read)?, features(&*target).await.map_err(read)?);
+            (features(&*source).await.map_err(read)?, features(&*target).await.map_err(read)?);
         let pg_dump = schema::find_pg_dump(&run.config, source_features, target_features).await.map_err(|e| run.failed(e))?;
         let part = if empty { schema::Part::Everything } else { schema::Part::Tables(&missing) };
         let dump = schema::dump(&pg_dump, run.config.server(run.source), database, part, target_features)
@@ -348,7 +348,7 @@ async fn fences(run: &Run, database: &str) -> Result<(), Failure> {
     let (source, target) = (run.on_source(database).await?, run.on_target(database).await?);
     let made = fence::prepare(&source).await.map_err(|e| run.failed(e))?;
     fence::prepare(&target).await.map_err(|e| run.failed(e))?;
-    let features = Features::read(&**target).await.map_err(|e| run.failed(describe(&e)))?;
+    let features = Features::read(&*target).await.map_err(|e| run.failed(describe(&e)))?;
     if features.copy_has_origin() {
         arm(run, &target).await?;
     }
@@ -365,7 +365,7 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     let mut source = run.on_source(database).await?;
     let mut target = run.on_target(database).await?;
     let link = |e: LinkError| run.failed(e);
-    let regime = Regime::read(&**source, &**target).await.map_err(link)?;
+    let regime = Regime::read(&*source, &*target).await.map_err(link)?;
     run.started("publication", format!("Publications in database {database}"));
     publish(run, &mut target, &run.standby()).await?;
     let published = publish(run, &mut source, &run.active()).await?;
@@ -373,7 +373,7 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
 
     let forward = slot_name(run.target(), database);
     run.started("link", format!("Link {} → {} of database {database}", run.source, run.target()));
-    let there = links::subscription(&**target, &forward).await.map_err(link)?;
+    let there = links::subscription(&*target, &forward).await.map_err(link)?;
     match there {
         Some(subscription) => {
             if !subscription.enabled {
@@ -413,7 +413,7 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     .map_err(|e| run.failed(format!("{e}; {}'s log says why", run.target())))?;
     run.done("copy", format!("{} tables of database {database} are in step", copied.tables), json!({"database": database, "tables": copied.tables}));
 
-    let features = Features::read(&**target).await.map_err(|e| run.failed(describe(&e)))?;
+    let features = Features::read(&*target).await.map_err(|e| run.failed(describe(&e)))?;
     if !features.copy_has_origin() {
         arm(run, &target).await?;
     }
