@@ -11,7 +11,6 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -123,35 +122,28 @@ async fn replication(State(admin): Shared) -> Response {
     Json(admin.controller.replication_status().await).into_response()
 }
 
-/// `replication/start`, `replication/stop` and `finalize` take no options.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Nothing {}
-
 async fn replication_start(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
-    read::<Nothing>(&headers, body)?;
+    read(&headers, body, &[])?;
     begin(&admin, Order::ReplicationStart)
 }
 
 async fn replication_stop(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
-    read::<Nothing>(&headers, body)?;
+    read(&headers, body, &[])?;
     begin(&admin, Order::ReplicationStop)
 }
 
 async fn finalize(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
-    read::<Nothing>(&headers, body)?;
+    read(&headers, body, &[])?;
     begin(&admin, Order::Finalize)
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FlipOptions {
-    #[serde(default)]
-    rehearse: bool,
-    stragglers: Option<Stragglers>,
-    /// The name of the side whose data may be lost: the one that is active now. Typing it out is the consent.
-    force: Option<Side>,
-}
+/// Options of a flip, each with what it must be. `force` is the name of the side whose data may be lost: the one that
+/// is active now. Typing it out is the consent.
+const FLIP: &[(&str, &str)] = &[
+    ("rehearse", "true or false"),
+    ("stragglers", "\"unwind\" or \"terminate\""),
+    ("force", "\"blue\" or \"green\", the side that is given up"),
+];
 
 async fn cutover(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
     flip(&admin, Direction::Cutover, &headers, body)
@@ -162,12 +154,11 @@ async fn rollback(State(admin): Shared, headers: HeaderMap, body: Body) -> Answe
 }
 
 fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) -> Answer {
-    let options: FlipOptions = read(headers, body)?;
-    let source = match direction {
-        Direction::Cutover => Side::Blue,
-        Direction::Rollback => Side::Green,
-    };
-    let force = match options.force {
+    let options = read(headers, body, FLIP)?;
+    let rehearse = options.one::<bool>("rehearse")?.unwrap_or(false);
+    let stragglers = options.one::<Stragglers>("stragglers")?;
+    let source = direction.source();
+    let force = match options.one::<Side>("force")? {
         None => None,
         Some(side) if side == source => Some(Force::default()),
         Some(side) => {
@@ -179,7 +170,7 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
             ));
         }
     };
-    if options.rehearse && force.is_some() {
+    if rehearse && force.is_some() {
         return Err(Refusal::bad_request(
             "A rehearsal can't be forced.",
             "Leave one of rehearse and force out.",
@@ -187,9 +178,9 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
     }
     let request = FlipRequest {
         direction,
-        rehearse: options.rehearse,
+        rehearse,
         force,
-        stragglers: options.stragglers,
+        stragglers,
     };
     begin(admin, Order::Flip(request))
 }
@@ -216,7 +207,7 @@ fn begin(admin: &Admin, order: Order) -> Answer {
 type Body = Result<Bytes, axum::extract::rejection::BytesRejection>;
 
 /// A JSON object, or no body at all for "no options".
-fn read<T: DeserializeOwned>(headers: &HeaderMap, body: Body) -> Result<T, Refusal> {
+fn read(headers: &HeaderMap, body: Body, known: &'static [(&'static str, &'static str)]) -> Result<Options, Refusal> {
     let body = body.map_err(|rejection| {
         let (code, next) = match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "Send the options and nothing else."),
@@ -243,12 +234,55 @@ fn read<T: DeserializeOwned>(headers: &HeaderMap, body: Body) -> Result<T, Refus
         ));
     }
     let body: &[u8] = if body.is_empty() { b"{}" } else { &body };
-    serde_json::from_slice(body).map_err(|error| {
-        Refusal::bad_request(
-            format!("The body can't be read: {error}."),
-            "Send a JSON object with the options that the README lists.",
-        )
-    })
+    let given: Value = serde_json::from_slice(body)
+        .map_err(|error| Refusal::bad_request(format!("The body is not JSON: {error}."), "Send a JSON object."))?;
+    let Value::Object(given) = given else {
+        return Err(Refusal::bad_request(
+            "The body is not a JSON object.",
+            "Send {\"option\": value}, or nothing.",
+        ));
+    };
+    let unknown: Vec<String> = given
+        .keys()
+        .filter(|name| !known.iter().any(|(known, _)| known == name))
+        .map(|name| format!("{name:?}"))
+        .collect();
+    if unknown.is_empty() {
+        return Ok(Options { given, known });
+    }
+    let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+    let next = match names.as_slice() {
+        [] => "This request takes no options.".to_owned(),
+        names => format!("The options are: {}.", names.join(", ")),
+    };
+    Err(Refusal::bad_request(
+        format!("There is no option {}.", unknown.join(", ")),
+        next,
+    ))
+}
+
+/// A request's options, all of them known.
+struct Options {
+    given: serde_json::Map<String, Value>,
+    known: &'static [(&'static str, &'static str)],
+}
+
+impl Options {
+    /// One option; `null` is the same as leaving it out.
+    fn one<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Refusal> {
+        let value = match self.given.get(name) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(value) => value,
+        };
+        T::deserialize(value).map(Some).map_err(|_| {
+            let expected = self
+                .known
+                .iter()
+                .find(|(known, _)| *known == name)
+                .map_or("", |(_, expected)| expected);
+            Refusal::bad_request(format!("{name:?} can't be {value}."), format!("Write {expected}."))
+        })
+    }
 }
 
 async fn operations(State(admin): Shared) -> Response {
