@@ -3,6 +3,8 @@
 //! Nothing here knows of clients, flips or epochs.
 
 pub mod connect;
+pub mod features;
+pub mod origin;
 
 use std::fmt;
 use std::str::FromStr;

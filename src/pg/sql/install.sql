@@ -96,3 +96,21 @@ begin
 end
 $$;
 revoke all on function pgflip.fence_ddl() from public;
+
+-- First statement of every act that changes this side: holds its row still until the transaction ends and refuses the
+-- act if the side is not what it expects. SHARE is enough to keep every transition out, and does not stand in the way
+-- of REPEATABLE READ writers, who hold the same lock.
+create or replace function pgflip.expect(states text[], at_epoch bigint) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+    row pgflip.state;
+begin
+    select * into row from pgflip.state for share;
+    if row.epoch is distinct from at_epoch or row.state <> all (states) then
+        raise exception 'superseded: % is % at epoch %, expected % at epoch %',
+                        coalesce(row.side, 'this side'), coalesce(row.state, 'unknown'), row.epoch, states, at_epoch
+            using errcode = 'PF001';
+    end if;
+end
+$$;
+revoke all on function pgflip.expect(text[], bigint) from public;

@@ -1,0 +1,954 @@
+//! Everything that would stop `replication start` or a flip, found before anything is touched. All that is wrong is
+//! said, not just the first, each with the statement that mends it; what can't be read is a blocker.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::timeout;
+use tokio_postgres::GenericClient;
+
+use super::links::{self, Ends, Regime, conninfo, list, slot_name};
+use super::state::{self, State};
+use super::{roles, schema};
+use crate::config::Config;
+use crate::pg::connect::describe;
+use crate::pg::features::Features;
+use crate::pg::origin::{self, connect_with_origin};
+use crate::pg::{Client, ConnectError, Literal, Purpose, Side, connect};
+
+/// How bad a [`Finding`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// Nothing is begun while there is one.
+    Blocker,
+    /// The operator should know; nothing is stopped by it.
+    Warning,
+}
+
+/// One thing that is wrong: what, what it means, and what mends it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// How bad.
+    pub severity: Severity,
+    /// For programs: stable, `snake_case`.
+    pub code: &'static str,
+    /// The database, if it is about one.
+    pub database: Option<String>,
+    /// What is so, with names.
+    pub what: String,
+    /// What would happen because of it.
+    pub means: String,
+    /// What to do; a statement where there is one.
+    pub mend: String,
+}
+
+impl Finding {
+    /// Stops what was asked for.
+    pub fn blocker(
+        code: &'static str,
+        what: impl Into<String>,
+        means: impl Into<String>,
+        mend: impl Into<String>,
+    ) -> Finding {
+        Finding {
+            severity: Severity::Blocker,
+            code,
+            database: None,
+            what: what.into(),
+            means: means.into(),
+            mend: mend.into(),
+        }
+    }
+
+    /// Stops nothing.
+    pub fn warning(
+        code: &'static str,
+        what: impl Into<String>,
+        means: impl Into<String>,
+        mend: impl Into<String>,
+    ) -> Finding {
+        Finding { severity: Severity::Warning, ..Finding::blocker(code, what, means, mend) }
+    }
+
+    /// It is about this database.
+    pub fn of(mut self, database: &str) -> Finding {
+        self.database = Some(database.to_owned());
+        self
+    }
+
+    /// True if it stops what was asked for.
+    pub fn stops(&self) -> bool {
+        self.severity == Severity::Blocker
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let severity = match self.severity {
+            Severity::Blocker => "blocker",
+            Severity::Warning => "warning",
+        };
+        write!(f, "{severity} {}", self.code)?;
+        if let Some(database) = &self.database {
+            write!(f, " (database {database})")?;
+        }
+        write!(f, ": {} {} {}", self.what, self.means, self.mend)
+    }
+}
+
+/// Why something an operator asked for was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    /// What happened.
+    pub what: String,
+    /// What it means for the data and for clients.
+    pub means: String,
+    /// What to do next.
+    pub next: String,
+    /// What preflight found, if it was preflight.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<Finding>,
+}
+
+impl Failure {
+    /// A failure that preflight did not find.
+    pub fn new(what: impl Into<String>, means: impl Into<String>, next: impl Into<String>) -> Failure {
+        Failure { what: what.into(), means: means.into(), next: next.into(), findings: Vec::new() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.what, self.means, self.next)?;
+        for finding in &self.findings {
+            write!(f, "\n- {finding}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Failure {}
+
+const PURPOSE: Purpose = Purpose("preflight");
+
+/// How long one server may take to reach the other.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(20);
+
+fn unread(what: &str, error: impl fmt::Display) -> Finding {
+    Finding::blocker(
+        "unreadable",
+        format!("{what} could not be read: {error}."),
+        "What can't be read can't be trusted.",
+        "Mend what the error says, then try again.",
+    )
+}
+
+async fn rows<C: GenericClient>(
+    client: &C,
+    statement: &str,
+    values: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+    what: &str,
+    found: &mut Vec<Finding>,
+) -> Vec<tokio_postgres::Row> {
+    match client.query(statement, values).await {
+        Ok(rows) => rows,
+        Err(error) => {
+            found.push(unread(what, describe(&error)));
+            Vec::new()
+        }
+    }
+}
+
+/// A session in a database. `Ok(None)`: the database does not exist.
+async fn open(config: &Config, side: Side, database: &str) -> Result<Option<Client>, Finding> {
+    match connect(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await {
+        Ok(client) => Ok(Some(client)),
+        Err(ConnectError::Login { source, .. })
+            if source.code() == Some(&tokio_postgres::error::SqlState::INVALID_CATALOG_NAME) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(Finding::blocker(
+            "unreachable",
+            format!("{error}."),
+            "pgflip needs both servers.",
+            format!("Check [{side}] in the config, the server, and its pg_hba.conf."),
+        )),
+    }
+}
+
+/// Everything that would stop `replication start`.
+pub async fn for_replication(config: &Config) -> Vec<Finding> {
+    let mut found = Vec::new();
+    names(config, &mut found);
+    let mut clients: BTreeMap<(Side, &str), Option<Client>> = BTreeMap::new();
+    for side in Side::BOTH {
+        for database in &config.databases {
+            match open(config, side, database).await {
+                Ok(client) => {
+                    clients.insert((side, database), client);
+                }
+                Err(finding) => {
+                    // One database of an unreachable server says it for all.
+                    if !found.iter().any(|there: &Finding| there.what == finding.what) {
+                        found.push(finding);
+                    }
+                }
+            }
+        }
+    }
+    let carrier = config.carrier();
+    let mut source = Side::Blue;
+    for side in Side::BOTH {
+        if let Some(Some(client)) = clients.get(&(side, carrier)) {
+            match state::read(&**client).await {
+                Ok(Some(row)) if row.state == State::Active => source = side,
+                Ok(_) => {}
+                Err(error) => found.push(unread(&format!("The state of {side}"), error)),
+            }
+        }
+    }
+    for database in &config.databases {
+        if let Some(None) = clients.get(&(source, database.as_str())) {
+            found.push(
+                Finding::blocker(
+                    "database_missing",
+                    format!("Database {database} does not exist on {source}."),
+                    "There is nothing to copy.",
+                    "Correct `databases` in the config.",
+                )
+                .of(database),
+            );
+        }
+    }
+    // The target's server, when its databases have yet to be made.
+    let mut spare = None;
+    if let Some(None) = clients.get(&(source.other(), carrier)) {
+        for database in ["postgres", "template1"] {
+            if let Ok(Some(client)) = open(config, source.other(), database).await {
+                spare = Some((database, client));
+                break;
+            }
+        }
+        if spare.is_none() {
+            found.push(Finding::blocker(
+                "unreachable",
+                format!("Neither database {carrier} nor postgres nor template1 can be reached on {}.", source.other()),
+                format!("pgflip can't create database {carrier} there."),
+                format!("Create it by hand, with the encoding and locale that it has on {source}."),
+            ));
+        }
+    }
+    let on = |side: Side| -> Option<(&str, &Client)> {
+        match clients.get(&(side, carrier)) {
+            Some(Some(client)) => Some((carrier, client)),
+            _ if side != source => spare.as_ref().map(|(database, client)| (*database, client)),
+            _ => None,
+        }
+    };
+
+    let mut features = BTreeMap::new();
+    for side in Side::BOTH {
+        let Some((_, client)) = on(side) else { continue };
+        match Features::read(&**client).await {
+            Ok(facts) => {
+                features.insert(side, facts);
+                version(side, facts, &mut found);
+            }
+            Err(error) => found.push(unread(&format!("The version of {side}"), describe(&error))),
+        }
+    }
+    if let (Some(blue), Some(green)) = (features.get(&Side::Blue), features.get(&Side::Green)) {
+        if green.major() < blue.major() {
+            found.push(Finding::blocker(
+                "green_older",
+                format!("Green ({}) is older than blue ({}).", green.version(), blue.version()),
+                "A schema can't be carried to an older major version.",
+                "Make green a server of the same major version or a newer one.",
+            ));
+        }
+        let regime = Regime::of(*blue, *green);
+        for side in Side::BOTH {
+            let Some((_, client)) = on(side) else { continue };
+            server(config, side, source, client, features[&side], regime, &mut found).await;
+        }
+        let (from, to) = (features[&source], features[&source.other()]);
+        if let Err(error) = schema::find_pg_dump(config, from, to).await {
+            found.push(Finding::blocker(
+                "pg_dump_missing",
+                format!("{error}."),
+                "The schema can't be copied.",
+                format!("Install the client programs of PostgreSQL {} to {}, or set pg_bin in the config.", from.major(), to.major()),
+            ));
+        }
+        for database in &config.databases {
+            if let Some(Some(client)) = clients.get(&(source, database.as_str())) {
+                let there = clients.get(&(source.other(), database.as_str())).and_then(Option::as_ref);
+                let server = there.or(on(source.other()).map(|(_, client)| client));
+                let mut of_this = Vec::new();
+                contents(config, source, database, client, &mut of_this).await;
+                carried(source, client, regime, Some(true), &mut of_this).await;
+                if let Some(server) = server {
+                    target_database(source, database, client, there, server, &mut of_this).await;
+                }
+                found.extend(of_this.into_iter().map(|finding| finding.of(database)));
+            }
+        }
+        for (to, publisher) in [(source.other(), source), (source, source.other())] {
+            if let (Some((here, client)), Some((there, _))) = (on(to), on(publisher)) {
+                if let Some(finding) = probe(config, to, here, client, there).await {
+                    found.push(finding);
+                }
+            }
+        }
+    }
+    if let Some((_, client)) = on(source) {
+        credentials(source, client, &mut found).await;
+    }
+    found.sort_by_key(|finding| finding.severity);
+    found
+}
+
+/// Names that would collide.
+fn names(config: &Config, found: &mut Vec<Finding>) {
+    let mut seen: BTreeMap<String, &str> = BTreeMap::new();
+    for database in &config.databases {
+        if let Some(other) = seen.insert(slot_name(Side::Green, database), database) {
+            found.push(Finding::blocker(
+                "names_collide",
+                format!("Databases {other} and {database} would have links of the same name."),
+                "Slots are named by a short hash of the database's name.",
+                "Rename one of them, or list it only once.",
+            ));
+        }
+    }
+}
+
+fn version(side: Side, facts: Features, found: &mut Vec<Finding>) {
+    if !facts.supported() {
+        found.push(Finding::blocker(
+            "version",
+            format!("{side} is PostgreSQL {}.", facts.version()),
+            "pgflip has been tried with 13 to 18 only.",
+            "Use a server of one of these versions.",
+        ));
+    }
+}
+
+fn alter_system(name: &str, value: impl fmt::Display) -> String {
+    format!("ALTER SYSTEM SET {name} = {value}; then restart the server.")
+}
+
+/// What one server has to offer: settings, room, rights.
+async fn server(
+    config: &Config,
+    side: Side,
+    source: Side,
+    client: &Client,
+    facts: Features,
+    regime: Regime,
+    found: &mut Vec<Finding>,
+) {
+    let statement = include_str!("../pg/sql/preflight_server.sql");
+    let what = format!("What {side} has room for");
+    let read = rows(&**client, statement, &[&config.databases, &facts.origins_setting()], &what, found).await;
+    let statement = include_str!("../pg/sql/preflight_rights.sql");
+    let rights = rows(&**client, statement, &[], &format!("pgflip's rights on {side}"), found).await;
+    if let Some(rights) = rights.first() {
+        permissions(config, side, facts, rights, found);
+    }
+    let Some(row) = read.first() else { return };
+    if row.get::<_, bool>("in_recovery") {
+        found.push(Finding::blocker(
+            "in_recovery",
+            format!("{side} is a physical standby."),
+            "It takes no writes, and can be no side of a migration.",
+            "Name the primary in the config.",
+        ));
+    }
+    if row.get::<_, String>("wal_level") != "logical" {
+        found.push(Finding::blocker(
+            "wal_level",
+            format!("wal_level is {} on {side}.", row.get::<_, String>("wal_level")),
+            "Logical replication needs more in the WAL. Links go both ways, so both servers need it.",
+            format!("On {side}: {}", alter_system("wal_level", "'logical'")),
+        ));
+    }
+    let number = |name: &str| row.get::<_, i32>(name);
+    let databases = i32::try_from(config.databases.len()).unwrap_or(i32::MAX);
+    // While tables are copied, each worker has a slot on the source, a sender there, and a process and an origin here.
+    let copies = number("sync_workers");
+    let (from, to) = (side == source, side != source);
+    let both = regime == Regime::OriginFilter;
+    let mut room = |code, setting: &str, max: i32, taken: i32, mine: i32, wanted: i32, what: &str| {
+        let free = max - (taken - mine);
+        if free < wanted {
+            found.push(Finding::blocker(
+                code,
+                format!("{setting} is {max} on {side}; {} of them are taken by others, pgflip needs {wanted}.", taken - mine),
+                format!("There would be no {what} for every link."),
+                format!("On {side}: {}", alter_system(setting, max + wanted - free)),
+            ));
+        }
+    };
+    let slots = databases + if from { copies } else { 0 };
+    room("replication_slots", "max_replication_slots", number("slots_max"), number("slots"), number("slots_mine"), slots, "replication slot");
+    room("wal_senders", "max_wal_senders", number("senders_max"), number("senders"), number("senders_mine"), slots, "WAL sender");
+    // One worker more for a link that is switched on while another one is being switched off.
+    let appliers = if to || both { databases } else { 1 } + if to { copies } else { 0 };
+    room("replication_workers", "max_logical_replication_workers", number("appliers_max"), number("appliers"), number("appliers_mine"), appliers, "apply worker");
+    room("worker_processes", "max_worker_processes", number("workers_max"), number("workers"), number("appliers_mine"), appliers, "apply worker's process");
+    let own = i32::try_from(origin::POOL.len()).expect("the pool is small");
+    let origins = databases + own + if to { copies } else { 0 };
+    room("origins", facts.origins_setting(), number("origins_max"), number("origins"), number("origins_mine"), origins, "replication origin");
+
+    if row.get::<_, String>("wal_keep") != "-1" {
+        found.push(Finding::warning(
+            "wal_keep_size",
+            format!("max_slot_wal_keep_size is {} on {side}.", row.get::<_, String>("wal_keep")),
+            "A link that is further behind than this is lost and has to be built anew.",
+            format!("On {side}: ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf();"),
+        ));
+    }
+    if row.get::<_, String>("idle_slot_timeout") != "0" && !both {
+        found.push(Finding::blocker(
+            "idle_slot_timeout",
+            format!("idle_replication_slot_timeout is {} on {side}.", row.get::<_, String>("idle_slot_timeout")),
+            "The link back waits in an idle slot, which the server would throw away.",
+            format!("On {side}: ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf();"),
+        ));
+    }
+    let others = number("others_slots");
+    if others > 0 && from {
+        found.push(Finding::warning(
+            "others_slots",
+            format!("{others} logical replication slots on {side} belong to others."),
+            "Who reads them (change data capture, another subscriber) is not moved by a flip.",
+            "Plan how they go over to the other side.",
+        ));
+    }
+}
+
+fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgres::Row, found: &mut Vec<Finding>) {
+    let may = |name: &str| row.get::<_, bool>(name);
+    if may("superuser") {
+        return;
+    }
+    let user = crate::pg::Ident::new(config.server(side).user.as_str());
+    if !facts.create_subscription_role() {
+        found.push(Finding::blocker(
+            "not_superuser",
+            format!("{user} is no superuser on {side}."),
+            "Before PostgreSQL 16 only superusers create subscriptions.",
+            format!("On {side}: ALTER ROLE {user} SUPERUSER;"),
+        ));
+        return;
+    }
+    for (right, what, mend) in [
+        ("create_subscription", "create subscriptions", format!("GRANT pg_create_subscription TO {user};")),
+        ("replication", "use replication slots", format!("ALTER ROLE {user} REPLICATION;")),
+        ("createrole", "create roles", format!("ALTER ROLE {user} CREATEROLE;")),
+        ("createdb", "create databases", format!("ALTER ROLE {user} CREATEDB;")),
+        (
+            "create_in_database",
+            "create schema pgflip and a publication",
+            format!("GRANT CREATE ON DATABASE … TO {user}; in each database of the config."),
+        ),
+        ("read_verifiers", "read the roles' verifiers", format!("GRANT SELECT ON pg_catalog.pg_authid TO {user}; in each database.")),
+        (
+            "origins",
+            "use replication origins",
+            format!("GRANT EXECUTE ON the functions pg_replication_origin_* and pg_show_replication_origin_status TO {user};"),
+        ),
+        ("signal", "end replication's workers", format!("GRANT pg_signal_backend TO {user};")),
+        ("owns_tables", "publish and fence every table", format!("GRANT every table owner's role TO {user};")),
+    ] {
+        if !may(right) {
+            found.push(Finding::blocker(
+                "permission",
+                format!("{user} may not {what} on {side}."),
+                "pgflip needs it, or has to be a superuser.",
+                format!("On {side}: {mend}"),
+            ));
+        }
+    }
+}
+
+/// One database of the source, apart from what only matters once: its tables' replica identities and what no link
+/// carries. `starting`: before `replication start` rather than before a flip.
+async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<bool>, found: &mut Vec<Finding>) {
+    let statement = include_str!("../pg/sql/preflight_tables.sql");
+    for row in rows(&**client, statement, &[], &format!("The tables of {side}"), found).await {
+        let table = links::TableName { schema: row.get("schema"), name: row.get("name") };
+        let candidate: Option<String> = row.get("candidate");
+        let better = candidate.map(|index| format!("ALTER TABLE {table} REPLICA IDENTITY USING INDEX {index};"));
+        match row.get::<_, &str>("wrong") {
+            "none" => found.push(Finding::blocker(
+                "no_replica_identity",
+                format!("Table {table} has no primary key and no other replica identity."),
+                "Once it is published, every UPDATE and DELETE of the application on it would fail.",
+                better.unwrap_or_else(|| {
+                    format!("Add a primary key, or: ALTER TABLE {table} REPLICA IDENTITY FULL;")
+                }),
+            )),
+            "generated" => found.push(Finding::blocker(
+                "generated_identity",
+                format!("Table {table} is told apart by a generated column."),
+                "Generated columns are not sent: UPDATEs and DELETEs would not find their rows on the other side.",
+                better.unwrap_or_else(|| format!("Add a unique index over plain columns and: ALTER TABLE {table} REPLICA IDENTITY USING INDEX …;")),
+            )),
+            "json" => found.push(Finding::blocker(
+                "identity_without_equality",
+                format!("Table {table} has REPLICA IDENTITY FULL and a column whose type has no equality (json, xml, point …)."),
+                "UPDATEs and DELETEs could not be applied on the other side; the link would stop.",
+                better.unwrap_or_else(|| format!("Add a primary key to {table}, then: ALTER TABLE {table} REPLICA IDENTITY DEFAULT;")),
+            )),
+            _ => found.push(Finding::warning(
+                "slow_identity",
+                format!("Table {table} is large and has REPLICA IDENTITY FULL."),
+                "Each UPDATE and DELETE looks through the whole table on the other side: the link may fall behind.",
+                better.unwrap_or_else(|| format!("Add a primary key to {table}.")),
+            )),
+        }
+    }
+    let mut kinds: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let statement = include_str!("../pg/sql/preflight_contents.sql");
+    for row in rows(&**client, statement, &[], &format!("What database {side} holds"), found).await {
+        kinds.entry(row.get("kind")).or_default().push(row.get("name"));
+    }
+    let starting = starting.unwrap_or(false);
+    for (kind, names) in &kinds {
+        let named = list(names);
+        match kind.as_str() {
+            "unlogged" => found.push(Finding::warning(
+                "unlogged_table",
+                format!("Unlogged tables: {named}."),
+                "They are not in the WAL, so no link carries their rows; on the other side they are empty.",
+                "ALTER TABLE … SET LOGGED; if their rows are to be kept.",
+            )),
+            "foreign" => found.push(Finding::warning(
+                "foreign_table",
+                format!("Foreign tables: {named}."),
+                "Only their definition is copied. The other side has to reach the same foreign server.",
+                "Check that it does.",
+            )),
+            "matview" => found.push(Finding::warning(
+                "materialized_view",
+                format!("Materialized views: {named}."),
+                "No link carries them. They are filled once on the other side, after the initial copy.",
+                "REFRESH MATERIALIZED VIEW …; after a flip, where their age matters.",
+            )),
+            "extension" if starting => found.push(Finding::warning(
+                "extension_table",
+                format!("Tables that belong to extensions: {named}."),
+                "No link carries them; CREATE EXTENSION makes them anew on the other side.",
+                "Copy by hand what was changed in them (jobs, partition configuration …).",
+            )),
+            "large_object" => found.push(Finding::blocker(
+                "large_objects",
+                format!("{named} large objects."),
+                "Logical replication does not carry them: they would be missing after a flip.",
+                "Move them into bytea columns; what nobody needs: SELECT lo_unlink(oid) FROM pg_largeobject_metadata;",
+            )),
+            "trigger" => found.push(Finding::blocker(
+                "always_trigger",
+                format!("Triggers that are ENABLE ALWAYS or REPLICA: {named}."),
+                "They would fire again on the other side when what they already did arrives there as well: doubled.",
+                "ALTER TABLE … ENABLE TRIGGER …; (they then fire where the client writes, once).",
+            )),
+            "subscription" if regime == Regime::OriginFilter => found.push(Finding::blocker(
+                "other_subscription",
+                format!("{side} subscribes to other servers itself: {named}."),
+                "What arrives through them has an origin and would not be passed on: missing after a flip.",
+                "Drop these subscriptions; after the migration create them on the new side.",
+            )),
+            "subscription" => found.push(Finding::warning(
+                "other_subscription",
+                format!("{side} subscribes to other servers itself: {named}."),
+                "A flip does not move them: they go on writing to the side that is then fenced, and stop there.",
+                "Plan how they go over to the other side.",
+            )),
+            "prepared" => {
+                let (means, mend) = (
+                    if starting {
+                        "A replication slot can't be made before they have ended."
+                    } else {
+                        "A flip waits until every transaction has ended, and these have no session that could be waited for."
+                    },
+                    "COMMIT PREPARED …; or ROLLBACK PREPARED …;",
+                );
+                found.push(Finding::blocker("prepared_transaction", format!("Prepared transactions: {named}."), means, mend));
+            }
+            "all_tables_publication" => found.push(Finding::blocker(
+                "foreign_publication",
+                format!("Publication pgflip on {side} is FOR ALL TABLES: it is not pgflip's."),
+                "pgflip would publish its own state with it.",
+                format!("On {side}: ALTER PUBLICATION pgflip RENAME TO …;"),
+            )),
+            _ => {}
+        }
+    }
+}
+
+/// What matters once, before the schema is copied.
+async fn contents(config: &Config, side: Side, database: &str, client: &Client, found: &mut Vec<Finding>) {
+    // A migration that pgflip knows nothing of: its objects without its schema.
+    let installed = match state::read(&**client).await {
+        Ok(row) => row.is_some(),
+        Err(error) => return found.push(unread("pgflip.state", error)),
+    };
+    let statement = "select slot_name::text from pg_replication_slots
+                     where slot_name ~ '^pgflip_to_' and database = current_database() and slot_name <> $1";
+    let own = slot_name(side.other(), database);
+    for row in rows(&**client, statement, &[&own], "The replication slots", found).await {
+        let name: String = row.get(0);
+        found.push(Finding::warning(
+            "foreign_slot",
+            format!("Slot {name} on {side} is not one of this config's."),
+            "It keeps WAL on the server's disk for a reader that may never come.",
+            format!("If nothing uses it any more, on {side}: SELECT pg_drop_replication_slot('{name}');"),
+        ));
+    }
+    if !installed && config.databases.iter().any(|one| one == database) {
+        let statement = "select subname::text from pg_subscription where subname ~ '^pgflip_to_'
+                         and subdbid = (select oid from pg_database where datname = current_database())";
+        for row in rows(&**client, statement, &[], "The subscriptions", found).await {
+            let name: String = row.get(0);
+            found.push(Finding::blocker(
+                "foreign_subscription",
+                format!("Subscription {name} on {side} is left over from an earlier migration."),
+                "What it brings in is nobody's intention any more.",
+                "`pgflip replication stop` removes it.",
+            ));
+        }
+    }
+}
+
+/// What the target's database is, or what it takes to make it.
+async fn target_database(
+    source: Side,
+    database: &str,
+    from: &Client,
+    there: Option<&Client>,
+    server: &Client,
+    found: &mut Vec<Finding>,
+) {
+    let target = source.other();
+    match (schema::Database::read(&**from, database).await, schema::Database::read(&**server, database).await) {
+        (Ok(Some(wanted)), Ok(Some(now))) => {
+            if let Some(what) = wanted.difference(&now) {
+                found.push(Finding::blocker(
+                    "locale_differs",
+                    format!("Database {database} on {target} differs in {what}."),
+                    "Text would be stored or sorted differently there.",
+                    format!("Drop it on {target}: pgflip creates it like the one on {source}."),
+                ));
+            }
+        }
+        (Ok(_), Ok(_)) => {}
+        (Err(error), _) | (_, Err(error)) => found.push(unread("The database's encoding", describe(&error))),
+    }
+    let available = "select name::text from pg_available_extensions";
+    let available: Vec<String> =
+        rows(&**server, available, &[], &format!("{target}'s extensions"), found).await.iter().map(|row| row.get(0)).collect();
+    let spaces = "select spcname::text from pg_tablespace";
+    let spaces: Vec<String> =
+        rows(&**server, spaces, &[], &format!("{target}'s tablespaces"), found).await.iter().map(|row| row.get(0)).collect();
+    let statement = include_str!("../pg/sql/preflight_contents.sql");
+    for row in rows(&**from, statement, &[], "The database's contents", found).await {
+        let (kind, name): (String, String) = (row.get("kind"), row.get("name"));
+        if kind == "needs_extension" && !available.contains(&name) {
+            found.push(Finding::blocker(
+                "extension_missing",
+                format!("Extension {name} is not available on {target}."),
+                "The schema can't be made there.",
+                format!("Install its package on {target}'s machine, or DROP EXTENSION {name}; where nothing uses it."),
+            ));
+        }
+        if kind == "tablespace" && !spaces.contains(&name) {
+            found.push(Finding::blocker(
+                "tablespace_missing",
+                format!("Tablespace {name} does not exist on {target}."),
+                "The schema can't be made there.",
+                format!("On {target}: CREATE TABLESPACE {} LOCATION '…';", crate::pg::Ident::new(name.as_str())),
+            ));
+        }
+    }
+
+    let empty = match there {
+        None => true,
+        Some(there) => match (schema::columns(&**from).await, schema::columns(&**there).await) {
+            (Ok(wanted), Ok(now)) => {
+                if !now.is_empty() {
+                    // Tables that are only missing are added by `replication start`.
+                    let missing = |line: &String| line.ends_with(" is missing") && !line.contains(": column");
+                    let differences: Vec<_> =
+                        schema::compare(&wanted, &now).into_iter().filter(|line| !missing(line)).collect();
+                    if !differences.is_empty() {
+                        found.push(Finding::blocker(
+                            "schema_differs",
+                            format!("Database {database} on {target} has other tables: {}.", list(&differences)),
+                            "Rows could not be carried, or would lose columns.",
+                            format!("Drop the database on {target} (pgflip makes it like {source}'s), or make its tables the same."),
+                        ));
+                    }
+                }
+                now.is_empty()
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                found.push(unread("The tables' columns", describe(&error)));
+                return;
+            }
+        },
+    };
+    if empty {
+        let locks = include_str!("../pg/sql/preflight_locks.sql");
+        let wanted = rows(&**from, locks, &[], "The number of relations", found).await;
+        let room = "select current_setting('max_locks_per_transaction')::bigint
+                    * (current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint)";
+        let room = rows(&**server, room, &[], "The number of locks", found).await;
+        if let (Some(wanted), Some(room)) = (wanted.first(), room.first()) {
+            let (wanted, room): (i64, i64) = (wanted.get(0), room.get(0));
+            if wanted > room {
+                found.push(Finding::blocker(
+                    "locks",
+                    format!("{target} has room for about {room} locks; making the schema in one transaction takes {wanted}."),
+                    "It would fail with \"out of shared memory\".",
+                    format!("On {target}: {}", alter_system("max_locks_per_transaction", 64 * (wanted / room.max(1) + 2))),
+                ));
+            }
+        }
+    }
+}
+
+/// Whether one server reaches the other, tried for real: a subscription that connects, in a transaction that is rolled
+/// back. It makes neither slot nor anything else there.
+async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &str) -> Option<Finding> {
+    let from = to.other();
+    let publisher = config.server(from);
+    // Where the link is up it has been shown.
+    if let Ok(Some(subscription)) = links::subscription(&**client, &slot_name(to, here)).await
+        && subscription.worker.is_some()
+    {
+        return None;
+    }
+    let standby = matches!(state::read(&**client).await, Ok(Some(row)) if row.state != State::Active);
+    let limit = config.limits.server_connect_timeout;
+    let session = if standby {
+        connect_with_origin(config.server(to), here, PURPOSE, limit).await.map_err(|e| e.to_string())
+    } else {
+        connect(config.server(to), here, PURPOSE, limit).await.map_err(|e| e.to_string())
+    };
+    let mut session = match session {
+        Ok(session) => session,
+        Err(error) => return Some(unread(&format!("The way from {to} to {from}"), error)),
+    };
+    links::hush(&session).await;
+    let statement = format!(
+        "create subscription pgflip_probe connection {} publication pgflip_probe \
+         with (connect = true, create_slot = false, enabled = false, slot_name = none, copy_data = false)",
+        Literal(&conninfo(publisher, there))
+    );
+    let tried = async {
+        let txn = session.transaction().await?;
+        txn.batch_execute(&statement).await?;
+        txn.rollback().await
+    };
+    let error = match timeout(PROBE_TIMEOUT, tried).await {
+        Ok(Ok(())) => return None,
+        Ok(Err(error)) => describe(&error),
+        Err(_) => format!("no answer within {PROBE_TIMEOUT:?}"),
+    };
+    Some(Finding::blocker(
+        "servers_apart",
+        format!("{to} can't subscribe to {from} at {}:{}: {error}.", publisher.link_host, publisher.link_port),
+        "Links go both ways: each server connects to the other one.",
+        format!(
+            "Set link_host and link_port of [{from}] to where {to} reaches it; let user {} in from there in {from}'s pg_hba.conf.",
+            publisher.user
+        ),
+    ))
+}
+
+/// Roles that could not log in through pgflip.
+async fn credentials(side: Side, client: &Client, found: &mut Vec<Finding>) {
+    match roles::without_scram(client, side).await {
+        Ok((md5, _)) => {
+            if !md5.is_empty() {
+                found.push(Finding::warning(
+                    "md5_password",
+                    format!("Roles with an md5 password: {}.", list(&md5)),
+                    "They can't log in through pgflip: only SCRAM proves a password to the proxy and opens the server with it.",
+                    "With password_encryption = 'scram-sha-256', set their passwords again: ALTER ROLE … PASSWORD '…';",
+                ));
+            }
+        }
+        Err(error) => found.push(unread(&format!("The roles of {side}"), error)),
+    }
+}
+
+/// Everything that would stop a flip from `source` to the other side.
+pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let target = source.other();
+    for database in &config.databases {
+        let mut of_this = Vec::new();
+        let (from, to) = tokio::join!(open(config, source, database), open(config, target, database));
+        let (from, to) = match (from, to) {
+            (Ok(Some(from)), Ok(Some(to))) => (from, to),
+            (from, to) => {
+                for (side, result) in [(source, from), (target, to)] {
+                    match result {
+                        Err(finding) => of_this.push(finding),
+                        Ok(None) => of_this.push(Finding::blocker(
+                            "database_missing",
+                            format!("Database {database} does not exist on {side}."),
+                            "It can't be flipped.",
+                            "Run `pgflip replication start`.",
+                        )),
+                        Ok(Some(_)) => {}
+                    }
+                }
+                found.extend(of_this.into_iter().map(|finding| finding.of(database)));
+                continue;
+            }
+        };
+        standing(source, &from, &to, &mut of_this).await;
+        match Regime::read(&*from, &*to).await {
+            Ok(regime) => {
+                let ends = Ends { source: &from, target: &to, source_side: source, database };
+                match links::obstacles(&ends, regime).await {
+                    Ok(obstacles) => of_this.extend(obstacles),
+                    Err(error) => of_this.push(unread("The links", error)),
+                }
+                carried(source, &from, regime, None, &mut of_this).await;
+            }
+            Err(error) => of_this.push(unread("The servers' versions", error)),
+        }
+        types(target, &from, &to, &mut of_this).await;
+        if database == config.carrier() {
+            felt(target, &from, &to, &mut of_this).await;
+            let user = &config.server(target).user;
+            match roles::differences(&from, source, &to, target, user, &config.databases).await {
+                Ok(differences) => of_this.extend(differences),
+                Err(error) => of_this.push(unread("The roles", error)),
+            }
+            let statement = include_str!("../pg/sql/old_transactions.sql");
+            let old = rows(&*from, statement, &[&config.databases], "The open transactions", &mut of_this).await;
+            let old: Vec<String> = old.iter().map(|row| row.get(0)).collect();
+            if !old.is_empty() {
+                of_this.push(Finding::warning(
+                    "old_transaction",
+                    format!("Transactions open for more than a minute on {source}: {}.", list(&old)),
+                    "A flip waits for every transaction; one that does not end in time makes it unwind.",
+                    "End them: SELECT pg_terminate_backend(pid);",
+                ));
+            }
+        }
+        found.extend(of_this.into_iter().map(|finding| finding.of(database)));
+    }
+    found.sort_by_key(|finding| finding.severity);
+    found
+}
+
+/// Whether the rows say what a flip from `source` needs.
+async fn standing(source: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
+    let (from, to) = match (state::read(&**from).await, state::read(&**to).await) {
+        (Ok(from), Ok(to)) => (from, to),
+        (Err(error), _) | (_, Err(error)) => return found.push(unread("pgflip.state", error)),
+    };
+    let fits = match (&from, &to) {
+        (Some(from), Some(to)) => {
+            from.side == source && from.state == State::Active && to.state == State::Standby && from.epoch == to.epoch
+        }
+        _ => false,
+    };
+    if !fits {
+        let said = |row: &Option<state::Row>| row.as_ref().map_or("nothing".to_owned(), ToString::to_string);
+        found.push(Finding::blocker(
+            "not_standing",
+            format!("The state rows say: {}; {}.", said(&from), said(&to)),
+            format!("A flip needs {source} active and {} standby at the same epoch.", source.other()),
+            "If replication was never started: `pgflip replication start`. If a flip is under way: wait for it.",
+        ));
+    }
+}
+
+/// Types whose OIDs differ: drivers keep them.
+async fn types(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
+    let statement = include_str!("../pg/sql/type_oids.sql");
+    let mut read = async |client: &Client| -> BTreeMap<String, u32> {
+        let rows = rows(&**client, statement, &[], "The types", found).await;
+        rows.iter().map(|row| (row.get("name"), row.get("oid"))).collect()
+    };
+    let (here, there) = (read(from).await, read(to).await);
+    let differ: Vec<_> = here.iter().filter(|(name, oid)| there.get(*name) != Some(oid)).map(|(name, _)| name).collect();
+    if !differ.is_empty() {
+        found.push(Finding::warning(
+            "type_oids",
+            format!("Types with another OID on {target}: {}.", list(&differ)),
+            "Drivers that keep types' OIDs (psycopg, asyncpg, pgjdbc) may misread these types until the application starts anew.",
+            "Restart applications that use them after the flip.",
+        ));
+    }
+}
+
+/// Settings that clients feel.
+async fn felt(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
+    let statement = include_str!("../pg/sql/preflight_settings.sql");
+    let files = include_str!("../pg/sql/preflight_file_settings.sql");
+    let mut read = async |client: &Client| -> BTreeMap<String, String> {
+        let of = |rows: Vec<tokio_postgres::Row>| {
+            rows.iter().map(|row| (row.get(0), row.get::<_, Option<String>>(1).unwrap_or_default())).collect::<Vec<_>>()
+        };
+        let mut settings: BTreeMap<_, _> = of(rows(&**client, statement, &[], "The settings", found).await).into_iter().collect();
+        // Who may not read the files sees less; that stops nothing.
+        if let Ok(rows) = client.query(files, &[]).await {
+            settings.extend(of(rows));
+        }
+        settings
+    };
+    let (here, there) = (read(from).await, read(to).await);
+    let number = |settings: &BTreeMap<String, String>, name: &str| settings.get(name).and_then(|value| value.parse::<i64>().ok());
+    let mut differ = Vec::new();
+    for (name, value) in &here {
+        let other = there.get(name);
+        let limit = name == "max_connections" || name == "max_prepared_transactions";
+        if limit {
+            if number(&there, name) < number(&here, name) {
+                differ.push(format!("{name} ({value}, {} there)", other.map_or("unset", String::as_str)));
+            }
+        } else if other.is_some_and(|other| other != value) {
+            differ.push(format!("{name} ({value}, {} there)", other.map_or("unset", String::as_str)));
+        }
+    }
+    if !differ.is_empty() {
+        found.push(Finding::warning(
+            "settings_differ",
+            format!("Server settings that clients feel differ on {target}: {}.", differ.join(", ")),
+            "Sessions may behave differently after the flip.",
+            format!("On {target}: ALTER SYSTEM SET … = …; where it is not intended."),
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blockers_come_before_warnings_and_say_everything_in_one_line() {
+        let mut found = vec![
+            Finding::warning("b", "W.", "M.", "Do.").of("app"),
+            Finding::blocker("a", "B.", "M.", "Do."),
+        ];
+        found.sort_by_key(|finding| finding.severity);
+        assert!(found[0].stops() && !found[1].stops());
+        assert_eq!(found[1].to_string(), "warning b (database app): W. M. Do.");
+        let failure = Failure { findings: found, ..Failure::new("What.", "Means.", "Next.") };
+        assert_eq!(failure.to_string(), "What. Means. Next.\n- blocker a: B. M. Do.\n- warning b (database app): W. M. Do.");
+    }
+}

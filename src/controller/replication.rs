@@ -1,0 +1,915 @@
+//! `replication start`, `stop`, `status`, and `finalize`: from nothing to both links of every database, and back.
+//!
+//! `start` is idempotent: each phase looks at what is there and does what is missing, so that it goes on after any
+//! failure, its own death included. Every change of a side is made in a transaction that has locked the side's state
+//! row; where PostgreSQL does not let a statement run in a transaction, the row is read right before it, and the place
+//! says so. On the standby everything is done in sessions with a replication origin: the fence lets nobody else.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+use super::links::{
+    self, Ends, LinkError, Make, PUBLICATION, Regime, TableName, list, marker_table, slot_name, tables_published,
+    tables_to_publish,
+};
+use super::operation::Operation;
+use super::preflight::{self, Failure};
+use super::state::{self, Expect, Row, State, StateError};
+use super::{copy, fence, roles, schema};
+use crate::config::Config;
+use crate::pg::connect::describe;
+use crate::pg::features::Features;
+use crate::pg::origin::{connect_with_origin, drop_origins};
+use crate::pg::{Client, Ident, Purpose, Side, connect};
+
+const PURPOSE: Purpose = Purpose("replication");
+/// Databases that every server has, in the order in which they are tried.
+const ALWAYS_THERE: [&str; 2] = ["postgres", "template1"];
+
+/// What this run is about.
+struct Run {
+    config: Arc<Config>,
+    op: Operation,
+    /// The active side.
+    source: Side,
+    epoch: u64,
+}
+
+impl Run {
+    fn target(&self) -> Side {
+        self.source.other()
+    }
+    fn limit(&self) -> Duration {
+        self.config.limits.server_connect_timeout
+    }
+    fn active(&self) -> Expect {
+        Expect { states: &[State::Active], epoch: self.epoch }
+    }
+    fn standby(&self) -> Expect {
+        Expect { states: &[State::Standby], epoch: self.epoch }
+    }
+    async fn on_source(&self, database: &str) -> Result<Client, Failure> {
+        connect(self.config.server(self.source), database, PURPOSE, self.limit()).await.map_err(|e| self.failed(e))
+    }
+    /// Always with an origin.
+    async fn on_target(&self, database: &str) -> Result<Client, Failure> {
+        connect_with_origin(self.config.server(self.target()), database, PURPOSE, self.limit())
+            .await
+            .map_err(|e| self.failed(e))
+    }
+    fn failed(&self, error: impl Display) -> Failure {
+        Failure::new(
+            format!("{error}."),
+            format!("Clients are not affected: {} goes on serving them.", self.source),
+            "Mend what it says, then run `pgflip replication start` again: it goes on from where it stopped.",
+        )
+    }
+    fn started(&self, step: &str, message: impl Into<String>) {
+        self.op.event(step, "started", message, Value::Null);
+    }
+    fn done(&self, step: &str, message: impl Into<String>, data: Value) {
+        self.op.event(step, "done", message, data);
+    }
+    fn info(&self, step: &str, message: impl Into<String>, data: Value) {
+        self.op.event(step, "info", message, data);
+    }
+}
+
+fn query(doing: &str) -> impl Fn(tokio_postgres::Error) -> String + '_ {
+    move |error| format!("{doing}: {}", describe(&error))
+}
+
+/// The rows of one database, unread (`Err`), none (`Ok(None)`) or as found.
+async fn row_of(config: &Config, side: Side, database: &str) -> Result<Option<Row>, String> {
+    let client = connect(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await;
+    let client = match client {
+        Ok(client) => client,
+        // The target's database may not have been created yet.
+        Err(crate::pg::ConnectError::Login { source, .. })
+            if source.code() == Some(&tokio_postgres::error::SqlState::INVALID_CATALOG_NAME) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    state::read(&*client).await.map_err(|e| format!("{side}: {e}"))
+}
+
+/// The active side and its epoch, from the carrier's rows; blue at epoch 1 if nothing has ever been started.
+async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> {
+    let (blue, green) = tokio::join!(
+        row_of(config, Side::Blue, config.carrier()),
+        row_of(config, Side::Green, config.carrier())
+    );
+    let unread = |error: String| {
+        Failure::new(
+            format!("{error}."),
+            "Nothing was done: which side is active is not known unless both can be read.",
+            "Make both servers reachable, then try again.",
+        )
+    };
+    let rows = [blue.map_err(unread)?, green.map_err(unread)?];
+    let rows: Vec<Row> = rows.into_iter().flatten().collect();
+    let under_way = rows.iter().find(|row| matches!(row.state, State::Fenced | State::Committing));
+    if let Some(row) = under_way {
+        return Err(Failure::new(
+            format!("A flip is under way: {row}."),
+            "Nothing was done.",
+            "Wait until it has ended (`pgflip status`), then try again.",
+        ));
+    }
+    let active: Vec<&Row> = rows.iter().filter(|row| row.state == State::Active).collect();
+    match active.as_slice() {
+        [] if rows.is_empty() => Ok(None),
+        [one] => Ok(Some((one.side, one.epoch))),
+        // The standby's row alone, or none that is active: a start that was interrupted before its first row is in
+        // place can't look like this, because the active side's row comes first and goes last.
+        _ => Err(Failure::new(
+            format!("The state rows make no sense together: {}.", list(&rows)),
+            "Nothing was done.",
+            "Run `pgflip status`; if no flip is under way, ask for help with both rows of pgflip.state at hand.",
+        )),
+    }
+}
+
+/// Brings the standby to life as a copy of the active side and both links into place. May be run again after any
+/// failure, and whenever tables or roles were added.
+pub async fn start(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
+    op.event("preflight", "started", "Looking for everything that could stop it", Value::Null);
+    let findings = preflight::for_replication(&config).await;
+    if findings.iter().any(preflight::Finding::stops) {
+        let blockers = findings.iter().filter(|finding| finding.stops()).count();
+        return Err(Failure {
+            findings,
+            ..Failure::new(
+                format!("Preflight found {blockers} things in the way."),
+                "Nothing was changed.",
+                "Mend them as each says, then run `pgflip replication start` again.",
+            )
+        });
+    }
+    let warnings = findings.len();
+    op.event("preflight", "done", format!("Nothing stands in the way ({warnings} warnings)"), json!({"findings": findings}));
+
+    let (source, epoch) = who_is_active(&config).await?.unwrap_or((Side::Blue, 1));
+    let run = Run { config, op, source, epoch };
+    databases(&run).await?;
+    install(&run).await?;
+    mirror_roles(&run).await?;
+    let mut result = Vec::new();
+    for database in &run.config.databases {
+        one_schema(&run, database).await?;
+    }
+    for database in &run.config.databases {
+        fences(&run, database).await?;
+        let links = one_database(&run, database).await?;
+        result.push(links);
+    }
+    Ok(json!({
+        "active": run.source, "standby": run.target(), "epoch": run.epoch,
+        "databases": result, "findings": findings,
+    }))
+}
+
+/// The target's databases.
+async fn databases(run: &Run) -> Result<(), Failure> {
+    run.started("databases", format!("Databases on {}", run.target()));
+    let target = maintenance(run).await?;
+    let mut created = Vec::new();
+    for database in &run.config.databases {
+        let source = run.on_source(database).await?;
+        if schema::create_database(&source, &target, run.target(), database).await.map_err(|e| run.failed(e))? {
+            created.push(database.clone());
+        }
+    }
+    let message = if created.is_empty() { "All there".to_owned() } else { format!("Created {}", created.join(", ")) };
+    run.done("databases", message, json!({"created": created}));
+    Ok(())
+}
+
+/// A session in a database that every server has, or in one of ours.
+async fn maintenance(run: &Run) -> Result<Client, Failure> {
+    let server = run.config.server(run.target());
+    let mut last = None;
+    for database in ALWAYS_THERE.into_iter().chain(run.config.databases.iter().map(String::as_str)) {
+        match connect(server, database, PURPOSE, run.limit()).await {
+            Ok(client) => return Ok(client),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(run.failed(last.expect("at least two were tried")))
+}
+
+/// Schema pgflip and its rows: the active side's first, so that a start that dies here leaves an active side.
+async fn install(run: &Run) -> Result<(), Failure> {
+    run.started("install", "Schema pgflip on both sides");
+    for database in &run.config.databases {
+        let source = run.on_source(database).await?;
+        install_row(run, &source, run.source, database, State::Active).await?;
+        let target = run.on_target(database).await?;
+        install_row(run, &target, run.target(), database, State::Standby).await?;
+    }
+    run.done("install", format!("{} is active at epoch {}", run.source, run.epoch), Value::Null);
+    Ok(())
+}
+
+async fn install_row(run: &Run, on: &Client, side: Side, database: &str, wanted: State) -> Result<(), Failure> {
+    let first = Row {
+        side,
+        carrier: run.config.carrier().to_owned(),
+        epoch: run.epoch,
+        state: wanted,
+        attempt: 0,
+        burnt: 0,
+    };
+    state::install(on, &first).await.map_err(|e| run.failed(format!("installing schema pgflip on {side}: {e}")))?;
+    let found = state::read(&**on).await.map_err(|e| run.failed(e))?;
+    match found {
+        Some(row)
+            if row.side == side && row.state == wanted && row.epoch == run.epoch && row.carrier == first.carrier =>
+        {
+            Ok(())
+        }
+        found => {
+            let found = found.map_or("nothing".to_owned(), |row| format!("{row}, carrier {}", row.carrier));
+            Err(Failure::new(
+                format!("Database {database} on {side} says: {found}; expected {wanted} at epoch {}, carrier {}.", run.epoch, first.carrier),
+                "Nothing else was changed; the row belongs to another set of databases, to a flip, or to an earlier migration.",
+                "If an earlier migration left it: `pgflip replication stop` with that migration's config removes it.",
+            ))
+        }
+    }
+}
+
+/// Roles, their settings, and the databases' owners and rights.
+async fn mirror_roles(run: &Run) -> Result<(), Failure> {
+    run.started("roles", "Roles with their verifiers, memberships and settings");
+    let config = &run.config;
+    let source = run.on_source(config.carrier()).await?;
+    let mut target = run.on_target(config.carrier()).await?;
+    let server = config.server(run.target());
+    let done = roles::mirror(&source, run.source, &mut target, server, &config.databases, &run.standby())
+        .await
+        .map_err(|e| run.failed(e))?;
+    let txn = target.transaction().await.map_err(|e| run.failed(describe(&e)))?;
+    state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
+    for database in &config.databases {
+        let statements = schema::database_properties(&source, database, &txn).await;
+        for statement in statements.map_err(|e| run.failed(describe(&e)))? {
+            txn.batch_execute(&statement).await.map_err(|e| run.failed(query(&statement)(e)))?;
+        }
+    }
+    txn.commit().await.map_err(|e| run.failed(describe(&e)))?;
+    let message = format!("{} created, {} changed, {} skipped", done.created.len(), done.changed.len(), done.skipped.len());
+    run.done("roles", message, json!(done));
+    Ok(())
+}
+
+/// The schema of one database, all or nothing; then both sides' tables are compared.
+async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
+    run.started("schema", format!("Schema of database {database}"));
+    let source = run.on_source(database).await?;
+    let mut target = run.on_target(database).await?;
+    let read = |e: tokio_postgres::Error| run.failed(query("reading the tables")(e));
+    let (here, there) = (schema::columns(&*source).await.map_err(read)?, schema::columns(&*target).await.map_err(read)?);
+    let applied: bool = target
+        .query_one("select exists (select from pgflip.history where event = 'schema')", &[])
+        .await
+        .map_err(read)?
+        .get(0);
+    let missing: Vec<TableName> = here.keys().filter(|table| !there.contains_key(*table)).cloned().collect();
+    let empty = there.is_empty() && !applied;
+    if empty || !missing.is_empty() {
+        let features = |client| Features::read(client);
+        let (source_features, target_features) =
+            (features(&*source).await.map_err(read)?, features(&*target).await.map_err(read)?);
+        let pg_dump = schema::find_pg_dump(&run.config, source_features, target_features).await.map_err(|e| run.failed(e))?;
+        let part = if empty { schema::Part::Everything } else { schema::Part::Tables(&missing) };
+        let dump = schema::dump(&pg_dump, run.config.server(run.source), database, part, target_features)
+            .await
+            .map_err(|e| run.failed(e))?;
+        apply(run, &mut target, database, &dump).await?;
+        let what = if empty { "Copied".to_owned() } else { format!("Added {}", list(&missing)) };
+        run.info("schema", format!("{what} with pg_dump {}", pg_dump.major), json!({"database": database}));
+    }
+    let there = schema::columns(&*target).await.map_err(read)?;
+    let differences = schema::compare(&here, &there);
+    if !differences.is_empty() {
+        return Err(Failure::new(
+            format!("Database {database} on {}: {}.", run.target(), list(&differences)),
+            "Nothing was copied into it. Clients are not affected.",
+            format!("Make them the same, or empty the database on {} and let pgflip copy the schema; then run `pgflip replication start` again.", run.target()),
+        ));
+    }
+    run.done("schema", format!("{} tables in database {database} are the same on both sides", here.len()), json!({"database": database, "tables": here.len()}));
+    Ok(())
+}
+
+/// Applies a dump in one transaction that holds the standby's row, with a note that it has been done. What the dump
+/// says of pgflip's own event trigger is dropped: the fence makes its own.
+async fn apply(run: &Run, target: &mut Client, database: &str, dump: &str) -> Result<(), Failure> {
+    let failed = |e: tokio_postgres::Error| {
+        let at = e.as_db_error().and_then(|db| db.position()).map_or(String::new(), |position| match position {
+            tokio_postgres::error::ErrorPosition::Original(at) => near(dump, *at as usize),
+            tokio_postgres::error::ErrorPosition::Internal { query, .. } => format!(" in {query}"),
+        });
+        run.failed(format!("applying the schema to database {database} on {}: {}{at}", run.target(), describe(&e)))
+    };
+    let drop_trigger = format!("drop event trigger if exists {}", fence::EVENT_TRIGGER);
+    let txn = target.transaction().await.map_err(failed)?;
+    state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
+    txn.batch_execute(&drop_trigger).await.map_err(failed)?;
+    // A dump sets what it needs for the whole session: only for this transaction, please.
+    txn.batch_execute(dump).await.map_err(failed)?;
+    txn.batch_execute("set local search_path = pg_catalog; set local row_security = on").await.map_err(failed)?;
+    txn.batch_execute(&drop_trigger).await.map_err(failed)?;
+    state::history(&txn, run.epoch, 0, "schema", json!({})).await.map_err(|e| run.failed(e))?;
+    txn.commit().await.map_err(failed)?;
+    // What the dump has SET holds for the rest of the session.
+    target.batch_execute("reset all").await.map_err(failed)
+}
+
+/// The line of a dump in which an error lies (a position counts characters from 1).
+fn near(dump: &str, position: usize) -> String {
+    let before: String = dump.chars().take(position.saturating_sub(1)).collect();
+    let number = before.matches('\n').count() + 1;
+    let line = dump.lines().nth(number - 1).unwrap_or_default();
+    format!(" (line {number} of the dump: {line})")
+}
+
+/// Fence triggers on both sides, armed on the standby.
+async fn fences(run: &Run, database: &str) -> Result<(), Failure> {
+    run.started("fence", format!("Fence triggers in database {database}"));
+    let (source, target) = (run.on_source(database).await?, run.on_target(database).await?);
+    let made = fence::prepare(&source).await.map_err(|e| run.failed(e))?;
+    fence::prepare(&target).await.map_err(|e| run.failed(e))?;
+    let features = Features::read(&*target).await.map_err(|e| run.failed(describe(&e)))?;
+    if features.copy_has_origin() {
+        arm(run, &target).await?;
+    }
+    run.done("fence", format!("{made} tables got theirs on {}; {} is armed", run.source, run.target()), json!({"database": database}));
+    Ok(())
+}
+
+async fn arm(run: &Run, target: &Client) -> Result<(), Failure> {
+    fence::arm_as(target, run.standby(), &fence::Limits::default()).await.map(drop).map_err(|e| run.failed(e))
+}
+
+/// Publications, the link towards the standby with its initial copy, and the link back.
+async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
+    let mut source = run.on_source(database).await?;
+    let mut target = run.on_target(database).await?;
+    let link = |e: LinkError| run.failed(e);
+    let regime = Regime::read(&*source, &*target).await.map_err(link)?;
+    run.started("publication", format!("Publications in database {database}"));
+    publish(run, &mut target, &run.standby()).await?;
+    let published = publish(run, &mut source, &run.active()).await?;
+    run.done("publication", format!("{published} tables in database {database}"), json!({"database": database, "tables": published}));
+
+    let forward = slot_name(run.target(), database);
+    run.started("link", format!("Link {} → {} of database {database}", run.source, run.target()));
+    let there = links::subscription(&*target, &forward).await.map_err(link)?;
+    match there {
+        Some(subscription) => {
+            if !subscription.enabled {
+                links::enable(&mut target, &forward, &run.standby()).await.map_err(link)?;
+            }
+            refresh(run, &target, &forward, true, &run.standby()).await?;
+        }
+        None => {
+            if let Some((table, ..)) = not_empty(run, &target).await?.first() {
+                return Err(Failure::new(
+                    format!("Database {database} on {} holds rows already ({table}), and no link to it exists.", run.target()),
+                    "Copying on top of them would fail or double them. Nothing was copied.",
+                    format!("Empty its tables (or drop the database on {}), then run `pgflip replication start` again.", run.target()),
+                ));
+            }
+            clear_marker(run, &mut target).await?;
+            make_slot(run, &source, &forward).await?;
+            let make = Make { copy: true, on: true, regime };
+            let publisher = run.config.server(run.source);
+            links::create_subscription(&mut target, publisher, database, make, &run.standby()).await.map_err(link)?;
+        }
+    }
+    run.done("link", format!("{forward} is on"), json!({"database": database, "link": forward}));
+
+    run.started("copy", format!("Initial copy of database {database}"));
+    let op = run.op.clone();
+    let copied = copy::wait(&source, &target, &forward, |now| {
+        let percent = now.share() * 100.0;
+        let message = format!("{database}: {} of {} tables ready, {percent:.0} %", now.ready, now.tables);
+        let moving: Vec<_> = now.each.iter().filter(|table| table.state == "copying" || table.state == "catching up").collect();
+        op.event("copy", "progress", message, json!({
+            "database": database, "ready": now.ready, "tables": now.tables, "bytes": now.bytes,
+            "total_bytes": now.total_bytes, "share": now.share(), "copying": moving,
+        }));
+    })
+    .await
+    .map_err(|e| run.failed(format!("{e}; {}'s log says why", run.target())))?;
+    run.done("copy", format!("{} tables of database {database} are in step", copied.tables), json!({"database": database, "tables": copied.tables}));
+
+    let features = Features::read(&*target).await.map_err(|e| run.failed(describe(&e)))?;
+    if !features.copy_has_origin() {
+        arm(run, &target).await?;
+    }
+    after_copy(run, &source, &mut target, database).await?;
+
+    let back = slot_name(run.source, database);
+    run.started("link_back", format!("Link {} → {} of database {database}", run.target(), run.source));
+    link_back(run, &mut source, &target, database, regime).await?;
+    run.done("link_back", match regime {
+        Regime::OriginFilter => format!("{back} is on"),
+        Regime::Plain => format!("{back} waits: it is switched on by a flip"),
+    }, json!({"database": database, "link": back, "regime": regime}));
+
+    let ends = Ends { source: &source, target: &target, source_side: run.source, database };
+    let (one, two) = (links::read(&ends).await.map_err(link)?, links::read(&ends.reverse()).await.map_err(link)?);
+    Ok(json!({"database": database, "regime": regime, "tables": published, "links": [one, two]}))
+}
+
+/// Makes publication `pgflip` list exactly the tables that have to be carried, and the marker. Returns how many.
+async fn publish(run: &Run, on: &mut Client, expect: &Expect) -> Result<usize, Failure> {
+    let sql = |e: tokio_postgres::Error| run.failed(query("publishing the tables")(e));
+    let link = |e: LinkError| run.failed(e);
+    let txn = on.transaction().await.map_err(sql)?;
+    state::lock(&txn, expect).await.map_err(|e| run.failed(e))?;
+    let publication = Ident::new(PUBLICATION);
+    let exists: bool = txn
+        .query_one("select exists (select from pg_publication where pubname = $1)", &[&PUBLICATION])
+        .await
+        .map_err(sql)?
+        .get(0);
+    if !exists {
+        let statement = format!(
+            "create publication {publication} for table only {} \
+             with (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)",
+            marker_table()
+        );
+        txn.batch_execute(&statement).await.map_err(sql)?;
+    }
+    let wanted = tables_to_publish(&txn).await.map_err(link)?;
+    let now = tables_published(&txn).await.map_err(link)?;
+    let names = |tables: &[(u32, TableName)]| tables.iter().map(|(_, name)| name.clone()).collect::<BTreeSet<_>>();
+    let (wanted, now) = (names(&wanted), names(&now));
+    for (verb, tables) in [("add", wanted.difference(&now)), ("drop", now.difference(&wanted))] {
+        // ONLY: children of an inheritance tree are listed by themselves, each side's own.
+        let tables: Vec<_> = tables.map(|table| format!("only {table}")).collect();
+        if !tables.is_empty() {
+            let statement = format!("alter publication {publication} {verb} table {}", tables.join(", "));
+            txn.batch_execute(&statement).await.map_err(sql)?;
+        }
+    }
+    txn.commit().await.map_err(sql)?;
+    Ok(wanted.len())
+}
+
+/// The target's tables that hold rows.
+async fn not_empty(run: &Run, target: &Client) -> Result<Vec<(TableName, ())>, Failure> {
+    let mut found = Vec::new();
+    for (_, table) in tables_to_publish(&**target).await.map_err(|e| run.failed(e))? {
+        let statement = format!("select exists (select from only {table})");
+        let row = target.query_one(&statement, &[]).await.map_err(|e| run.failed(query("looking for rows")(e)))?;
+        if row.get(0) {
+            found.push((table, ()));
+        }
+    }
+    Ok(found)
+}
+
+/// Markers of an earlier link would collide with those that the copy brings.
+async fn clear_marker(run: &Run, target: &mut Client) -> Result<(), Failure> {
+    let sql = |e: tokio_postgres::Error| run.failed(query("clearing the markers")(e));
+    let txn = target.transaction().await.map_err(sql)?;
+    state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
+    txn.execute("delete from pgflip.marker", &[]).await.map_err(sql)?;
+    txn.commit().await.map_err(sql)
+}
+
+/// Makes the slot of a link whose subscription does not exist: one that is left over from a try that died is dropped
+/// first. Says whom it waits for.
+async fn make_slot(run: &Run, on: &Client, name: &str) -> Result<(), Failure> {
+    let link = |e: LinkError| run.failed(e);
+    if links::drop_slot(on, name).await.map_err(link)? {
+        run.info("link", format!("Dropped slot {name}, left over from an earlier try"), Value::Null);
+    }
+    let creator: i32 =
+        on.query_one("select pg_backend_pid()", &[]).await.map_err(|e| run.failed(describe(&e)))?.get(0);
+    let side = side_of(run, name);
+    let observer = connect(run.config.server(side), run.config.carrier(), PURPOSE, run.limit())
+        .await
+        .map_err(|e| run.failed(e))?;
+    let made = links::create_slot(on, name);
+    tokio::pin!(made);
+    let mut told = Vec::new();
+    loop {
+        tokio::select! {
+            done = &mut made => return done.map_err(link),
+            () = sleep(Duration::from_secs(1)) => {
+                let waits = links::slot_waits_for(&observer, creator).await.map_err(link)?;
+                if waits != told && !waits.is_empty() {
+                    run.op.event(
+                        "link",
+                        "progress",
+                        format!("Slot {name} waits until {} open transactions on {side} have ended: {}", waits.len(), list(&waits)),
+                        json!({"slot": name, "waits_for": waits}),
+                    );
+                    told = waits;
+                }
+            }
+        }
+    }
+}
+
+/// The side that a link's slot is on: the one that it doesn't lead to.
+fn side_of(run: &Run, name: &str) -> Side {
+    let to_target = run.config.databases.iter().any(|database| slot_name(run.target(), database) == name);
+    if to_target { run.source } else { run.target() }
+}
+
+/// Takes tables that were published since into a subscription that is on. REFRESH can't run in a transaction block, so
+/// the state row is read right before it; a refresh that comes too late adds tables that are published, and no more.
+async fn refresh(run: &Run, on: &Client, name: &str, copy: bool, expect: &Expect) -> Result<(), Failure> {
+    match state::read(&**on).await.map_err(|e| run.failed(e))? {
+        Some(row) if row.epoch == expect.epoch && expect.states.contains(&row.state) => {}
+        found => return Err(run.failed(StateError::Superseded { found })),
+    }
+    let statement = format!("alter subscription {} refresh publication with (copy_data = {copy})", Ident::new(name));
+    on.batch_execute(&statement).await.map_err(|e| run.failed(query(&statement)(e)))
+}
+
+/// Statistics and materialized views, which no link carries.
+async fn after_copy(run: &Run, source: &Client, target: &mut Client, database: &str) -> Result<(), Failure> {
+    run.started("analyze", format!("Statistics of database {database}"));
+    let sql = |doing: &'static str| move |e: tokio_postgres::Error| run.failed(query(doing)(e));
+    let analyzed: bool = target
+        .query_one("select exists (select from pgflip.history where event = 'analyze')", &[])
+        .await
+        .map_err(sql("reading the history"))?
+        .get(0);
+    let views = "select format('%I.%I', n.nspname, c.relname) from pg_class c join pg_namespace n on n.oid = c.relnamespace
+                 where c.relkind = 'm' and c.relispopulated = $1 order by c.oid";
+    let filled = source.query(views, &[&true]).await.map_err(sql("reading the materialized views"))?;
+    let filled: BTreeSet<String> = filled.iter().map(|row| row.get(0)).collect();
+    let mut refreshed = Vec::new();
+    for row in target.query(views, &[&false]).await.map_err(sql("reading the materialized views"))? {
+        let view: String = row.get(0);
+        if filled.contains(&view) {
+            let txn = target.transaction().await.map_err(sql("refreshing a materialized view"))?;
+            state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
+            txn.batch_execute(&format!("refresh materialized view {view}"))
+                .await
+                .map_err(|e| run.failed(query(&view)(e)))?;
+            txn.commit().await.map_err(sql("refreshing a materialized view"))?;
+            refreshed.push(view);
+        }
+    }
+    if !analyzed {
+        target.batch_execute("analyze").await.map_err(sql("ANALYZE"))?;
+        state::history(&**target, run.epoch, 0, "analyze", json!({})).await.map_err(|e| run.failed(e))?;
+    }
+    run.done("analyze", format!("Database {database} has statistics; {} materialized views filled", refreshed.len()), json!({"database": database, "refreshed": refreshed}));
+    Ok(())
+}
+
+/// The link from the standby back to the active side: its slot, then its subscription, without a copy. On with an
+/// origin filter; otherwise it waits, switched off.
+async fn link_back(run: &Run, source: &mut Client, target: &Client, database: &str, regime: Regime) -> Result<(), Failure> {
+    let link = |e: LinkError| run.failed(e);
+    let name = slot_name(run.source, database);
+    let make = Make { copy: false, on: regime == Regime::OriginFilter, regime };
+    let publisher = run.config.server(run.target());
+    if let Some(subscription) = links::subscription(&**source, &name).await.map_err(link)? {
+        let carried: BTreeSet<_> = links::subscription_tables(&**source, subscription.oid)
+            .await
+            .map_err(link)?
+            .into_iter()
+            .map(|(table, _)| table)
+            .collect();
+        let published: BTreeSet<_> = tables_published(&**target)
+            .await
+            .map_err(link)?
+            .into_iter()
+            .map(|(_, table)| table)
+            .chain([marker_table()])
+            .collect();
+        let slot = links::slot(&**target, &name).await.map_err(link)?;
+        let usable = slot.is_some_and(|slot| slot.wal_status.as_deref() != Some("lost"));
+        if carried == published && subscription.enabled == make.on && usable {
+            return Ok(());
+        }
+        if carried == published && usable && make.on {
+            return links::enable(source, &name, &run.active()).await.map_err(link);
+        }
+        // A subscription that is off can't be refreshed. Nothing has been written on the standby that this link would
+        // have to carry: it is made again.
+        drop_subscription(source, &name, Some(&run.active())).await.map_err(|e| run.failed(e))?;
+    }
+    make_slot(run, target, &name).await?;
+    links::create_subscription(source, publisher, database, make, &run.active()).await.map_err(link)
+}
+
+/// Drops a subscription without asking its other side: its slots there are dropped separately. True if there was one.
+async fn drop_subscription(on: &mut Client, name: &str, expect: Option<&Expect>) -> Result<Option<u32>, String> {
+    let doing = format!("dropping subscription {name}");
+    let sql = query(&doing);
+    let txn = on.transaction().await.map_err(&sql)?;
+    if let Some(expect) = expect {
+        state::lock(&txn, expect).await.map_err(|e| e.to_string())?;
+    }
+    let Some(found) = links::subscription(&txn, name).await.map_err(|e| e.to_string())? else { return Ok(None) };
+    let quoted = Ident::new(name);
+    txn.batch_execute(&format!(
+        "alter subscription {quoted} disable; alter subscription {quoted} set (slot_name = none); drop subscription {quoted}"
+    ))
+    .await
+    .map_err(&sql)?;
+    txn.commit().await.map_err(&sql)?;
+    Ok(Some(found.oid))
+}
+
+/// What one side's part of taking down has left.
+#[derive(Default)]
+struct Left {
+    done: Vec<String>,
+    left: Vec<String>,
+}
+
+/// Removes every trace of pgflip from both sides. The active side stays writable all along; the standby becomes an
+/// ordinary server. Refused while green is active: without state rows pgflip would lead clients to blue, which lacks
+/// everything since. A side that can't be reached is reported, and cleaned by the next run. May be run again.
+pub async fn stop(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
+    let mut active = None;
+    let mut unreachable = Vec::new();
+    for side in Side::BOTH {
+        for database in &config.databases {
+            match row_of(&config, side, database).await {
+                Err(error) => unreachable.push((side, error)),
+                Ok(Some(row)) if matches!(row.state, State::Fenced | State::Committing) => {
+                    return Err(Failure::new(
+                        format!("A flip is under way: {row} in database {database}."),
+                        "Nothing was removed.",
+                        "Wait until it has ended (`pgflip status`), then try again.",
+                    ));
+                }
+                Ok(Some(row)) if row.state == State::Active => active = Some((row.side, row.epoch)),
+                Ok(_) => {}
+            }
+        }
+    }
+    if let Some((Side::Green, epoch)) = active {
+        return Err(Failure::new(
+            format!("Green is active at epoch {epoch}."),
+            "Nothing was removed: without its state pgflip would lead clients to blue, which would then go its own way.",
+            "To stay on green: `pgflip finalize`. To go back to blue: `pgflip rollback`, then `pgflip replication stop`.",
+        ));
+    }
+    if let Some((_, error)) = unreachable.iter().find(|(side, _)| *side == Side::Blue) {
+        return Err(Failure::new(
+            format!("{error}."),
+            "Nothing was removed: whether blue is the active side is not known.",
+            "Make blue reachable, then try again.",
+        ));
+    }
+    let expect = active.map(|(_, epoch)| epoch);
+    let mut left = Left::default();
+    // The standby first and the active side last: whenever this is interrupted, the rows still say who is active.
+    for side in [Side::Green, Side::Blue] {
+        for database in &config.databases {
+            op.event("stop", "started", format!("Database {database} on {side}"), Value::Null);
+            match links_down(&config, side, database, expect, true).await {
+                Ok(done) => left.done.extend(done),
+                Err(error) => {
+                    op.event("stop", "failed", format!("{side}, {database}: {error}"), Value::Null);
+                    left.left.push(format!("{side}, database {database}: {error}"));
+                }
+            }
+        }
+        if side == Side::Green && unreachable.is_empty() && !left.left.is_empty() {
+            // Reachable, and yet something stayed: blue keeps its rows until green is clean.
+            break;
+        }
+    }
+    if left.left.is_empty() || !unreachable.is_empty() {
+        for side in Side::BOTH {
+            if let Err(error) = cluster_down(&config, side).await {
+                left.left.push(format!("{side}: {error}"));
+            }
+        }
+    }
+    if left.left.is_empty() {
+        op.event("stop", "done", "No trace of pgflip is left on either side", Value::Null);
+        return Ok(json!({"removed": left.done}));
+    }
+    Err(Failure::new(
+        format!("Not everything could be removed: {}.", left.left.join("; ")),
+        "Clients are not affected. What is left may keep WAL on the disk of its server (replication slots) or refuse writes on the standby (fence).",
+        "Mend what it says, then run `pgflip replication stop` again.",
+    ))
+}
+
+/// Ends replication for good after a cutover: links down both ways, the active side without triggers, the old side as it
+/// is, fenced. Both sides keep schema pgflip: it says who is active. May be run again.
+pub async fn finalize(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
+    let (active, epoch) = who_is_active(&config).await?.ok_or_else(|| {
+        Failure::new(
+            "There is nothing to finalize: replication has never been started.",
+            "Nothing was changed.",
+            "`pgflip replication start` begins a migration.",
+        )
+    })?;
+    let mut left = Vec::new();
+    for side in [active, active.other()] {
+        for database in &config.databases {
+            op.event("finalize", "started", format!("Database {database} on {side}"), Value::Null);
+            let down = async {
+                // On the standby the fence is armed first: from here on nothing would notice a write there.
+                if side != active {
+                    let limit = config.limits.server_connect_timeout;
+                    let client = connect_with_origin(config.server(side), database, PURPOSE, limit)
+                        .await
+                        .map_err(|e| e.to_string())?;
+                    let expect = Expect { states: &[State::Standby], epoch };
+                    fence::arm_as(&client, expect, &fence::Limits::default()).await.map_err(|e| e.to_string())?;
+                }
+                links_down(&config, side, database, Some(epoch), false).await
+            };
+            if let Err(error) = down.await {
+                left.push(format!("{side}, database {database}: {error}"));
+            }
+        }
+    }
+    for side in Side::BOTH {
+        if left.is_empty()
+            && let Err(error) = cluster_down(&config, side).await
+        {
+            left.push(format!("{side}: {error}"));
+        }
+    }
+    if left.is_empty() {
+        op.event("finalize", "done", format!("{active} stands alone, {} is fenced", active.other()), Value::Null);
+        return Ok(json!({"active": active, "epoch": epoch, "fenced": active.other()}));
+    }
+    Err(Failure::new(
+        format!("Not everything could be taken down: {}.", left.join("; ")),
+        format!("Clients are not affected: {active} goes on serving them. There is no way back to {} any more.", active.other()),
+        "Mend what it says, then run `pgflip finalize` again.",
+    ))
+}
+
+/// Takes one database of one side out of replication; with `everything`, the fence and schema pgflip too. `epoch`: what
+/// its row has to say, if it has one. Returns what it removed.
+async fn links_down(
+    config: &Config,
+    side: Side,
+    database: &str,
+    epoch: Option<u64>,
+    everything: bool,
+) -> Result<Vec<String>, String> {
+    let limit = config.limits.server_connect_timeout;
+    let server = config.server(side);
+    let plain = match connect(server, database, PURPOSE, limit).await {
+        Ok(client) => client,
+        Err(crate::pg::ConnectError::Login { source, .. })
+            if source.code() == Some(&tokio_postgres::error::SqlState::INVALID_CATALOG_NAME) =>
+        {
+            return Ok(Vec::new());
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    let row = state::read(&*plain).await.map_err(|e| e.to_string())?;
+    let active = row.as_ref().is_some_and(|row| row.state == State::Active);
+    let expect = match (&row, epoch) {
+        (Some(row), Some(epoch)) if row.epoch != epoch => {
+            return Err(format!("its row says {row}, expected epoch {epoch}"));
+        }
+        (Some(_), Some(epoch)) => Some(Expect { states: if active { &[State::Active] } else { &[State::Standby] }, epoch }),
+        (Some(row), None) => {
+            Some(Expect { states: if active { &[State::Active] } else { &[State::Standby] }, epoch: row.epoch })
+        }
+        (None, _) => None,
+    };
+    let mut on = if row.is_some() && !active {
+        connect_with_origin(server, database, PURPOSE, limit).await.map_err(|e| e.to_string())?
+    } else {
+        plain
+    };
+    let on = &mut on;
+    let mut done = Vec::new();
+
+    let name = slot_name(side, database);
+    if let Some(oid) = drop_subscription(on, &name, expect.as_ref()).await? {
+        done.push(format!("{side}: subscription {name}"));
+        // What its initial copies had on the other side, if any was under way.
+        let other = connect(config.server(side.other()), config.carrier(), PURPOSE, limit).await;
+        if let Ok(other) = other {
+            let statement = "select slot_name::text from pg_replication_slots where slot_name like $1";
+            let pattern = format!("pg\\_{oid}\\_sync\\_%");
+            for row in other.query(statement, &[&pattern]).await.map_err(query("reading the slots"))? {
+                links::drop_slot(&other, row.get(0)).await.map_err(|e| e.to_string())?;
+            }
+        }
+    }
+    let slot = slot_name(side.other(), database);
+    if links::drop_slot(on, &slot).await.map_err(|e| e.to_string())? {
+        done.push(format!("{side}: slot {slot}"));
+    }
+
+    let sql = query("dropping the publication");
+    let txn = on.transaction().await.map_err(&sql)?;
+    if let Some(expect) = &expect {
+        state::lock(&txn, expect).await.map_err(|e| e.to_string())?;
+    }
+    txn.batch_execute(&format!("drop publication if exists {}", Ident::new(PUBLICATION))).await.map_err(&sql)?;
+    txn.commit().await.map_err(&sql)?;
+
+    if row.is_none() {
+        return Ok(done);
+    }
+    if everything || active {
+        fence::remove(on).await.map_err(|e| e.to_string())?;
+        done.push(format!("{side}: fence of database {database}"));
+    }
+    if everything {
+        let sql = query("dropping schema pgflip");
+        let txn = on.transaction().await.map_err(&sql)?;
+        if let Some(expect) = &expect {
+            state::lock(&txn, expect).await.map_err(|e| e.to_string())?;
+        }
+        txn.batch_execute("drop schema if exists pgflip cascade").await.map_err(&sql)?;
+        txn.commit().await.map_err(&sql)?;
+        done.push(format!("{side}: schema pgflip in database {database}"));
+    }
+    Ok(done)
+}
+
+/// What pgflip has in a whole server: its own replication origins, and slots whose database is gone from the config.
+async fn cluster_down(config: &Config, side: Side) -> Result<(), String> {
+    let limit = config.limits.server_connect_timeout;
+    let mut last = String::new();
+    for database in config.databases.iter().map(String::as_str).chain(ALWAYS_THERE) {
+        match connect(config.server(side), database, PURPOSE, limit).await {
+            Ok(client) => return drop_origins(&client).await.map_err(|e| e.to_string()),
+            Err(error) => last = error.to_string(),
+        }
+    }
+    Err(last)
+}
+
+/// How replication stands: every database, both links, every table that is not in step yet. What can't be read is said
+/// in its place.
+pub async fn status(config: Arc<Config>) -> Value {
+    let limit = config.limits.server_connect_timeout;
+    let one = async |database: &str| -> Value {
+        let (blue, green) = tokio::join!(
+            connect(&config.blue, database, PURPOSE, limit),
+            connect(&config.green, database, PURPOSE, limit)
+        );
+        let (blue, green) = match (blue, green) {
+            (Ok(blue), Ok(green)) => (blue, green),
+            (blue, green) => {
+                let errors: Vec<String> = [blue.err(), green.err()].into_iter().flatten().map(|e| e.to_string()).collect();
+                return json!({"database": database, "error": errors.join("; ")});
+            }
+        };
+        let rows = (state::read(&*blue).await, state::read(&*green).await);
+        let active = [&rows.0, &rows.1].into_iter().find_map(|row| match row {
+            Ok(Some(row)) if row.state == State::Active => Some(row.side),
+            _ => None,
+        });
+        let source_side = active.unwrap_or(Side::Blue);
+        let (source, target) = if source_side == Side::Blue { (&blue, &green) } else { (&green, &blue) };
+        let ends = Ends { source, target, source_side, database };
+        let mut shown = Vec::new();
+        for ends in [ends, ends.reverse()] {
+            match links::read(&ends).await {
+                Ok(reading) => shown.push(json!(reading)),
+                Err(error) => {
+                    shown.push(json!({"from": ends.source_side, "to": ends.target_side(), "error": error.to_string()}));
+                }
+            }
+        }
+        let progress = async {
+            let name = ends.name();
+            let Some(found) = links::subscription(&**target, &name).await? else { return Ok(None) };
+            let sizes = copy::sizes(source).await?;
+            copy::progress(target, found.oid, &sizes).await.map(Some)
+        };
+        let progress: Result<_, copy::CopyError> = progress.await;
+        let progress = match progress {
+            Ok(None) => Value::Null,
+            Ok(Some(progress)) => json!({
+                "ready": progress.ready, "tables": progress.tables, "share": progress.share(), "bytes": progress.bytes,
+                "total_bytes": progress.total_bytes, "each": progress.each,
+            }),
+            Err(error) => json!({"error": error.to_string()}),
+        };
+        json!({"database": database, "active": active, "links": shown, "copy": progress})
+    };
+    let databases = futures_util::future::join_all(config.databases.iter().map(|database| one(database))).await;
+    json!({"databases": databases})
+}
