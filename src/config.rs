@@ -1,6 +1,10 @@
 //! The configuration: read from TOML, from the environment and from files, checked, and from then on trusted.
 //!
-//! Everything below [`Config`] is already valid: no other module checks a value again.
+//! Everything below [`Config`] is already valid: no other module checks a value again. Reading is in [`read`], what a
+//! running pgflip can take over from a changed file in [`reload`].
+
+pub mod read;
+pub mod reload;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -8,6 +12,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::pg::Side;
+
+pub use read::{ConfigError, Problem};
 
 /// A value that is never shown: its Debug and Display say only that it is there.
 #[derive(Clone, PartialEq, Eq)]
@@ -48,7 +54,7 @@ pub enum SslMode {
 }
 
 /// One of the two servers, as pgflip reaches it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
     /// Which one.
     pub side: Side,
@@ -71,7 +77,7 @@ pub struct Server {
 }
 
 /// TLS towards clients.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientTls {
     /// PEM file: certificate chain.
     pub cert: PathBuf,
@@ -91,7 +97,7 @@ pub enum ClientAuth {
 }
 
 /// The admin port.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admin {
     /// Address and port.
     pub listen: SocketAddr,
@@ -110,7 +116,7 @@ pub enum Stragglers {
 }
 
 /// Limits and choices of a flip.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flip {
     /// How long clients may be held while sessions reach their boundary.
     pub drain_timeout: Duration,
@@ -131,7 +137,7 @@ pub struct Flip {
 }
 
 /// Limits of the data plane.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Clients at once; more are refused with 53300.
     pub max_clients: usize,
@@ -155,7 +161,7 @@ pub enum LogFormat {
 }
 
 /// Everything, valid.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Where clients connect.
     pub listen: SocketAddr,

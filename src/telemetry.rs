@@ -1,1 +1,196 @@
-//! (to be written)
+//! Logs and metrics: how logs look, and every metric's name and meaning in one place.
+//!
+//! Nothing here is called for each query: sessions keep their own counts, which are added up when they are scraped.
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+use crate::config::LogFormat;
+
+/// Gauge: clients connected now.
+pub const SESSIONS: &str = "pgflip_sessions";
+/// Counter: requests answered (ReadyForQuery passed on to clients).
+pub const QUERIES: &str = "pgflip_queries_total";
+/// Counter, `direction` = `in` (from clients) or `out` (to clients): bytes passed on.
+pub const BYTES: &str = "pgflip_bytes_total";
+/// Counter, `result` = `ok`, `wrong_password` or `server` (a server refused): logins of clients.
+pub const LOGINS: &str = "pgflip_logins_total";
+/// Counter, `direction` = `cutover` or `rollback`, `outcome`: flips that have ended.
+pub const FLIPS: &str = "pgflip_flips_total";
+/// Histogram, seconds: how long a flip held clients.
+pub const FLIP_HELD: &str = "pgflip_flip_held_seconds";
+/// Gauge, `database`, `to`: bytes of WAL a link has still to carry. Absent while unknown.
+pub const LAG_BYTES: &str = "pgflip_lag_bytes";
+/// Gauge, `database`, `to`: seconds a link is behind. Absent while unknown.
+pub const LAG_SECONDS: &str = "pgflip_lag_seconds";
+/// Gauge: the epoch clients are served at. 0 until it is known.
+pub const EPOCH: &str = "pgflip_epoch";
+/// Gauge, `side`: 1 for the active side, 0 for the other one; both 0 until it is known.
+pub const ACTIVE: &str = "pgflip_active";
+/// Gauge: 1 while clients are held.
+pub const HELD: &str = "pgflip_held";
+/// Gauge, `version`: always 1.
+pub const BUILD: &str = "pgflip_build_info";
+
+/// What each metric means, for `/metrics` and for the README (a test compares).
+pub const METRICS: &[(&str, Kind, &str)] = &[
+    (BUILD, Kind::Gauge, "Always 1; label version."),
+    (SESSIONS, Kind::Gauge, "Clients connected now."),
+    (
+        QUERIES,
+        Kind::Counter,
+        "Requests answered (ReadyForQuery passed on to clients).",
+    ),
+    (
+        BYTES,
+        Kind::Counter,
+        "Bytes passed on; label direction: in (from clients), out (to clients).",
+    ),
+    (
+        LOGINS,
+        Kind::Counter,
+        "Logins of clients; label result: ok, wrong_password, server (a server refused).",
+    ),
+    (
+        FLIPS,
+        Kind::Counter,
+        "Flips that have ended; labels direction, outcome.",
+    ),
+    (FLIP_HELD, Kind::Histogram, "Seconds for which a flip held clients."),
+    (
+        LAG_BYTES,
+        Kind::Gauge,
+        "Bytes of WAL a link has still to carry; labels database, to. Absent while unknown.",
+    ),
+    (
+        LAG_SECONDS,
+        Kind::Gauge,
+        "Seconds a link is behind; labels database, to. Absent while unknown.",
+    ),
+    (
+        EPOCH,
+        Kind::Gauge,
+        "Epoch at which clients are served; 0 until it is known.",
+    ),
+    (
+        ACTIVE,
+        Kind::Gauge,
+        "1 for the active side, 0 for the other; label side. Both 0 until it is known.",
+    ),
+    (HELD, Kind::Gauge, "1 while clients are held."),
+];
+
+/// Kind of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only rises.
+    Counter,
+    /// Rises and falls.
+    Gauge,
+    /// A distribution.
+    Histogram,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        })
+    }
+}
+
+/// Logs or metrics could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The filter is not valid.
+    #[error("log level: {0}")]
+    Filter(#[from] tracing_subscriber::filter::ParseError),
+    /// Something else in this process has done it already.
+    #[error("logs are set up already: {0}")]
+    Logs(#[from] tracing_subscriber::util::TryInitError),
+    /// The filter can't be exchanged any more.
+    #[error("the log level can't be changed: {0}")]
+    Reload(#[from] reload::Error),
+    /// Something else in this process has done it already, or a bucket is wrong.
+    #[error("metrics: {0}")]
+    Metrics(String),
+}
+
+/// Changes the log level of a running process.
+#[derive(Clone)]
+pub struct LogLevel(reload::Handle<EnvFilter, Registry>);
+
+impl LogLevel {
+    /// From now on.
+    pub fn set(&self, level: &str) -> Result<(), TelemetryError> {
+        Ok(self.0.reload(EnvFilter::try_new(level)?)?)
+    }
+}
+
+/// Starts writing logs to standard error. Once a process.
+pub fn logs(format: LogFormat, level: &str) -> Result<LogLevel, TelemetryError> {
+    use std::io::IsTerminal as _;
+    let (filter, handle) = reload::Layer::new(EnvFilter::try_new(level)?);
+    let registry = tracing_subscriber::registry().with(filter);
+    let lines = fmt::layer().with_writer(std::io::stderr);
+    match format {
+        LogFormat::Human => registry
+            .with(lines.with_ansi(std::io::stderr().is_terminal()))
+            .try_init()?,
+        LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init()?,
+    }
+    Ok(LogLevel(handle))
+}
+
+/// Starts recording metrics; the handle renders them. Once a process.
+pub fn metrics() -> Result<PrometheusHandle, TelemetryError> {
+    let failed = |e: &dyn std::fmt::Display| TelemetryError::Metrics(e.to_string());
+    // From a millisecond to the longest drain anybody should allow.
+    let buckets = [
+        0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
+    ];
+    let recorder = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Full(FLIP_HELD.to_owned()), &buckets)
+        .map_err(|e| failed(&e))?
+        .build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|e| failed(&e))?;
+    describe();
+    metrics::gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    Ok(handle)
+}
+
+fn describe() {
+    for (name, kind, meaning) in METRICS {
+        let unit = if name.ends_with("_seconds") {
+            Unit::Seconds
+        } else if name.contains("_bytes") {
+            Unit::Bytes
+        } else {
+            Unit::Count
+        };
+        match kind {
+            Kind::Counter => describe_counter!(*name, unit, *meaning),
+            Kind::Gauge => describe_gauge!(*name, unit, *meaning),
+            Kind::Histogram => describe_histogram!(*name, unit, *meaning),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_is_in_the_readme() {
+        let readme = include_str!("../README.md");
+        for (name, ..) in METRICS {
+            assert!(readme.contains(&format!("`{name}")), "{name} is missing in README.md");
+        }
+    }
+}

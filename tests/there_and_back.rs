@@ -1,8 +1,6 @@
 //! The whole of it, once, in both link regimes and with two databases: there and back under load, and nobody notices.
 
-mod common;
-
-use common::{LIMIT, Rig};
+use crate::common::{LIMIT, Rig};
 use pgflip::demo::ledger::{Load, Shape};
 use pgflip::pg::Side;
 

@@ -1,1 +1,302 @@
-//! (to be written)
+//! The command line. One file a subcommand; all but `run`, `demo` and `completions` talk to the admin port of a running
+//! pgflip, like any other client.
+
+pub mod act;
+pub mod check;
+pub mod client;
+pub mod completions;
+pub mod demo;
+pub mod lag;
+pub mod progress;
+pub mod replication;
+pub mod run;
+pub mod sessions;
+pub mod status;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::Stragglers;
+
+/// Exit codes, each with its meaning. The same table is in `--help` and in the README.
+pub mod exit {
+    /// What a script can tell apart.
+    pub const CODES: &[(u8, &str)] = &[
+        (DONE, "done"),
+        (FAILED, "failed; the message says what happened and what to do"),
+        (USAGE, "wrong usage or configuration; nothing was done"),
+        (
+            UNWOUND,
+            "the flip was unwound: clients go on where they were, nothing changed",
+        ),
+        (
+            NO_GO,
+            "preflight found something that must be mended first; nothing was done",
+        ),
+        (UNREACHABLE, "the admin port can't be reached, or refuses the token"),
+        (
+            IN_DOUBT,
+            "in doubt: it is not known whether the flip took place; clients are held",
+        ),
+    ];
+    /// Done.
+    pub const DONE: u8 = 0;
+    /// Failed.
+    pub const FAILED: u8 = 1;
+    /// Wrong usage or configuration (clap's own code for it).
+    pub const USAGE: u8 = 2;
+    /// A flip was unwound.
+    pub const UNWOUND: u8 = 3;
+    /// No go by preflight.
+    pub const NO_GO: u8 = 4;
+    /// No admin port, or no access to it.
+    pub const UNREACHABLE: u8 = 5;
+    /// In doubt.
+    pub const IN_DOUBT: u8 = 6;
+}
+
+fn exit_codes() -> String {
+    let mut text = String::from("Exit codes:\n");
+    for (code, meaning) in exit::CODES {
+        text.push_str(&format!("  {code}  {meaning}\n"));
+    }
+    text
+}
+
+fn after_help() -> String {
+    format!(
+        "A whole migration:\n  \
+         pgflip check                    what is wrong with the configuration and the servers, and how to mend it\n  \
+         pgflip run                      serve clients (leave it running)\n  \
+         pgflip replication start        copy blue to green and keep it in step\n  \
+         pgflip lag                      how far green is behind\n  \
+         pgflip cutover --rehearse       all of it up to the last step, then back: how long, and what would stop it\n  \
+         pgflip cutover                  move every client to green\n  \
+         pgflip rollback                 and back, with nothing lost\n  \
+         pgflip finalize                 when you are sure: drop the links\n\n{}",
+        exit_codes()
+    )
+}
+
+/// pgflip moves a live application from one Postgres server to another, and back, without downtime.
+///
+/// Applications connect to pgflip instead of Postgres. Behind it stand two servers, blue and green. Try it:
+/// `pgflip demo` starts two throwaway servers and does it all in about a minute.
+#[derive(Debug, Parser)]
+#[command(name = "pgflip", version, after_help = after_help(), max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Options of every command.
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// Configuration file.
+    ///
+    /// Commands that talk to a running pgflip take the admin port's address and token from it, unless --admin is given.
+    #[arg(
+        long,
+        short,
+        global = true,
+        value_name = "FILE",
+        env = "PGFLIP_CONFIG",
+        default_value = "config.toml"
+    )]
+    pub config: PathBuf,
+    /// The running pgflip's admin port, such as http://127.0.0.1:6433.
+    #[arg(long, global = true, value_name = "URL", env = "PGFLIP_ADMIN")]
+    pub admin: Option<String>,
+    /// Its token (safer: PGFLIP_TOKEN or --token-file, which other users of this machine can't see).
+    #[arg(
+        long,
+        global = true,
+        value_name = "TOKEN",
+        env = "PGFLIP_TOKEN",
+        hide_env_values = true
+    )]
+    pub token: Option<Hidden>,
+    /// A file that holds the token.
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "token")]
+    pub token_file: Option<PathBuf>,
+    /// Print JSON, one object a line; the last line is the result.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// A token on the command line: not shown by Debug.
+#[derive(Clone)]
+pub struct Hidden(pub String);
+
+impl std::fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("[secret]")
+    }
+}
+
+impl std::str::FromStr for Hidden {
+    type Err = std::convert::Infallible;
+    fn from_str(text: &str) -> Result<Hidden, Self::Err> {
+        Ok(Hidden(text.to_owned()))
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve clients, until SIGTERM.
+    ///
+    /// SIGTERM or SIGINT: sessions end at the end of their transaction, then pgflip leaves (a second signal: at once).
+    /// SIGHUP: takes over what can be taken over from a changed configuration, and logs what needs a restart.
+    Run,
+    /// See it happen: two throwaway servers, an application with a ledger, there and back again.
+    Demo(crate::demo::Options),
+    /// Say everything that is wrong with the configuration and the servers, and how to mend it.
+    ///
+    /// If a pgflip runs at the admin port, it looks; otherwise this command looks itself.
+    Check,
+    /// Show which side is active, how the links stand, and what to do next.
+    Status,
+    /// Start, stop or show the replication from the active side to the other.
+    #[command(subcommand)]
+    Replication(replication::Replication),
+    /// Show how far the standby side is behind, in bytes and seconds.
+    Lag,
+    /// Move every client from blue to green.
+    ///
+    /// Clients wait for a moment, at the end of their transaction; none gets an error. If anything goes wrong before the
+    /// new side is active, the flip is unwound and clients go on where they were (exit code 3).
+    #[command(
+        after_help = "Examples:\n  pgflip cutover --rehearse\n  pgflip cutover --stragglers terminate\n  pgflip cutover --json | tail -1"
+    )]
+    Cutover(act::Flip),
+    /// Move every client from green back to blue. What was committed on green is on blue.
+    #[command(
+        after_help = "Examples:\n  pgflip rollback\n  pgflip rollback --force        green is dead: says what may be lost, and asks"
+    )]
+    Rollback(act::Flip),
+    /// End the migration: drop the links, leave the old side fenced. After this there is no way back.
+    Finalize(act::Finalize),
+    /// List the clients.
+    Sessions,
+    /// Print completions for a shell.
+    #[command(after_help = "Example:\n  pgflip completions bash > /etc/bash_completion.d/pgflip")]
+    Completions(completions::Completions),
+}
+
+/// `--stragglers`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum StragglersChoice {
+    /// Unwind the flip if a session does not reach the end of its transaction in time.
+    Unwind,
+    /// End such sessions (57P01) and go on.
+    Terminate,
+}
+
+impl From<StragglersChoice> for Stragglers {
+    fn from(choice: StragglersChoice) -> Stragglers {
+        match choice {
+            StragglersChoice::Unwind => Stragglers::Unwind,
+            StragglersChoice::Terminate => Stragglers::Terminate,
+        }
+    }
+}
+
+/// Does what the arguments say; returns the exit code.
+pub fn main() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = error.exit_code();
+            // Nothing to be done if standard output is closed.
+            let _ = error.print();
+            return u8::try_from(code).unwrap_or(exit::USAGE);
+        }
+    };
+    let common = &cli.common;
+    match &cli.command {
+        Command::Run => return run::run(common),
+        Command::Completions(options) => return completions::run(options),
+        _ => {}
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("pgflip: no runtime: {error}");
+            return exit::FAILED;
+        }
+    };
+    runtime.block_on(async {
+        match &cli.command {
+            Command::Run | Command::Completions(_) => unreachable!("done above"),
+            Command::Demo(options) => demo::run(options, common).await,
+            Command::Check => check::run(common).await,
+            Command::Status => status::run(common).await,
+            Command::Replication(what) => replication::run(what, common).await,
+            Command::Lag => lag::run(common).await,
+            Command::Cutover(options) => act::flip("cutover", options, common).await,
+            Command::Rollback(options) => act::flip("rollback", options, common).await,
+            Command::Finalize(options) => act::finalize(options, common).await,
+            Command::Sessions => sessions::run(common).await,
+        }
+    })
+}
+
+/// Prints a line to standard output; a closed pipe ends the command quietly, as `head` expects.
+pub(crate) fn print(line: impl std::fmt::Display) {
+    use std::io::Write as _;
+    if writeln!(std::io::stdout(), "{line}").is_err() {
+        std::process::exit(i32::from(exit::FAILED));
+    }
+}
+
+/// Reports an error of the command itself, and its exit code.
+pub(crate) fn fail(common: &Common, error: &client::ClientError) -> u8 {
+    if common.json {
+        print(serde_json::json!({ "error": error.as_json() }));
+    } else {
+        eprintln!("pgflip: {error}");
+    }
+    error.exit_code()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exit_codes_are_in_the_help_and_in_the_readme() {
+        let help = Cli::command().render_long_help().to_string();
+        let readme = include_str!("../../README.md");
+        for (code, meaning) in exit::CODES {
+            let first = meaning.split(';').next().expect("split gives at least one part");
+            assert!(
+                help.contains(&format!("{code}  {}", first.split(':').next().expect("as above"))),
+                "{help}"
+            );
+            assert!(readme.contains(&format!("| {code} | {meaning} |")), "{code} {meaning}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_not_in_the_debug_form_of_the_arguments() {
+        let cli = Cli::parse_from(["pgflip", "status", "--token", "hunter2"]);
+        assert!(!format!("{cli:?}").contains("hunter2"));
+    }
+}

@@ -384,6 +384,14 @@ impl OldXids {
         Ok(OldXids { snapshot, open })
     }
 
+    /// Runs both once, so that the window finds the catalogs in the session's cache.
+    pub async fn warm(&self, source: &Client) -> Result<(), FenceError> {
+        let none: Vec<String> = Vec::new();
+        source.query_one(&self.snapshot, &[]).await?;
+        source.query(&self.open, &[&none]).await?;
+        Ok(())
+    }
+
     /// To be called when the fence is up: waits until no transaction that was open then is open in this database, but
     /// for autovacuum's and replication's. A transaction that gets its id later meets the triggers.
     pub async fn wait_out(&self, source: &Client, deadline: Instant) -> Result<(), FenceError> {

@@ -82,6 +82,12 @@ impl Watch {
         Ok(Watch(target.prepare(SEEN).await?))
     }
 
+    /// Asks once, so that the window finds the table in the session's cache.
+    pub async fn warm(&self, target: &Client, side: Side) -> Result<(), MarkerError> {
+        target.query_one(&self.0, &[&side.as_str(), &0_i64]).await?;
+        Ok(())
+    }
+
     /// As [`wait()`].
     pub async fn wait(&self, target: &Client, side: Side, n: i64, deadline: Instant) -> Result<(), MarkerError> {
         let began = Instant::now();

@@ -1,13 +1,451 @@
 //! What an operator asks for. Each capability is usable alone; the steps of a flip are thin.
+//!
+//! [`Controller`] is what the admin port talks to: it runs one long operation at a time, and beside it the guard, which
+//! follows the state rows for ever.
 
 pub mod copy;
 pub mod fence;
+pub mod flip;
+pub mod guard;
 pub mod lag;
 pub mod links;
 pub mod marker;
 pub mod operation;
 pub mod preflight;
+pub mod recovery;
 pub mod replication;
 pub mod roles;
 pub mod schema;
+pub mod sequences;
 pub mod state;
+pub mod steps;
+pub mod traffic;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+
+use crate::config::{Config, Stragglers};
+use crate::pg::{Purpose, Side, connect};
+use crate::proxy::gate::Gate;
+use guard::{Guard, Phase};
+use lag::LinkLag;
+use operation::{Kind, Operation, Status as Outcome};
+use preflight::{Failure, Finding};
+use recovery::Known;
+
+/// Which way a flip goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// Blue to green.
+    Cutover,
+    /// Green to blue.
+    Rollback,
+}
+
+impl Direction {
+    /// As it is written everywhere.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Direction::Cutover => "cutover",
+            Direction::Rollback => "rollback",
+        }
+    }
+
+    /// Where clients are before it.
+    pub fn source(self) -> Side {
+        match self {
+            Direction::Cutover => Side::Blue,
+            Direction::Rollback => Side::Green,
+        }
+    }
+}
+
+/// The operator accepts that what only the source has is lost. Made only where they have been asked.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Force;
+
+/// A flip, as it is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct FlipRequest {
+    /// Which way.
+    pub direction: Direction,
+    /// Run to the pivot, then unwind.
+    pub rehearse: bool,
+    /// The source is dead (or the target of an attempt in doubt is): go on without it.
+    pub force: Option<Force>,
+    /// Instead of what the config says.
+    pub stragglers: Option<Stragglers>,
+}
+
+/// A long operation, as it is asked for.
+#[derive(Clone, Copy, Debug)]
+pub enum Request {
+    /// Make both links and copy.
+    ReplicationStart,
+    /// Remove every trace.
+    ReplicationStop,
+    /// Flip.
+    Flip(FlipRequest),
+    /// Drop the links, leave the old side fenced.
+    Finalize,
+}
+
+/// Why something was not begun.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
+#[error("{what} {next}")]
+pub struct Refused {
+    /// For programs: `busy`, `not_ready`.
+    pub code: &'static str,
+    /// What is in the way.
+    pub what: String,
+    /// What to do.
+    pub next: String,
+}
+
+/// Operations that are remembered.
+const REMEMBERED: usize = 50;
+
+/// See the module.
+pub struct Controller {
+    config: ArcSwap<Config>,
+    gate: Arc<Gate>,
+    inner: Mutex<Inner>,
+    /// Held by whoever changes a side: the operation under way, or the guard for one round.
+    acting: tokio::sync::Mutex<()>,
+    /// Wakes the guard before its time.
+    wake: Notify,
+}
+
+struct Inner {
+    phase: Phase,
+    operations: VecDeque<Operation>,
+    running: Option<Operation>,
+    last_flip: Option<Value>,
+    traffic: Option<traffic::Traffic>,
+    warnings: Vec<String>,
+    blue: Known,
+    green: Known,
+    guard: Option<tokio::task::JoinHandle<()>>,
+    leaving: bool,
+}
+
+impl Controller {
+    /// Begins: the guard finds the truth from the rows, recovers, switches and opens the gate, then watches for ever.
+    pub fn start(config: Arc<Config>, gate: Arc<Gate>) -> Arc<Controller> {
+        let unread = || Known::Unreachable("not read yet".into());
+        let controller = Arc::new(Controller {
+            config: ArcSwap::new(config),
+            gate,
+            inner: Mutex::new(Inner {
+                phase: Phase::Starting,
+                operations: VecDeque::new(),
+                running: None,
+                last_flip: None,
+                traffic: None,
+                warnings: Vec::new(),
+                blue: unread(),
+                green: unread(),
+                guard: None,
+                leaving: false,
+            }),
+            acting: tokio::sync::Mutex::new(()),
+            wake: Notify::new(),
+        });
+        let guard = tokio::spawn(Guard::new(controller.clone()).run());
+        controller.inner.lock().guard = Some(guard);
+        controller
+    }
+
+    fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
+    fn phase(&self) -> Phase {
+        self.inner.lock().phase.clone()
+    }
+
+    fn set_phase(&self, phase: Phase) {
+        let mut inner = self.inner.lock();
+        if inner.phase != phase {
+            tracing::info!(from = ?inner.phase, to = ?phase, because = "the state rows", "phase");
+            inner.phase = phase;
+        }
+    }
+
+    fn saw(&self, blue: &Known, green: &Known) {
+        let mut inner = self.inner.lock();
+        inner.blue = blue.clone();
+        inner.green = green.clone();
+    }
+
+    fn warn_once(&self, warning: String) {
+        let mut inner = self.inner.lock();
+        if !inner.warnings.contains(&warning) {
+            tracing::warn!(warning);
+            // The newest few; each is also in the log.
+            if inner.warnings.len() == 20 {
+                inner.warnings.remove(0);
+            }
+            inner.warnings.push(warning);
+        }
+    }
+
+    /// Begins a long operation. One at a time in this process; other processes are kept out by a lock in the carrier.
+    pub fn begin(self: &Arc<Self>, request: Request) -> Result<Operation, Refused> {
+        let kind = match request {
+            Request::ReplicationStart => Kind::ReplicationStart,
+            Request::ReplicationStop => Kind::ReplicationStop,
+            Request::Finalize => Kind::Finalize,
+            Request::Flip(FlipRequest { direction: Direction::Cutover, .. }) => Kind::Cutover,
+            Request::Flip(FlipRequest { direction: Direction::Rollback, .. }) => Kind::Rollback,
+        };
+        let mut inner = self.inner.lock();
+        if inner.leaving {
+            return Err(Refused {
+                code: "not_ready",
+                what: "This pgflip is on its way out.".into(),
+                next: "Ask the one that takes its place.".into(),
+            });
+        }
+        if let Some(running) = &inner.running {
+            let view = running.view();
+            return Err(Refused {
+                code: "busy",
+                what: format!("Operation {} ({:?}) is under way.", view.id, view.kind),
+                next: format!("Wait until it has ended: GET /v1/operations/{}.", view.id),
+            });
+        }
+        let operation = Operation::new(kind);
+        inner.running = Some(operation.clone());
+        if inner.operations.len() == REMEMBERED {
+            inner.operations.pop_front();
+        }
+        inner.operations.push_back(operation.clone());
+        drop(inner);
+        let (controller, running) = (self.clone(), operation.clone());
+        tokio::spawn(async move {
+            let inside = controller.clone();
+            let task = tokio::spawn(async move { inside.run(running, request).await });
+            let (status, result) = match task.await {
+                Ok(ended) => ended,
+                // Whatever it left half done is what the guard is for.
+                Err(error) => (
+                    Outcome::Failed,
+                    json!({ "outcome": "failed", "why": format!("pgflip has a defect: {error}"),
+                        "means": "What it had begun is unwound or completed from the state rows.",
+                        "next": "Please report it, with the log." }),
+                ),
+            };
+            let operation = {
+                let mut inner = controller.inner.lock();
+                if matches!(kind, Kind::Cutover | Kind::Rollback) {
+                    inner.last_flip = Some(result.clone());
+                }
+                inner.running.take()
+            };
+            if let Some(operation) = operation {
+                operation.finish(status, result);
+            }
+            controller.wake.notify_one();
+        });
+        Ok(operation)
+    }
+
+    async fn run(self: Arc<Self>, operation: Operation, request: Request) -> (Outcome, Value) {
+        let _acting = self.acting.lock().await;
+        let config = self.config();
+        match request {
+            Request::Flip(flip) => {
+                let direction = flip.direction;
+                let ended = flip::run(config, self.gate.clone(), operation, flip).await;
+                if let Some(outcome) = ended.result["outcome"].as_str() {
+                    metrics::counter!("pgflip_flips_total", "direction" => direction.as_str(), "outcome" => outcome.to_owned())
+                        .increment(1);
+                }
+                if let Some(held) = ended.result["held_ms"].as_f64().filter(|held| *held > 0.0) {
+                    metrics::histogram!("pgflip_flip_held_seconds").record(held / 1e3);
+                }
+                if ended.traffic.is_some() {
+                    self.inner.lock().traffic = ended.traffic;
+                }
+                if ended.status == Outcome::InDoubt {
+                    let why = ended.result["why"].as_str().unwrap_or_default().to_owned();
+                    self.set_phase(Phase::InDoubt(why));
+                }
+                (ended.status, ended.result)
+            }
+            Request::ReplicationStart => ended(replication::start(config, operation).await),
+            Request::ReplicationStop => ended(replication::stop(config, operation).await),
+            Request::Finalize => ended(replication::finalize(config, operation).await),
+        }
+    }
+
+    /// An operation by its id, the newest fifty.
+    pub fn operation(&self, id: u64) -> Option<Operation> {
+        self.inner.lock().operations.iter().find(|operation| operation.id() == id).cloned()
+    }
+
+    /// Whether clients can be served: for `/readyz`.
+    pub fn ready(&self) -> Result<(), String> {
+        let inner = self.inner.lock();
+        if inner.leaving {
+            return Err("leaving".into());
+        }
+        match (&inner.phase, self.gate.upstream()) {
+            (Phase::InDoubt(why), _) => Err(format!("in doubt: {why}")),
+            (Phase::Starting, _) | (_, None) => Err("it is not known yet which side is active".into()),
+            // While held clients wait, and are served in a moment.
+            (Phase::Serving | Phase::Recovering | Phase::Unknown(_), Some(_)) => Ok(()),
+        }
+    }
+
+    /// Takes over what of the config may change while running: the flip's limits.
+    pub fn reload(&self, config: Arc<Config>) {
+        self.config.store(config);
+    }
+
+    /// Waits for the operation under way; the guard stops. May be cancelled: what is left is unwound or completed from the
+    /// rows by the next pgflip.
+    pub async fn shutdown(&self) {
+        let (running, guard) = {
+            let mut inner = self.inner.lock();
+            inner.leaving = true;
+            (inner.running.clone(), inner.guard.take())
+        };
+        if let Some(running) = running {
+            running.ended().await;
+        }
+        if let Some(guard) = guard {
+            guard.abort();
+        }
+    }
+
+    /// Lag of every link, read now. Unknown is a value of its own.
+    pub async fn lag(&self) -> Vec<LinkLag> {
+        lag::measure(&self.config()).await
+    }
+
+    /// Everything that would stop what comes next: a flip if replication has been set up, else `replication start`.
+    pub async fn check(&self) -> Vec<Finding> {
+        let config = self.config();
+        let (blue, green) = {
+            let inner = self.inner.lock();
+            (inner.blue.clone(), inner.green.clone())
+        };
+        match (&blue, &green, self.gate.upstream()) {
+            (Known::Row(_), Known::Row(_), Some(upstream)) => preflight::for_flip(&config, upstream.side).await,
+            _ => preflight::for_replication(&config).await,
+        }
+    }
+
+    /// Links, copies, slots: read now.
+    pub async fn replication_status(&self) -> Value {
+        replication::status(self.config()).await
+    }
+
+    /// Everything an operator wants to see at once.
+    pub async fn status(&self) -> Value {
+        let config = self.config();
+        let (blue, green, lag, replication) = tokio::join!(
+            side_status(&config, Side::Blue),
+            side_status(&config, Side::Green),
+            lag::measure(&config),
+            replication::status(config.clone())
+        );
+        let upstream = self.gate.upstream();
+        let sessions = self.gate.sessions();
+        let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
+        let inner = self.inner.lock();
+        let running = inner.running.as_ref().map(Operation::view);
+        let flipping = running.as_ref().is_some_and(|view| matches!(view.kind, Kind::Cutover | Kind::Rollback));
+        let (phase, why) = match (&inner.phase, flipping) {
+            (Phase::InDoubt(why), _) => ("in_doubt", Some(why.clone())),
+            (_, true) => ("flipping", None),
+            (Phase::Starting, _) => ("starting", None),
+            (Phase::Serving, _) => ("serving", None),
+            (Phase::Recovering, _) => ("recovering", None),
+            (Phase::Unknown(why), _) => ("unknown", Some(why.clone())),
+        };
+        let mut warnings = inner.warnings.clone();
+        warnings.extend(why.clone());
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "phase": phase,
+            "why": why,
+            "active": upstream.map(|upstream| upstream.side),
+            "epoch": upstream.map(|upstream| upstream.epoch),
+            "held": self.gate.held(),
+            "sides": { "blue": blue, "green": green },
+            "replication": replication_state(&replication),
+            "lag": lag,
+            "sessions": { "total": sessions.len(), "blue": on(Side::Blue), "green": on(Side::Green) },
+            "operation": running,
+            "last_flip": inner.last_flip,
+            "traffic": inner.traffic,
+            "warnings": warnings,
+        })
+    }
+}
+
+/// One word for all links: `none`, `copying`, `running`, or `broken` (a link that ought to be on is not).
+fn replication_state(status: &Value) -> &'static str {
+    let databases = status["databases"].as_array().map_or(&[][..], Vec::as_slice);
+    let links: Vec<&Value> =
+        databases.iter().flat_map(|database| database["links"].as_array().map_or(&[][..], Vec::as_slice)).collect();
+    let forward: Vec<&Value> = databases
+        .iter()
+        .filter_map(|database| {
+            let links = database["links"].as_array()?;
+            links.iter().find(|link| link["from"] == database["active"])
+        })
+        .collect();
+    let unread = databases.iter().any(|database| database.get("error").is_some())
+        || links.iter().any(|link| link.get("error").is_some());
+    if unread {
+        return "unknown";
+    }
+    if forward.iter().all(|link| link["enabled"].is_null()) {
+        return "none";
+    }
+    let unready = |link: &&Value| {
+        ["waiting", "copying", "catching_up"].iter().any(|state| link["tables"][state].as_u64().is_none_or(|n| n > 0))
+    };
+    if forward.iter().any(unready) {
+        return "copying";
+    }
+    let up = |link: &&Value| link["enabled"] == json!(true) && link["slot_active"] == json!(true);
+    if forward.iter().all(up) { "running" } else { "broken" }
+}
+
+fn ended(done: Result<Value, Failure>) -> (Outcome, Value) {
+    match done {
+        Ok(result) => (Outcome::Succeeded, result),
+        Err(failure) => (Outcome::Failed, json!(failure)),
+    }
+}
+
+/// A side with the rows of all databases, read now.
+async fn side_status(config: &Config, side: Side) -> Value {
+    let limit = config.limits.server_connect_timeout;
+    let mut version = Value::Null;
+    if let Ok(client) = connect(config.server(side), config.carrier(), Purpose("status"), limit).await {
+        if let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await {
+            version = json!(row.get::<_, String>(0));
+        }
+    }
+    let databases = futures_util::future::join_all(config.databases.iter().map(|database| async move {
+        let mut shown = guard::shown(&recovery::look(config, side, database).await.0);
+        shown["name"] = json!(database);
+        shown
+    }))
+    .await;
+    let reachable = databases.iter().any(|database| database["reachable"] == json!(true));
+    json!({ "reachable": reachable, "server_version": version, "databases": databases })
+}

@@ -345,10 +345,12 @@ pub async fn unwind<C: GenericClient>(source: &C, attempt: Attempt, from: Unwind
     changed(source, include_str!("../pg/sql/state_unwind.sql"), &[&epoch, &id, &committing]).await
 }
 
-/// The operator's force: this side becomes active at `epoch + 1` although the source can't be asked. The same
-/// conditional UPDATE as the pivot.
-pub async fn force<C: GenericClient>(target: &C, attempt: Attempt) -> Result<bool, StateError> {
-    pivot(target, attempt).await
+/// The operator's force, on a side that is fenced as source of an attempt whose target can't be asked: active again, two
+/// epochs on, so that it outranks the target even if the pivot has been committed there. (A standby is forced by the
+/// same [`pivot`] as ever.)
+pub async fn force_back<C: GenericClient>(on: &C, attempt: Attempt) -> Result<bool, StateError> {
+    let (id, epoch) = (bigint(attempt.id), bigint(attempt.epoch));
+    changed(on, include_str!("../pg/sql/state_force.sql"), &[&epoch, &id]).await
 }
 
 /// A side that slept through a flip (its epoch is below the truth's): standby at `epoch`, whatever it was. Run when an

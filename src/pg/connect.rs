@@ -107,7 +107,11 @@ pub enum Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, into),
@@ -117,7 +121,11 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
@@ -143,8 +151,25 @@ impl AsyncWrite for Stream {
 /// SSLRequest (PostgreSQL manual, 55.7): length 8, code 80877103.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
-/// Opens a byte stream to a server, TLS negotiated as its `sslmode` says. `limit` bounds the whole of it.
+/// Opens a byte stream to a server, TLS negotiated as its `sslmode` says. `limit` bounds the whole of it. With `allow` it
+/// is a plain one; if the server refuses the login on it, [`dial_again`].
 pub async fn dial(server: &Server, limit: Duration) -> Result<Stream, ConnectError> {
+    dial_as(server, server.sslmode, limit).await
+}
+
+/// With `sslmode=allow`, a TLS stream to try when the login on the plain one was refused, as libpq does; else `None`.
+pub async fn dial_again(server: &Server, limit: Duration) -> Option<Result<Stream, ConnectError>> {
+    if server.sslmode != SslMode::Allow || server.host.starts_with('/') {
+        return None;
+    }
+    Some(dial_as(server, SslMode::Require, limit).await)
+}
+
+async fn dial_as(
+    server: &Server,
+    sslmode: SslMode,
+    limit: Duration,
+) -> Result<Stream, ConnectError> {
     let reach = |source| ConnectError::Reach {
         side: server.side,
         host: server.host.clone(),
@@ -154,11 +179,22 @@ pub async fn dial(server: &Server, limit: Duration) -> Result<Stream, ConnectErr
     let whole = async {
         if server.host.starts_with('/') {
             let path = format!("{}/.s.PGSQL.{}", server.host, server.port);
-            return Ok(Stream::Unix(UnixStream::connect(path).await.map_err(reach)?));
+            return Ok(Stream::Unix(
+                UnixStream::connect(path).await.map_err(reach)?,
+            ));
         }
-        let mut tcp = TcpStream::connect((server.host.as_str(), server.port)).await.map_err(reach)?;
+        let mut tcp = TcpStream::connect((server.host.as_str(), server.port))
+            .await
+            .map_err(reach)?;
         tcp.set_nodelay(true).map_err(reach)?;
-        let optional = match server.sslmode {
+        // A server's machine that has vanished says nothing more: the kernel finds out.
+        let keepalive = socket2::TcpKeepalive::new()
+            .with_time(Duration::from_secs(60))
+            .with_interval(Duration::from_secs(10));
+        socket2::SockRef::from(&tcp)
+            .set_tcp_keepalive(&keepalive)
+            .map_err(reach)?;
+        let optional = match sslmode {
             SslMode::Disable | SslMode::Allow => return Ok(Stream::Tcp(tcp)),
             SslMode::Prefer => true,
             SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => false,
@@ -176,7 +212,11 @@ pub async fn dial(server: &Server, limit: Duration) -> Result<Stream, ConnectErr
             }
             // A server that answers with an error message ('E') has sent it before authentication and without TLS: its
             // text is not to be trusted, and not shown.
-            _ => return Err(reach(io::Error::other("it answered an SSLRequest with something else"))),
+            _ => {
+                return Err(reach(io::Error::other(
+                    "it answered an SSLRequest with something else",
+                )));
+            }
         }
         let name = ServerName::try_from(server.host.clone())
             .map_err(|_| tls_error(server, format!("{:?} is no host name", server.host)))?;
@@ -196,7 +236,10 @@ pub async fn dial(server: &Server, limit: Duration) -> Result<Stream, ConnectErr
 }
 
 fn tls_error(server: &Server, reason: String) -> ConnectError {
-    ConnectError::Tls { side: server.side, reason }
+    ConnectError::Tls {
+        side: server.side,
+        reason,
+    }
 }
 
 /// What is checked of a server's certificate, as libpq does: nothing for `prefer` and for `require` without a root
@@ -210,7 +253,9 @@ fn client_config(server: &Server) -> Result<Arc<ClientConfig>, ConnectError> {
         None => None,
         Some(path) => {
             let mut roots = RootCertStore::empty();
-            let unreadable = |e: rustls::pki_types::pem::Error| tls_error(server, format!("{}: {e}", path.display()));
+            let unreadable = |e: rustls::pki_types::pem::Error| {
+                tls_error(server, format!("{}: {e}", path.display()))
+            };
             for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
                 roots
                     .add(certificate.map_err(unreadable)?)
@@ -231,7 +276,10 @@ fn client_config(server: &Server) -> Result<Arc<ClientConfig>, ConnectError> {
                 .map_err(|e| tls_error(server, e.to_string()))?,
         ),
         (SslMode::VerifyFull | SslMode::VerifyCa, None) => {
-            return Err(tls_error(server, "sslmode asks for a checked certificate, but there is no sslrootcert".into()));
+            return Err(tls_error(
+                server,
+                "sslmode asks for a checked certificate, but there is no sslrootcert".into(),
+            ));
         }
         _ => Check::Nothing,
     };
@@ -269,12 +317,14 @@ impl ServerCertVerifier for NameUnchecked {
         match &self.check {
             Check::Nothing => Ok(ServerCertVerified::assertion()),
             // webpki checks the chain before the name, so these two errors mean that the chain is good.
-            Check::Chain(inner) => match inner.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
-                Err(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
-                    Ok(ServerCertVerified::assertion())
+            Check::Chain(inner) => {
+                match inner.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
+                    Err(rustls::Error::InvalidCertificate(
+                        NotValidForName | NotValidForNameContext { .. },
+                    )) => Ok(ServerCertVerified::assertion()),
+                    other => other,
                 }
-                other => other,
-            },
+            }
         }
     }
     fn verify_tls12_signature(
@@ -283,7 +333,12 @@ impl ServerCertVerifier for NameUnchecked {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        rustls::crypto::verify_tls12_signature(
+            message,
+            cert,
+            dss,
+            &self.provider.signature_verification_algorithms,
+        )
     }
     fn verify_tls13_signature(
         &self,
@@ -291,10 +346,17 @@ impl ServerCertVerifier for NameUnchecked {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.provider.signature_verification_algorithms,
+        )
     }
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -344,7 +406,33 @@ pub async fn connect(
     purpose: Purpose,
     limit: Duration,
 ) -> Result<Client, ConnectError> {
-    let stream = dial(server, limit).await?;
+    let refused =
+        match connect_on(dial(server, limit).await?, server, database, purpose, limit).await {
+            Err(ConnectError::Login {
+                source,
+                side,
+                database,
+            }) if source.as_db_error().is_some() => ConnectError::Login {
+                source,
+                side,
+                database,
+            },
+            done => return done,
+        };
+    match dial_again(server, limit).await {
+        Some(Ok(stream)) => connect_on(stream, server, database, purpose, limit).await,
+        // What the server said on the plain stream tells more than that there is no TLS.
+        Some(Err(_)) | None => Err(refused),
+    }
+}
+
+async fn connect_on(
+    stream: Stream,
+    server: &Server,
+    database: &str,
+    purpose: Purpose,
+    limit: Duration,
+) -> Result<Client, ConnectError> {
     let mut options = tokio_postgres::Config::new();
     options
         .user(&server.user)
@@ -356,18 +444,23 @@ pub async fn connect(
     if let Some(password) = &server.password {
         options.password(password.expose());
     }
-    let login = |source| ConnectError::Login { side: server.side, database: database.to_owned(), source };
-    let (inner, connection) = match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
-        Ok(done) => done.map_err(login)?,
-        Err(_) => {
-            return Err(ConnectError::Timeout {
-                side: server.side,
-                host: server.host.clone(),
-                port: server.port,
-                after: limit,
-            });
-        }
+    let login = |source| ConnectError::Login {
+        side: server.side,
+        database: database.to_owned(),
+        source,
     };
+    let (inner, connection) =
+        match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
+            Ok(done) => done.map_err(login)?,
+            Err(_) => {
+                return Err(ConnectError::Timeout {
+                    side: server.side,
+                    host: server.host.clone(),
+                    port: server.port,
+                    after: limit,
+                });
+            }
+        };
     let driver = tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(error = %describe(&error), "a connection of pgflip's own ended");
@@ -380,5 +473,8 @@ pub async fn connect(
 pub fn is_local(server: &Server) -> bool {
     server.host.starts_with('/')
         || server.host == "localhost"
-        || server.host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+        || server
+            .host
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
 }

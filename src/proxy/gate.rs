@@ -2,10 +2,24 @@
 //! or on the other one.
 //!
 //! The gate knows sides, epochs and sessions. It does not know what a flip is.
+//!
+//! # How a session passes an open gate
+//!
+//! A session that begins a transaction says so first (`phase.swap(BUSY)`) and looks at `attention` then; who holds sets
+//! `attention` first and looks at the phases then. Both are sequentially consistent, so one of the two sees the other
+//! (Dekker): either the session finds the gate closed and has sent nothing, or `drain` finds it busy and waits. An open
+//! gate costs a transaction two uncontended exchanges of a byte that only its own thread writes, and two loads of a flag
+//! that nobody writes. Everything else is behind the flag, under a mutex, and rare.
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::task::Waker;
 
+use parking_lot::Mutex;
 use serde::Serialize;
+use subtle::ConstantTimeEq;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::pg::Side;
@@ -73,90 +87,756 @@ pub struct Superseded {
     pub now: Upstream,
 }
 
+/// Where a session stands, as the gate sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Phase {
+    /// Its server connection is being opened, for the first time.
+    Login = 0,
+    /// Authenticated, without a server connection, waiting for the gate.
+    Waiting = 1,
+    /// At its boundary.
+    Boundary = 2,
+    /// A request is outstanding.
+    Busy = 3,
+    /// In a transaction, nothing outstanding.
+    InTransaction = 4,
+}
+
+impl Phase {
+    fn from(byte: u8) -> Phase {
+        match byte {
+            0 => Phase::Login,
+            1 => Phase::Waiting,
+            2 => Phase::Boundary,
+            3 => Phase::Busy,
+            _ => Phase::InTransaction,
+        }
+    }
+}
+
+/// What a session is to look at when it is woken.
+pub(super) mod signal {
+    /// The gate's orders have changed.
+    pub const LOOK: u8 = 1;
+    /// End with 57P01, wherever you are.
+    pub const KILL: u8 = 2;
+    /// The client wants its request canceled, and it is held.
+    pub const CANCEL_HELD: u8 = 4;
+}
+
+/// What a session has to report of the drain.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Outcome {
+    #[default]
+    Unknown,
+    /// In the hold of this number: state replayed on the target's connection.
+    Ready(u64),
+    /// In the hold of this number: can't be moved, and why.
+    Unmovable(u64, String),
+}
+
+/// What became of a connection opened ahead.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Ahead {
+    #[default]
+    Unknown,
+    Ready(u64),
+    Failed(u64, String),
+}
+
+#[derive(Default)]
+struct Reports {
+    outcome: Outcome,
+    ahead: Ahead,
+}
+
+/// The server's own key for a session's connection.
+#[derive(Clone)]
+pub(super) struct CancelKey {
+    pub side: Side,
+    pub pid: u32,
+    pub key: Vec<u8>,
+}
+
+#[derive(Default)]
+struct CancelState {
+    key: Option<CancelKey>,
+    /// pgflip's own statements run in the session: no cancel may reach them.
+    own: bool,
+    in_flight: u32,
+}
+
+/// What to do with a client's cancel request.
+pub(super) enum Cancel {
+    /// No such session, or nothing of the client's is running.
+    Nothing,
+    /// Ask the server.
+    Send(CancelKey, CancelInFlight),
+}
+
+/// While one exists, no statement of pgflip's own starts in that session.
+pub(super) struct CancelInFlight(Arc<Shared>);
+
+impl Drop for CancelInFlight {
+    fn drop(&mut self) {
+        self.0.cancel.lock().in_flight -= 1;
+        self.0.cancels_done.notify_waiters();
+    }
+}
+
+/// What the gate and others may know of a session. Written by its task but for `signals`.
+pub(super) struct Shared {
+    pub id: SessionId,
+    pub secret: [u8; 4],
+    pub user: String,
+    pub database: String,
+    pub application: String,
+    pub client: String,
+    pub since: std::time::Instant,
+    phase: AtomicU8,
+    signals: AtomicU8,
+    /// The client has sent something that is held.
+    pub waiting: AtomicBool,
+    /// 0: none, 1: blue, 2: green.
+    side: AtomicU8,
+    pub moved: AtomicU64,
+    pub bytes_in: AtomicU64,
+    pub bytes_out: AtomicU64,
+    pub queries: AtomicU64,
+    waker: Mutex<Option<Waker>>,
+    reports: Mutex<Reports>,
+    cancel: Mutex<CancelState>,
+    cancels_done: Notify,
+}
+
+/// Adds to a counter that only one thread writes: no locked instruction.
+#[inline]
+pub(super) fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + n, Ordering::Relaxed);
+}
+
+impl Shared {
+    #[inline]
+    pub fn signals(&self) -> u8 {
+        self.signals.load(Ordering::Relaxed)
+    }
+    pub fn take_signals(&self) -> u8 {
+        self.signals.swap(0, Ordering::AcqRel)
+    }
+    /// The task's waker; it never changes.
+    pub fn set_waker(&self, waker: &Waker) {
+        *self.waker.lock() = Some(waker.clone());
+    }
+    fn signal(&self, bits: u8) {
+        self.signals.fetch_or(bits, Ordering::AcqRel);
+        if let Some(waker) = &*self.waker.lock() {
+            waker.wake_by_ref();
+        }
+    }
+    pub fn phase(&self) -> Phase {
+        Phase::from(self.phase.load(Ordering::SeqCst))
+    }
+    /// For phases that the gate does not tell apart from the one before.
+    #[inline]
+    pub fn set_busy_phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+    pub fn side(&self) -> Option<Side> {
+        match self.side.load(Ordering::SeqCst) {
+            1 => Some(Side::Blue),
+            2 => Some(Side::Green),
+            _ => None,
+        }
+    }
+    /// The session has this server connection from now on.
+    pub fn set_server(&self, key: CancelKey) {
+        let side = match key.side {
+            Side::Blue => 1,
+            Side::Green => 2,
+        };
+        self.cancel.lock().key = Some(key);
+        self.side.store(side, Ordering::SeqCst);
+    }
+    /// pgflip's own statements are about to run in the session: waits for cancels on their way, stops later ones.
+    pub async fn begin_own(&self) {
+        loop {
+            let done = self.cancels_done.notified();
+            tokio::pin!(done);
+            done.as_mut().enable();
+            {
+                let mut cancel = self.cancel.lock();
+                if cancel.in_flight == 0 {
+                    cancel.own = true;
+                    return;
+                }
+            }
+            done.await;
+        }
+    }
+    pub fn end_own(&self) {
+        self.cancel.lock().own = false;
+    }
+    /// The key of its server connection, for pgflip's own use.
+    pub fn server_key(&self) -> Option<CancelKey> {
+        self.cancel.lock().key.clone()
+    }
+    fn obstacle(&self, why: String) -> Obstacle {
+        Obstacle {
+            session: self.id,
+            user: self.user.clone(),
+            database: self.database.clone(),
+            application: self.application.clone(),
+            client: self.client.clone(),
+            why,
+        }
+    }
+}
+
+/// What sessions are to do, at one instant.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Orders {
+    pub upstream: Option<Upstream>,
+    pub held: bool,
+    /// Number of the current hold.
+    pub hold: u64,
+    /// At the boundary, read the state and replay it there.
+    pub harvest: Option<Side>,
+    /// Open a connection there; the number tells one [`Gate::prepare`] from the next.
+    pub prepare: Option<(Side, u64)>,
+    pub shutdown: bool,
+}
+
+/// Sums over all sessions, those that have ended included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Totals {
+    /// Sessions now.
+    pub sessions: u64,
+    /// Bytes from clients.
+    pub bytes_in: u64,
+    /// Bytes to clients.
+    pub bytes_out: u64,
+    /// Requests answered.
+    pub queries: u64,
+}
+
 /// The gate of one sidecar: one for all its sessions and databases.
 pub struct Gate {
-    inner: parking_lot::Mutex<Inner>,
+    /// A session that is about to begin a transaction has to look first. Set while held, while sessions are on the wrong
+    /// side, and at shutdown.
+    attention: AtomicBool,
+    inner: Mutex<Inner>,
+    /// Something that somebody waits for may have happened.
+    progress: Notify,
+    next_id: AtomicU32,
 }
 
 struct Inner {
-    upstream: Option<Upstream>,
-    held: bool,
+    orders: Orders,
+    prepares: u64,
+    sessions: HashMap<SessionId, Arc<Shared>>,
+    moved: usize,
+    ended: usize,
+    gone: Totals,
 }
 
 impl Gate {
     /// A gate that is closed and leads nowhere until the first [`Gate::switch`]: clients that arrive before it is known
     /// which side is active are let in and wait.
     pub fn new() -> Arc<Gate> {
-        Arc::new(Gate { inner: parking_lot::Mutex::new(Inner { upstream: None, held: true }) })
+        let orders = Orders {
+            upstream: None,
+            held: true,
+            hold: 1,
+            harvest: None,
+            prepare: None,
+            shutdown: false,
+        };
+        Arc::new(Gate {
+            attention: AtomicBool::new(true),
+            inner: Mutex::new(Inner {
+                orders,
+                prepares: 0,
+                sessions: HashMap::new(),
+                moved: 0,
+                ended: 0,
+                gone: Totals::default(),
+            }),
+            progress: Notify::new(),
+            next_id: AtomicU32::new(1),
+        })
     }
 
     /// Where new transactions go. `None` until the first switch.
     pub fn upstream(&self) -> Option<Upstream> {
-        self.inner.lock().upstream
+        self.inner.lock().orders.upstream
     }
 
     /// True while clients are held.
     pub fn held(&self) -> bool {
-        self.inner.lock().held
+        self.inner.lock().orders.held
     }
 
     /// Has every session open and log in a connection to `to` ahead of a flip, nobody held, and returns when all have
     /// tried or at the deadline. Sessions that arrive later do the same until [`Gate::forget_prepared`]. Returns how
-    /// many are ready and which can't log in there.
-    pub async fn prepare(&self, _to: Side, _deadline: Instant) -> (usize, Vec<Obstacle>) {
-        (0, Vec::new())
+    /// many are ready and which can't log in there. May be cancelled; the sessions go on opening.
+    pub async fn prepare(&self, to: Side, deadline: Instant) -> (usize, Vec<Obstacle>) {
+        let number = {
+            let mut inner = self.inner.lock();
+            inner.prepares += 1;
+            let number = inner.prepares;
+            inner.orders.prepare = Some((to, number));
+            inner.wake_all();
+            number
+        };
+        let look = |late: bool| {
+            let inner = self.inner.lock();
+            let (mut ready, mut failed, mut pending) = (0, Vec::new(), 0);
+            for session in inner.sessions.values() {
+                match &session.reports.lock().ahead {
+                    Ahead::Ready(n) if *n == number => ready += 1,
+                    Ahead::Failed(n, why) if *n == number => {
+                        failed.push(session.obstacle(format!("login on {to}: {why}")))
+                    }
+                    // Already there, or without a server connection yet: it will open its first one where it belongs.
+                    _ if session.side() == Some(to) || session.phase() == Phase::Waiting => {
+                        ready += 1
+                    }
+                    _ if late => {
+                        failed.push(session.obstacle(format!("login on {to}: no answer in time")))
+                    }
+                    _ => pending += 1,
+                }
+            }
+            (pending == 0).then_some((ready, failed))
+        };
+        match self.wait_for(deadline, || look(false)).await {
+            Some(done) => done,
+            None => look(true).expect("nothing is pending when late"),
+        }
     }
 
     /// Drops connections opened by [`Gate::prepare`] that were not used. Called when a flip has unwound.
-    pub fn forget_prepared(&self) {}
+    pub fn forget_prepared(&self) {
+        let mut inner = self.inner.lock();
+        inner.orders.prepare = None;
+        inner.wake_all();
+    }
 
     /// Stops sessions at their boundary. From when this returns on, no session begins a transaction; those inside one
     /// go on to its end. Idempotent.
     pub fn hold(&self) {
-        self.inner.lock().held = true;
+        let mut inner = self.inner.lock();
+        if !inner.orders.held {
+            inner.orders.held = true;
+            inner.orders.hold += 1;
+            inner.orders.harvest = None;
+        }
+        self.attention.store(true, Ordering::SeqCst);
+        inner.wake_all();
     }
 
     /// Waits until every session is at its boundary with its state read and replayed on its prepared connection, or
     /// the deadline. To be called while held. Sessions still logging in are waited for too. With `boundary` left out
-    /// ([`crate::fault::skip`]) it returns at once.
-    pub async fn drain(&self, _deadline: Instant) -> Drained {
-        Drained::default()
+    /// ([`crate::fault::skip`]) it returns at once. May be cancelled.
+    pub async fn drain(&self, deadline: Instant) -> Drained {
+        let hold = {
+            let mut inner = self.inner.lock();
+            if crate::fault::skip("boundary") {
+                return Drained {
+                    ready: inner.sessions.len(),
+                    ..Drained::default()
+                };
+            }
+            let to = match (inner.orders.prepare, inner.orders.upstream) {
+                (Some((to, _)), _) => Some(to),
+                (None, upstream) => upstream.map(|upstream| upstream.side.other()),
+            };
+            inner.orders.harvest = to;
+            inner.wake_all();
+            inner.orders.hold
+        };
+        let look = |late: bool| {
+            let inner = self.inner.lock();
+            let mut drained = Drained::default();
+            for session in inner.sessions.values() {
+                let why = match session.phase() {
+                    Phase::Waiting => {
+                        drained.ready += 1;
+                        continue;
+                    }
+                    Phase::Boundary => match &session.reports.lock().outcome {
+                        Outcome::Ready(n) if *n == hold => {
+                            drained.ready += 1;
+                            continue;
+                        }
+                        Outcome::Unmovable(n, why) if *n == hold => {
+                            drained.unmovable.push(session.obstacle(why.clone()));
+                            continue;
+                        }
+                        _ => "its state could not be read in time",
+                    },
+                    Phase::Login => "logging in",
+                    Phase::Busy => "active",
+                    Phase::InTransaction => "idle in transaction",
+                };
+                if !late {
+                    return None;
+                }
+                drained.stragglers.push(session.obstacle(why.to_owned()));
+            }
+            Some(drained)
+        };
+        match self.wait_for(deadline, || look(false)).await {
+            Some(drained) => drained,
+            None => look(true).expect("always something when late"),
+        }
     }
 
-    /// Ends these sessions with 57P01 and waits until they are gone, or the deadline; returns those that are left.
-    pub async fn terminate(&self, _sessions: &[SessionId], _deadline: Instant) -> Vec<SessionId> {
-        Vec::new()
+    /// Ends these sessions with 57P01 and waits until they are gone, their server connections with them, or the
+    /// deadline; returns those that are left.
+    pub async fn terminate(&self, sessions: &[SessionId], deadline: Instant) -> Vec<SessionId> {
+        {
+            let inner = self.inner.lock();
+            for id in sessions {
+                if let Some(session) = inner.sessions.get(id) {
+                    session.signal(signal::KILL);
+                }
+            }
+        }
+        let left = || {
+            let inner = self.inner.lock();
+            sessions
+                .iter()
+                .copied()
+                .filter(|id| inner.sessions.contains_key(id))
+                .collect::<Vec<_>>()
+        };
+        self.wait_for(deadline, || left().is_empty().then_some(Vec::new()))
+            .await
+            .unwrap_or_else(left)
     }
 
     /// Lets everybody go on: on the side where they are if nothing was switched, else on the new one. Idempotent.
     pub fn release(&self) {
-        self.inner.lock().held = false;
+        let mut inner = self.inner.lock();
+        inner.orders.held = false;
+        inner.orders.harvest = None;
+        self.refresh(&inner);
+        inner.wake_all();
     }
 
     /// Swaps the upstream. Sessions go over when the gate opens, each at its boundary, before it sends another byte to
     /// a server. Does not open the gate. The same upstream again is no error.
     pub fn switch(&self, to: Upstream) -> Result<(), Superseded> {
         let mut inner = self.inner.lock();
-        match inner.upstream {
+        match inner.orders.upstream {
             Some(now) if now.epoch > to.epoch || (now.epoch == to.epoch && now.side != to.side) => {
                 Err(Superseded { to, now })
             }
-            _ => {
-                inner.upstream = Some(to);
+            before => {
+                inner.orders.upstream = Some(to);
+                if before.is_none_or(|before| before.side != to.side) {
+                    (inner.moved, inner.ended) = (0, 0);
+                }
+                self.refresh(&inner);
+                inner.wake_all();
                 Ok(())
             }
         }
     }
 
     /// Waits until no session is left on another side than the upstream's, or the deadline. To be called after
-    /// [`Gate::release`]; idle sessions are moved in the background.
-    pub async fn settled(&self, _deadline: Instant) -> Moved {
-        Moved::default()
+    /// [`Gate::release`]; idle sessions are moved in the background. May be cancelled.
+    pub async fn settled(&self, deadline: Instant) -> Moved {
+        let look = || {
+            let inner = self.inner.lock();
+            let left = inner.on_wrong_side().count();
+            Moved {
+                moved: inner.moved,
+                ended: inner.ended,
+                left,
+            }
+        };
+        self.wait_for(deadline, || Some(look()).filter(|moved| moved.left == 0))
+            .await
+            .unwrap_or_else(look)
     }
 
     /// Every session, for `GET /v1/sessions`.
     pub fn sessions(&self) -> Vec<SessionView> {
-        Vec::new()
+        let inner = self.inner.lock();
+        let mut views: Vec<_> = inner
+            .sessions
+            .values()
+            .map(|session| session.view(inner.orders.held))
+            .collect();
+        views.sort_by_key(|view| view.id);
+        views
+    }
+
+    /// Sums over all sessions, those that have ended included: for metrics.
+    pub fn totals(&self) -> Totals {
+        let inner = self.inner.lock();
+        let mut totals = inner.gone;
+        totals.sessions = inner.sessions.len() as u64;
+        for session in inner.sessions.values() {
+            totals.add(session);
+        }
+        totals
+    }
+
+    async fn wait_for<T>(
+        &self,
+        deadline: Instant,
+        mut look: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        loop {
+            let progress = self.progress.notified();
+            tokio::pin!(progress);
+            progress.as_mut().enable();
+            if let Some(found) = look() {
+                return Some(found);
+            }
+            tokio::time::timeout_at(deadline, progress).await.ok()?;
+        }
+    }
+
+    fn refresh(&self, inner: &Inner) {
+        let orders = &inner.orders;
+        let attention = orders.held || orders.shutdown || inner.on_wrong_side().next().is_some();
+        self.attention.store(attention, Ordering::SeqCst);
+    }
+}
+
+/// The sessions' side of the gate.
+impl Gate {
+    /// True if the gate wants to be looked at before a transaction begins.
+    #[inline]
+    pub(super) fn attention(&self) -> bool {
+        self.attention.load(Ordering::SeqCst)
+    }
+
+    /// A new session. It waits.
+    pub(super) fn admit(
+        &self,
+        user: String,
+        database: String,
+        application: String,
+        client: String,
+        since: std::time::Instant,
+    ) -> Arc<Shared> {
+        let mut inner = self.inner.lock();
+        // Ids are pids for clients: positive Int32s. After two billion sessions they begin again.
+        let id = loop {
+            let id = SessionId(self.next_id.fetch_add(1, Ordering::Relaxed) & 0x7fff_ffff);
+            if id.0 != 0 && !inner.sessions.contains_key(&id) {
+                break id;
+            }
+        };
+        let shared = Arc::new(Shared {
+            id,
+            secret: rand::random(),
+            user,
+            database,
+            application,
+            client,
+            since,
+            phase: AtomicU8::new(Phase::Waiting as u8),
+            signals: AtomicU8::new(0),
+            waiting: AtomicBool::new(false),
+            side: AtomicU8::new(0),
+            moved: AtomicU64::new(0),
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+            queries: AtomicU64::new(0),
+            waker: Mutex::new(None),
+            reports: Mutex::new(Reports::default()),
+            cancel: Mutex::new(CancelState::default()),
+            cancels_done: Notify::new(),
+        });
+        inner.sessions.insert(id, shared.clone());
+        shared
+    }
+
+    /// A session is gone, its server connection too. `not_moved`: because it could not be moved.
+    pub(super) fn leave(&self, shared: &Shared, not_moved: bool) {
+        let mut inner = self.inner.lock();
+        if inner.sessions.remove(&shared.id).is_some() {
+            inner.gone.add(shared);
+            inner.ended += usize::from(not_moved);
+            self.refresh(&inner);
+        }
+        drop(inner);
+        self.progress.notify_waiters();
+    }
+
+    pub(super) fn orders(&self) -> Orders {
+        self.inner.lock().orders
+    }
+
+    /// A session begins a transaction. False: the gate wants attention, and the session is at its boundary still.
+    #[inline]
+    pub(super) fn begin(&self, shared: &Shared) -> bool {
+        shared.phase.swap(Phase::Busy as u8, Ordering::SeqCst);
+        if self.attention.load(Ordering::SeqCst) {
+            shared.phase.store(Phase::Boundary as u8, Ordering::SeqCst);
+            return false;
+        }
+        true
+    }
+
+    /// The same when attention is wanted: true if the gate is open and the session on the right side.
+    pub(super) fn try_begin(&self, shared: &Shared) -> bool {
+        let inner = self.inner.lock();
+        let orders = &inner.orders;
+        let here = orders
+            .upstream
+            .is_some_and(|upstream| shared.side() == Some(upstream.side));
+        let go = here && !orders.held && !orders.shutdown;
+        if go {
+            // Under the lock that `hold` takes: whoever holds after this finds the session busy.
+            shared.phase.store(Phase::Busy as u8, Ordering::SeqCst);
+        }
+        go
+    }
+
+    /// A session is at its boundary. True: the gate wants attention.
+    #[inline]
+    pub(super) fn at_boundary(&self, shared: &Shared) -> bool {
+        shared.phase.store(Phase::Boundary as u8, Ordering::SeqCst);
+        self.attention.load(Ordering::SeqCst)
+    }
+
+    /// A new session wants to open its server connection: where to, or `None` while it has to wait.
+    pub(super) fn try_login(&self, shared: &Shared) -> Option<Upstream> {
+        let inner = self.inner.lock();
+        let upstream = inner
+            .orders
+            .upstream
+            .filter(|_| !inner.orders.held && !inner.orders.shutdown)?;
+        shared.phase.store(Phase::Login as u8, Ordering::SeqCst);
+        Some(upstream)
+    }
+
+    pub(super) fn report(&self, shared: &Shared, outcome: Outcome) {
+        shared.reports.lock().outcome = outcome;
+        self.progress.notify_waiters();
+    }
+
+    pub(super) fn report_ahead(&self, shared: &Shared, ahead: Ahead) {
+        shared.reports.lock().ahead = ahead;
+        self.progress.notify_waiters();
+    }
+
+    /// Tells whoever waits that a session's phase has changed.
+    pub(super) fn notify(&self) {
+        self.progress.notify_waiters();
+    }
+
+    /// A session has gone over.
+    pub(super) fn moved(&self) {
+        let mut inner = self.inner.lock();
+        inner.moved += 1;
+        self.refresh(&inner);
+        drop(inner);
+        self.progress.notify_waiters();
+    }
+
+    /// A client asks to cancel what session `pid` does.
+    pub(super) fn cancel(&self, pid: u32, secret: &[u8]) -> Cancel {
+        let Some(shared) = self.inner.lock().sessions.get(&SessionId(pid)).cloned() else {
+            return Cancel::Nothing;
+        };
+        if !bool::from(shared.secret.as_slice().ct_eq(secret)) {
+            return Cancel::Nothing;
+        }
+        let mut cancel = shared.cancel.lock();
+        if shared.waiting.load(Ordering::SeqCst) {
+            shared.signal(signal::CANCEL_HELD);
+            return Cancel::Nothing;
+        }
+        match (&cancel.key, cancel.own) {
+            (Some(key), false) => {
+                let key = key.clone();
+                cancel.in_flight += 1;
+                drop(cancel);
+                Cancel::Send(key, CancelInFlight(shared))
+            }
+            _ => Cancel::Nothing,
+        }
+    }
+
+    /// From now on sessions end at their boundary.
+    pub(super) fn shut_down(&self) {
+        let mut inner = self.inner.lock();
+        inner.orders.shutdown = true;
+        self.refresh(&inner);
+        inner.wake_all();
+    }
+
+    /// Waits until no session is left, or the deadline; then ends those that are left.
+    pub(super) async fn emptied(&self, deadline: Instant) {
+        let empty = || self.inner.lock().sessions.is_empty().then_some(());
+        if self.wait_for(deadline, empty).await.is_none() {
+            for session in self.inner.lock().sessions.values() {
+                session.signal(signal::KILL);
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn wake_all(&self) {
+        // Those whose clients wait first.
+        for waiting in [true, false] {
+            for session in self.sessions.values() {
+                if session.waiting.load(Ordering::SeqCst) == waiting {
+                    session.signal(signal::LOOK);
+                }
+            }
+        }
+    }
+
+    fn on_wrong_side(&self) -> impl Iterator<Item = &Arc<Shared>> {
+        let right = self.orders.upstream.map(|upstream| upstream.side);
+        self.sessions
+            .values()
+            .filter(move |session| session.side().is_some() && session.side() != right)
+    }
+}
+
+impl Totals {
+    fn add(&mut self, session: &Shared) {
+        self.bytes_in += session.bytes_in.load(Ordering::Relaxed);
+        self.bytes_out += session.bytes_out.load(Ordering::Relaxed);
+        self.queries += session.queries.load(Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    fn view(&self, held: bool) -> SessionView {
+        SessionView {
+            id: self.id,
+            client: self.client.clone(),
+            user: self.user.clone(),
+            database: self.database.clone(),
+            application: self.application.clone(),
+            state: match self.phase() {
+                Phase::Login => "login",
+                Phase::Waiting => "held",
+                Phase::Boundary if held && self.waiting.load(Ordering::SeqCst) => "held",
+                Phase::Boundary => "idle",
+                Phase::Busy => "active",
+                Phase::InTransaction => "idle in transaction",
+            },
+            side: self.side(),
+            age_s: self.since.elapsed().as_secs_f64(),
+            moved: self.moved.load(Ordering::Relaxed),
+            bytes_in: self.bytes_in.load(Ordering::Relaxed),
+            bytes_out: self.bytes_out.load(Ordering::Relaxed),
+            queries: self.queries.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -188,4 +868,3 @@ pub struct SessionView {
     /// Requests answered (ReadyForQuery seen).
     pub queries: u64,
 }
-

@@ -1,3 +1,271 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
+//!
+//! `listener (here) → handshake → session ⇄ server`; `transfer` moves a session's state to the other side, `cancel`
+//! passes cancel requests on, `verifiers` knows clients' SCRAM verifiers.
+//!
+//! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
+//! its sockets and never leaves its thread.
 
+mod cancel;
+mod client;
 pub mod gate;
+mod handshake;
+mod server;
+mod session;
+mod transfer;
+mod verifiers;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio_rustls::TlsAcceptor;
+
+use crate::config::{ClientTls, Config};
+use crate::wire::error::ClientError;
+use gate::Gate;
+use handshake::{Arrival, Failed};
+
+/// Server logins at once, a worker, when connections are opened ahead: a fleet of sessions must not stampede.
+const OPENING_AT_ONCE: usize = 8;
+/// Connections the kernel keeps for us, a worker.
+const BACKLOG: i32 = 1024;
+
+/// What all sessions share.
+struct Env {
+    config: Arc<Config>,
+    gate: Arc<Gate>,
+    verifiers: verifiers::Verifiers,
+    names: transfer::SettingNamesInCatalogs,
+    tls: Arc<ArcSwapOption<TlsAcceptor>>,
+    clients: AtomicUsize,
+}
+
+/// What the sessions of one thread share.
+struct Worker {
+    env: Arc<Env>,
+    opening: Arc<Semaphore>,
+}
+
+/// The running data plane.
+pub struct Proxy {
+    address: SocketAddr,
+    env: Arc<Env>,
+    stop: watch::Sender<bool>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+/// Binds, and starts the workers. Errors of the address and of TLS files come at once. When `shutdown` becomes true,
+/// listeners close and sessions end at their boundary; [`Proxy::join`] waits for that.
+pub fn serve(
+    config: Arc<Config>,
+    gate: Arc<Gate>,
+    shutdown: watch::Receiver<bool>,
+) -> io::Result<Proxy> {
+    let tls = Arc::new(ArcSwapOption::empty());
+    if let Some(files) = &config.client_tls {
+        tls.store(Some(Arc::new(acceptor(files)?)));
+    }
+    let env = Arc::new(Env {
+        verifiers: verifiers::Verifiers::new(config.clone(), gate.clone()),
+        names: transfer::SettingNamesInCatalogs::default(),
+        gate,
+        tls,
+        clients: AtomicUsize::new(0),
+        config: config.clone(),
+    });
+    let mut address = config.listen;
+    let mut listeners = Vec::new();
+    for _ in 0..config.workers.max(1) {
+        let listener = listen(address)?;
+        // Port 0 is chosen once, for all.
+        address = listener.local_addr()?;
+        listeners.push(listener);
+    }
+    let (stop, stopped) = watch::channel(false);
+    let mut threads = Vec::new();
+    for (n, listener) in listeners.into_iter().enumerate() {
+        let worker = Arc::new(Worker {
+            env: env.clone(),
+            opening: Arc::new(Semaphore::new(OPENING_AT_ONCE)),
+        });
+        let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let thread = std::thread::Builder::new()
+            .name(format!("worker-{n}"))
+            .spawn(move || runtime.block_on(work(worker, listener, shutdown, stopped)))?;
+        threads.push(thread);
+    }
+    tracing::info!(%address, workers = threads.len(), "clients are served");
+    Ok(Proxy {
+        address,
+        env,
+        stop,
+        threads,
+    })
+}
+
+impl Proxy {
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// To be called after `shutdown` has become true: waits until every session has ended at its boundary, ends the rest
+    /// at the deadline (from now), and stops the threads.
+    pub async fn join(self, deadline: Duration) {
+        self.env.gate.shut_down();
+        self.env
+            .gate
+            .emptied(tokio::time::Instant::now() + deadline)
+            .await;
+        // Those that were ended by force get a moment for their last words.
+        self.env
+            .gate
+            .emptied(tokio::time::Instant::now() + Duration::from_millis(500))
+            .await;
+        self.stop.send_replace(true);
+        let threads = self.threads;
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in threads {
+                let _ = thread.join();
+            }
+        });
+        let _ = tokio::time::timeout(Duration::from_secs(5), joined).await;
+    }
+
+    /// Reads the certificate and key towards clients again; new connections use them. On an error the old ones stay.
+    pub fn reload_tls(&self) -> io::Result<()> {
+        if let Some(files) = &self.env.config.client_tls {
+            self.env.tls.store(Some(Arc::new(acceptor(files)?)));
+        }
+        Ok(())
+    }
+}
+
+fn acceptor(files: &ClientTls) -> io::Result<TlsAcceptor> {
+    let invalid = |path: &std::path::Path, error: &dyn std::fmt::Display| {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{}: {error}", path.display()),
+        )
+    };
+    let mut chain = Vec::new();
+    for certificate in
+        CertificateDer::pem_file_iter(&files.cert).map_err(|e| invalid(&files.cert, &e))?
+    {
+        chain.push(certificate.map_err(|e| invalid(&files.cert, &e))?);
+    }
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| invalid(&files.key, &e))?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("ring has the default versions")
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(|e| invalid(&files.cert, &e))?;
+    // Clients that negotiate directly (libpq 17, sslnegotiation=direct) are not served, so none is asked for; those that
+    // name a protocol name this one.
+    config.alpn_protocols = vec![b"postgresql".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+async fn work(
+    worker: Arc<Worker>,
+    listener: std::net::TcpListener,
+    mut shutdown: watch::Receiver<bool>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let listener =
+        TcpListener::from_std(listener).expect("a listener that does not block, in a runtime");
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((socket, peer)) => drop(tokio::spawn(serve_one(worker.clone(), socket, peer))),
+                Err(error) => {
+                    // Out of descriptors, or a connection that ended before it was taken: wait, others may end.
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            _ = shutdown.wait_for(|now| *now) => break,
+        }
+    }
+    drop(listener);
+    worker.env.gate.shut_down();
+    // The sessions' tasks run on until the proxy says that none is left.
+    let _ = stopped.wait_for(|now| *now).await;
+}
+
+/// Counts a client for as long as it exists.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
+    let env = worker.env.clone();
+    let since = Instant::now();
+    let _ = socket.set_nodelay(true);
+    let _ = socket2::SockRef::from(&socket).set_keepalive(true);
+    let clients = env.clients.fetch_add(1, Ordering::Relaxed);
+    let _counted = Counted(&env.clients);
+    let limits = &env.config.limits;
+    // A cancel request must get through a full house: only those far beyond are not even listened to.
+    if clients >= limits.max_clients.saturating_mul(2).saturating_add(64) {
+        return;
+    }
+    let arrival = tokio::time::timeout(
+        limits.client_login_timeout,
+        handshake::receive(&env, socket),
+    )
+    .await;
+    match arrival {
+        Ok(Ok(Arrival::Cancel(pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
+        Ok(Ok(Arrival::Client(mut client))) => {
+            if clients >= limits.max_clients {
+                handshake::refuse(
+                    &mut client.stream,
+                    ClientError::too_many_clients(limits.max_clients),
+                )
+                .await;
+                return;
+            }
+            session::run(worker, *client, peer, since).await;
+        }
+        Ok(Err(Failed::Refused(error))) => {
+            tracing::info!(%peer, code = error.code, message = error.message, "a client was refused");
+        }
+        Ok(Err(Failed::Io(error))) => {
+            tracing::debug!(%peer, %error, "a client went away in its login")
+        }
+        Err(_) => tracing::info!(%peer, "a client did not log in in time"),
+    }
+}

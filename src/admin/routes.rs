@@ -1,0 +1,408 @@
+//! The route table, and what each route reads and answers.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::{Admin, Refusal, events, guard};
+use crate::config::Stragglers;
+use crate::controller::{Direction, FlipRequest, Force, Request as Order};
+use crate::pg::Side;
+use crate::telemetry;
+
+/// Bodies are a handful of flags.
+const BODY_MAX: usize = 16 * 1024;
+/// A request that reads from the servers may take this long; they have deadlines of their own below it.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+type Answer = Result<Response, Refusal>;
+type Shared = State<Arc<Admin>>;
+
+/// All routes. Everything under /v1 and /metrics is guarded; the probes tell nothing but yes or no.
+pub fn router(admin: Arc<Admin>) -> Router {
+    let v1 = Router::new()
+        .route("/status", get(status))
+        .route("/lag", get(lag))
+        .route("/sessions", get(sessions))
+        .route("/check", get(check))
+        .route("/replication", get(replication))
+        .route("/replication/start", post(replication_start))
+        .route("/replication/stop", post(replication_stop))
+        .route("/cutover", post(cutover))
+        .route("/rollback", post(rollback))
+        .route("/finalize", post(finalize))
+        .route("/operations", get(operations))
+        .route("/operations/{id}", get(operation));
+    let v1 = v1
+        .layer(middleware::from_fn(timed))
+        .route("/operations/{id}/events", get(operation_events));
+    Router::new()
+        .nest("/v1", v1)
+        .route("/metrics", get(metrics))
+        .layer(middleware::from_fn_with_state(admin.clone(), guard::check))
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(middleware::from_fn(headers))
+        .with_state(admin)
+}
+
+/// No answer is kept by anything in between, or taken for something else by a browser.
+async fn headers(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+async fn timed(request: Request, next: Next) -> Response {
+    match tokio::time::timeout(ANSWER_TIMEOUT, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Refusal {
+            means: "What was asked may still be going on.".into(),
+            ..Refusal::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "timeout",
+                format!("There was no answer within {ANSWER_TIMEOUT:?}."),
+                "Look at `pgflip status`, then try again.",
+            )
+        }
+        .into_response(),
+    }
+}
+
+async fn no_such_path(request: Request) -> Refusal {
+    Refusal::new(
+        StatusCode::NOT_FOUND,
+        "not_found",
+        format!("There is no {}.", request.uri().path()),
+        "The README lists the paths; they begin with /v1.",
+    )
+}
+
+async fn wrong_method(request: Request) -> Refusal {
+    Refusal::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method_not_allowed",
+        format!("{} is not served at {}.", request.method(), request.uri().path()),
+        "Reading is GET, acting is POST.",
+    )
+}
+
+async fn status(State(admin): Shared) -> Response {
+    Json(admin.controller.status().await).into_response()
+}
+
+async fn lag(State(admin): Shared) -> Response {
+    Json(json!({ "lag": admin.controller.lag().await })).into_response()
+}
+
+async fn sessions(State(admin): Shared) -> Response {
+    Json(json!({ "sessions": admin.gate.sessions() })).into_response()
+}
+
+async fn check(State(admin): Shared) -> Response {
+    Json(json!({ "findings": admin.controller.check().await })).into_response()
+}
+
+async fn replication(State(admin): Shared) -> Response {
+    Json(admin.controller.replication_status().await).into_response()
+}
+
+async fn replication_start(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    read(&headers, body, &[])?;
+    begin(&admin, Order::ReplicationStart)
+}
+
+async fn replication_stop(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    read(&headers, body, &[])?;
+    begin(&admin, Order::ReplicationStop)
+}
+
+async fn finalize(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    read(&headers, body, &[])?;
+    begin(&admin, Order::Finalize)
+}
+
+/// Options of a flip, each with what it must be. `force` is the name of the side whose data may be lost: the one that
+/// is active now. Typing it out is the consent.
+const FLIP: &[(&str, &str)] = &[
+    ("rehearse", "true or false"),
+    ("stragglers", "\"unwind\" or \"terminate\""),
+    ("force", "\"blue\" or \"green\", the side that is given up"),
+];
+
+async fn cutover(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    flip(&admin, Direction::Cutover, &headers, body)
+}
+
+async fn rollback(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    flip(&admin, Direction::Rollback, &headers, body)
+}
+
+fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) -> Answer {
+    let options = read(headers, body, FLIP)?;
+    let rehearse = options.one::<bool>("rehearse")?.unwrap_or(false);
+    let stragglers = options.one::<Stragglers>("stragglers")?;
+    let source = direction.source();
+    let force = match options.one::<Side>("force")? {
+        None => None,
+        Some(side) if side == source => Some(Force::default()),
+        Some(side) => {
+            return Err(Refusal::bad_request(
+                format!("force names {side}, but this flip leaves {source}."),
+                format!(
+                    "Force gives up what {source} has and its replica has not: write \"force\": \"{source}\" only if that may be lost."
+                ),
+            ));
+        }
+    };
+    if rehearse && force.is_some() {
+        return Err(Refusal::bad_request(
+            "A rehearsal can't be forced.",
+            "Leave one of rehearse and force out.",
+        ));
+    }
+    let request = FlipRequest {
+        direction,
+        rehearse,
+        force,
+        stragglers,
+    };
+    begin(admin, Order::Flip(request))
+}
+
+fn begin(admin: &Admin, order: Order) -> Answer {
+    let operation = admin.controller.begin(order).map_err(|refused| {
+        let status = match refused.code {
+            "not_ready" => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::CONFLICT,
+        };
+        Refusal::new(status, refused.code, refused.what, refused.next)
+    })?;
+    admin.remember(&operation);
+    let location = format!("/v1/operations/{}", operation.id());
+    let location = HeaderValue::from_str(&location).expect("a path of digits and letters");
+    Ok((
+        StatusCode::ACCEPTED,
+        [(header::LOCATION, location)],
+        Json(operation.view()),
+    )
+        .into_response())
+}
+
+type Body = Result<Bytes, axum::extract::rejection::BytesRejection>;
+
+/// A JSON object, or no body at all for "no options".
+fn read(headers: &HeaderMap, body: Body, known: &'static [(&'static str, &'static str)]) -> Result<Options, Refusal> {
+    let body = body.map_err(|rejection| {
+        let (code, next) = match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => ("too_large", "Send the options and nothing else."),
+            _ => ("bad_request", "Send the request again."),
+        };
+        Refusal::new(rejection.status(), code, rejection.body_text(), next)
+    })?;
+    let kind = headers
+        .get(header::CONTENT_TYPE)
+        .map(|value| value.to_str().unwrap_or(""));
+    let json = kind.is_some_and(|kind| {
+        kind.split(';')
+            .next()
+            .unwrap_or("")
+            .trim()
+            .eq_ignore_ascii_case("application/json")
+    });
+    if kind.is_some() && !json || kind.is_none() && !body.is_empty() {
+        return Err(Refusal::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            "The body is not declared as JSON.",
+            "Send Content-Type: application/json.",
+        ));
+    }
+    let body: &[u8] = if body.is_empty() { b"{}" } else { &body };
+    let given: Value = serde_json::from_slice(body)
+        .map_err(|error| Refusal::bad_request(format!("The body is not JSON: {error}."), "Send a JSON object."))?;
+    let Value::Object(given) = given else {
+        return Err(Refusal::bad_request(
+            "The body is not a JSON object.",
+            "Send {\"option\": value}, or nothing.",
+        ));
+    };
+    let unknown: Vec<String> = given
+        .keys()
+        .filter(|name| !known.iter().any(|(known, _)| known == name))
+        .map(|name| format!("{name:?}"))
+        .collect();
+    if unknown.is_empty() {
+        return Ok(Options { given, known });
+    }
+    let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+    let next = match names.as_slice() {
+        [] => "This request takes no options.".to_owned(),
+        names => format!("The options are: {}.", names.join(", ")),
+    };
+    Err(Refusal::bad_request(
+        format!("There is no option {}.", unknown.join(", ")),
+        next,
+    ))
+}
+
+/// A request's options, all of them known.
+struct Options {
+    given: serde_json::Map<String, Value>,
+    known: &'static [(&'static str, &'static str)],
+}
+
+impl Options {
+    /// One option; `null` is the same as leaving it out.
+    fn one<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Refusal> {
+        let value = match self.given.get(name) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(value) => value,
+        };
+        T::deserialize(value).map(Some).map_err(|_| {
+            let expected = self
+                .known
+                .iter()
+                .find(|(known, _)| *known == name)
+                .map_or("", |(_, expected)| expected);
+            Refusal::bad_request(format!("{name:?} can't be {value}."), format!("Write {expected}."))
+        })
+    }
+}
+
+async fn operations(State(admin): Shared) -> Response {
+    let views: Vec<_> = admin.operations().iter().map(|operation| operation.view()).collect();
+    Json(json!({ "operations": views })).into_response()
+}
+
+fn find(admin: &Admin, id: &str) -> Result<crate::controller::operation::Operation, Refusal> {
+    let id: u64 = id.parse().map_err(|_| {
+        Refusal::bad_request(
+            format!("{id:?} is not an operation's id."),
+            "Ids are numbers; GET /v1/operations lists them.",
+        )
+    })?;
+    admin.operation(id).ok_or_else(|| {
+        Refusal::new(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            format!("There is no operation {id} in this process."),
+            "GET /v1/operations lists them. After a restart, GET /v1/status tells what became of a flip.",
+        )
+    })
+}
+
+async fn operation(State(admin): Shared, Path(id): Path<String>) -> Answer {
+    Ok(Json(find(&admin, &id)?.view()).into_response())
+}
+
+async fn operation_events(State(admin): Shared, Path(id): Path<String>, headers: HeaderMap) -> Answer {
+    let operation = find(&admin, &id)?;
+    let from = match headers.get("last-event-id").map(|value| value.to_str().unwrap_or("")) {
+        None | Some("") => 0,
+        Some(text) => text
+            .parse::<u64>()
+            .ok()
+            .and_then(|last| last.checked_add(1))
+            .ok_or_else(|| {
+                Refusal::bad_request(
+                    "Last-Event-ID is not a number.",
+                    "Send the id of the last event you have, or leave it out.",
+                )
+            })?,
+    };
+    Ok(events::stream(operation, from, admin.closing()).into_response())
+}
+
+async fn ready(State(admin): Shared) -> Response {
+    if *admin.closing().borrow() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "shutting down\n").into_response();
+    }
+    match admin.controller.ready() {
+        Ok(()) => "ready\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
+    }
+}
+
+async fn metrics(State(admin): Shared) -> Response {
+    let mut text = admin
+        .metrics
+        .as_ref()
+        .map(|recorded| recorded.render())
+        .unwrap_or_default();
+    live_gauges(&admin, &mut text).await;
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+        text,
+    )
+        .into_response()
+}
+
+/// What is read at the moment of the scrape: the sessions' own counts, added up, and gauges. Written here rather than
+/// recorded, because a recorded gauge can't be absent: an unknown lag would show its last value.
+async fn live_gauges(admin: &Admin, text: &mut String) {
+    let mut put = |name: &str, samples: &[(String, f64)]| {
+        let Some((_, kind, meaning)) = telemetry::METRICS.iter().find(|(known, ..)| *known == name) else {
+            return;
+        };
+        if samples.is_empty() {
+            return;
+        }
+        let _ = write!(text, "# HELP {name} {meaning}\n# TYPE {name} {kind}\n");
+        for (labels, value) in samples {
+            let _ = writeln!(text, "{name}{labels} {value}");
+        }
+    };
+    let plain = |value: f64| [(String::new(), value)];
+    let totals = admin.gate.totals();
+    put(telemetry::SESSIONS, &plain(totals.sessions as f64));
+    put(telemetry::QUERIES, &plain(totals.queries as f64));
+    let direction = |name: &str, bytes: u64| (format!("{{direction=\"{name}\"}}"), bytes as f64);
+    put(
+        telemetry::BYTES,
+        &[direction("in", totals.bytes_in), direction("out", totals.bytes_out)],
+    );
+    let upstream = admin.gate.upstream();
+    put(telemetry::HELD, &plain(f64::from(u8::from(admin.gate.held()))));
+    put(telemetry::EPOCH, &plain(upstream.map_or(0.0, |at| at.epoch as f64)));
+    let active = |side: Side| f64::from(u8::from(upstream.is_some_and(|at| at.side == side)));
+    put(
+        telemetry::ACTIVE,
+        &Side::BOTH.map(|side| (format!("{{side=\"{side}\"}}"), active(side))),
+    );
+    let lag = admin.controller.lag().await;
+    let labels = |lag: &Value| {
+        let text = |key: &str| {
+            lag[key]
+                .as_str()
+                .unwrap_or("")
+                .replace('\\', "\\\\")
+                .replace('"', "\\\"")
+                .replace('\n', "\\n")
+        };
+        format!("{{database=\"{}\",to=\"{}\"}}", text("database"), text("to"))
+    };
+    let lag: Vec<Value> = lag.iter().filter_map(|lag| serde_json::to_value(lag).ok()).collect();
+    for (name, key) in [(telemetry::LAG_BYTES, "bytes"), (telemetry::LAG_SECONDS, "seconds")] {
+        let samples: Vec<_> = lag
+            .iter()
+            .filter_map(|lag| Some((labels(lag), lag[key].as_f64()?)))
+            .collect();
+        put(name, &samples);
+    }
+}

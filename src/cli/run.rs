@@ -1,0 +1,32 @@
+//! `pgflip run`.
+
+use super::{Common, exit};
+use crate::app;
+use crate::config::Config;
+use crate::telemetry;
+
+/// Serves until told to stop.
+pub fn run(common: &Common) -> u8 {
+    let config = match Config::load(&common.config) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{error}");
+            return exit::USAGE;
+        }
+    };
+    let level = match telemetry::logs(config.log_format, &config.log_level) {
+        Ok(level) => level,
+        Err(error) => {
+            eprintln!("pgflip: {error}");
+            return exit::FAILED;
+        }
+    };
+    match app::run(config, &common.config, level) {
+        Ok(()) => exit::DONE,
+        Err(error) => {
+            // Also where there is no log to look at: a service manager shows the last lines.
+            tracing::error!(error = %error, "pgflip stops");
+            exit::FAILED
+        }
+    }
+}

@@ -1,0 +1,1430 @@
+//! One flip: runs THE LIST ([`super::steps`]), and unwinds or goes forward.
+//!
+//! Everything that changes a side is conditional on that side's state row, so that nothing here is dangerous when it
+//! happens late. What is known only here (which step, how long) decides nothing after a crash: see [`super::recovery`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::{BoxFuture, FutureExt, try_join_all};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_postgres::Statement;
+
+use super::fence::{self, Digest, DigestStatement, FenceError, OldXids};
+use super::links::{self, Ends, LinkError, Regime};
+use super::marker::{self, MarkerError};
+use super::operation::{Operation, Status};
+use super::preflight::Finding;
+use super::recovery::{self, Burnt, OperatorLock, RecoveryError, go_to};
+use super::sequences::{self, SequenceError};
+use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
+use super::steps::{FORWARD, Forward, PIVOT, REVERSIBLE, Reversible};
+use super::traffic::{self, Traffic};
+use super::{Direction, FlipRequest};
+use crate::config::{Config, Stragglers};
+use crate::fault;
+use crate::pg::connect::describe;
+use crate::pg::origin::{OriginError, connect_with_origin};
+use crate::pg::{Client, ConnectError, Lsn, Purpose, Side, connect};
+use crate::proxy::gate::{Gate, Obstacle, Upstream};
+
+const PURPOSE: Purpose = Purpose("flip");
+
+/// Sessions with an origin that one flip opens ahead at most: the pool has four, and the guard wants one too.
+const ORIGINS_AHEAD: usize = 3;
+
+/// A marker's round trip must be shorter than this, or than the window if that is shorter, before anybody is held.
+const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
+
+/// How long forward steps are tried before they are left to the guard.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Why a step stops the flip.
+#[derive(Debug)]
+enum Stop {
+    /// A reading says no.
+    NoGo { what: String, next: String, findings: Vec<Finding> },
+    /// Somebody else moved a side on: start again from the rows.
+    Superseded(String),
+    /// Something broke.
+    Broken(String),
+}
+
+impl Stop {
+    fn no_go(what: impl Into<String>, next: impl Into<String>) -> Stop {
+        Stop::NoGo { what: what.into(), next: next.into(), findings: Vec::new() }
+    }
+}
+
+impl From<StateError> for Stop {
+    fn from(error: StateError) -> Stop {
+        match error {
+            StateError::Superseded { .. } => Stop::Superseded(error.to_string()),
+            StateError::Garbled(_) | StateError::Sql(_) => Stop::Broken(error.to_string()),
+        }
+    }
+}
+
+impl From<FenceError> for Stop {
+    fn from(error: FenceError) -> Stop {
+        match error {
+            FenceError::State(state) => state.into(),
+            FenceError::Locked { .. } => {
+                Stop::no_go(error.to_string(), "Let those sessions end their transactions, or raise flip.arm_timeout.")
+            }
+            FenceError::OldTransactions { .. } => {
+                Stop::no_go(error.to_string(), "Let those transactions end, then try again.")
+            }
+            FenceError::NotInstalled => Stop::no_go(error.to_string(), "Run `pgflip replication start`."),
+            FenceError::Sql(_) => Stop::Broken(error.to_string()),
+        }
+    }
+}
+
+impl From<MarkerError> for Stop {
+    fn from(error: MarkerError) -> Stop {
+        match error {
+            MarkerError::NotSeen { .. } => Stop::no_go(
+                format!("replication does not keep up: {error}"),
+                "Look at `pgflip lag` and `pgflip replication status`: the link has to be running and close behind.",
+            ),
+            MarkerError::Sql(_) => Stop::Broken(error.to_string()),
+        }
+    }
+}
+
+impl From<LinkError> for Stop {
+    fn from(error: LinkError) -> Stop {
+        match error {
+            LinkError::State(state) => state.into(),
+            other => Stop::Broken(other.to_string()),
+        }
+    }
+}
+
+impl From<SequenceError> for Stop {
+    fn from(error: SequenceError) -> Stop {
+        match error {
+            SequenceError::State(state) => state.into(),
+            SequenceError::Unfit(what) => Stop::no_go(what, "Make the two sides' sequences alike, then try again."),
+            SequenceError::Sql(_) => Stop::Broken(error.to_string()),
+        }
+    }
+}
+
+impl From<RecoveryError> for Stop {
+    fn from(error: RecoveryError) -> Stop {
+        match error {
+            RecoveryError::State(state) => state.into(),
+            other => Stop::Broken(other.to_string()),
+        }
+    }
+}
+
+impl From<ConnectError> for Stop {
+    fn from(error: ConnectError) -> Stop {
+        Stop::Broken(error.to_string())
+    }
+}
+
+impl From<OriginError> for Stop {
+    fn from(error: OriginError) -> Stop {
+        Stop::Broken(error.to_string())
+    }
+}
+
+impl From<tokio_postgres::Error> for Stop {
+    fn from(error: tokio_postgres::Error) -> Stop {
+        Stop::Broken(describe(&error))
+    }
+}
+
+/// Both sides of one database, with everything that the window needs made ahead.
+struct Database {
+    name: String,
+    source: Client,
+    target: Client,
+    prepared: Option<Prepared>,
+    /// What arm's full check found.
+    checked: Option<Checked>,
+    /// A session on the target with an origin (no origin filtering only).
+    origin: Option<Client>,
+    /// Where the reverse slot was moved to in the window.
+    reverse_from: Option<Lsn>,
+    /// Origin of the reverse subscription, on the source.
+    reverse_origin: Option<String>,
+}
+
+struct Prepared {
+    fence: state::Prepared,
+    write: marker::Write,
+    watch: marker::Watch,
+    old_xids: OldXids,
+    digest: DigestStatement,
+    carried: Statement,
+    sequences: sequences::Prepared,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Checked {
+    source: Digest,
+    carried: Carried,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Carried {
+    tables: i64,
+    unready: i64,
+    digest: String,
+    enabled: bool,
+}
+
+impl Database {
+    async fn open(config: &Config, source: Side, name: &str) -> Result<Database, Stop> {
+        let limit = config.limits.server_connect_timeout;
+        let (on_source, on_target) = tokio::try_join!(
+            connect(config.server(source), name, PURPOSE, limit),
+            connect(config.server(source.other()), name, PURPOSE, limit)
+        )?;
+        // Small catalog queries: compiling them would cost more than running them.
+        tokio::try_join!(on_source.batch_execute("set jit = off"), on_target.batch_execute("set jit = off"))?;
+        Ok(Database {
+            name: name.to_owned(),
+            source: on_source,
+            target: on_target,
+            prepared: None,
+            checked: None,
+            origin: None,
+            reverse_from: None,
+            reverse_origin: None,
+        })
+    }
+
+    fn ends(&self, source_side: Side) -> Ends<'_> {
+        Ends { source: &self.source, target: &self.target, source_side, database: &self.name }
+    }
+
+    fn prepared(&self) -> Result<&Prepared, Stop> {
+        self.prepared.as_ref().ok_or_else(|| Stop::Broken("the window's statements were not prepared".into()))
+    }
+
+    async fn carried(&self, statement: &Statement, subscription: &str) -> Result<Carried, Stop> {
+        let row = self.target.query_one(statement, &[&subscription]).await?;
+        Ok(Carried { tables: row.get(0), unready: row.get(1), digest: row.get(2), enabled: row.get(3) })
+    }
+}
+
+/// One step's share of the flip's time.
+#[derive(Clone, Debug, Serialize)]
+pub struct Timing {
+    /// Its name.
+    pub step: &'static str,
+    /// Milliseconds.
+    pub ms: f64,
+}
+
+fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+struct Sessions {
+    moved: usize,
+    ended: usize,
+    left: usize,
+}
+
+/// A flip under way.
+pub struct Flip {
+    config: Arc<Config>,
+    gate: Arc<Gate>,
+    operation: Operation,
+    direction: Direction,
+    rehearse: bool,
+    stragglers: Stragglers,
+    source: Side,
+    target: Side,
+    attempt: Attempt,
+    regime: Regime,
+    databases: Vec<Database>,
+    _lock: OperatorLock,
+    held_since: Option<Instant>,
+    window_since: Option<Instant>,
+    held_ms: f64,
+    window_ms: f64,
+    drain_ms: f64,
+    timings: Vec<Timing>,
+    sessions: Sessions,
+    burnt: bool,
+    traffic: Option<Traffic>,
+}
+
+/// How a flip ended, for the controller.
+pub struct Ended {
+    /// The operation's status.
+    pub status: Status,
+    /// Its result.
+    pub result: Value,
+    /// What was seen of the traffic afterwards.
+    pub traffic: Option<Traffic>,
+}
+
+fn failure(direction: Direction, outcome: &str, why: String, means: &str, next: String) -> Value {
+    json!({ "outcome": outcome, "direction": direction, "why": why, "means": means, "next": next })
+}
+
+const UNTOUCHED: &str = "No client was touched and nothing was changed.";
+
+/// Runs one flip from beginning to end. The caller makes sure that it is the only one in this process.
+pub async fn run(config: Arc<Config>, gate: Arc<Gate>, operation: Operation, request: FlipRequest) -> Ended {
+    let direction = request.direction;
+    let failed = |why: String, next: String, findings: Vec<Finding>| {
+        let mut result = failure(direction, "failed", why, UNTOUCHED, next);
+        if !findings.is_empty() {
+            result["findings"] = json!(findings);
+        }
+        result["failed_step"] = json!("preflight");
+        Ended { status: Status::Failed, result, traffic: None }
+    };
+    if request.force.is_some() {
+        return force(&config, &gate, &operation, direction).await;
+    }
+    operation.event("preflight", "started", "looking at both sides", Value::Null);
+    let began = Instant::now();
+    match Flip::begin(config, gate, operation, request).await {
+        Ok(mut flip) => {
+            flip.timings.push(Timing { step: "begin", ms: ms(began.elapsed()) });
+            flip.go().await
+        }
+        Err(Stop::NoGo { what, next, findings }) => failed(what, next, findings),
+        Err(Stop::Superseded(what) | Stop::Broken(what)) => {
+            failed(what, "Mend that, then try again: `pgflip status` shows both sides.".into(), Vec::new())
+        }
+    }
+}
+
+/// Goes on without a dead side: the other one becomes active whatever the dead one had. Clients on the dead side have
+/// nothing to be drained from.
+async fn force(config: &Config, gate: &Gate, operation: &Operation, direction: Direction) -> Ended {
+    let (dead, alive) = (direction.source(), direction.source().other());
+    let refused = |why: String, next: &str| {
+        let mut result = failure(direction, "failed", why, UNTOUCHED, next.to_owned());
+        result["failed_step"] = json!("preflight");
+        Ended { status: Status::Failed, result, traffic: None }
+    };
+    operation.event("preflight", "started", format!("making sure that {dead} can't be reached"), Value::Null);
+    let why_dead = match recovery::look(config, dead, config.carrier()).await.0 {
+        recovery::Known::Unreachable(why) => why,
+        recovery::Known::Row(_) | recovery::Known::Absent => {
+            return refused(
+                format!("{dead} answers: force would throw away what it has"),
+                "Flip without force, or stop that server for good first.",
+            );
+        }
+    };
+    let mut rows = Vec::new();
+    for database in &config.databases {
+        match recovery::look(config, alive, database).await.0 {
+            recovery::Known::Row(row) => rows.push(row),
+            recovery::Known::Absent => {
+                return refused(format!("database {database} on {alive} has no schema pgflip"), "There is nothing to go to.");
+            }
+            recovery::Known::Unreachable(why) => {
+                return refused(format!("{alive} can't be read either: {why}"), "Make one of the two servers reachable.");
+            }
+        }
+    }
+    let lock = match OperatorLock::try_take(config, &[alive]).await {
+        Ok(Some(lock)) => lock,
+        Ok(None) => return refused("another pgflip is at work".into(), "Wait until it has finished: `pgflip status`."),
+        Err(error) => return refused(error.to_string(), "Mend that, then try again."),
+    };
+    gate.hold();
+    let held_since = Instant::now();
+    let attempt = Attempt { epoch: rows[0].epoch, id: state::next_id(&rows) };
+    let forced = async {
+        let mut epoch = None;
+        for (database, row) in config.databases.iter().zip(&rows) {
+            let on = connect(config.server(alive), database, PURPOSE, config.limits.server_connect_timeout).await?;
+            on.batch_execute("set lock_timeout = '5s'").await?;
+            let here = Attempt { epoch: row.epoch, id: attempt.id };
+            let (changed, to) = match row.state {
+                State::Standby => (state::pivot(&*on, here).await?, row.epoch + 1),
+                State::Fenced | State::Committing => (state::force_back(&*on, here).await?, row.epoch + 2),
+                State::Active => (true, row.epoch),
+            };
+            if !changed {
+                return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
+            }
+            // The carrier's epoch is everybody's.
+            let epoch = *epoch.get_or_insert(to);
+            if to != epoch {
+                let statement = "update pgflip.state set epoch = $1 where state = 'active' and epoch = $2";
+                on.execute(statement, &[&state::bigint(epoch), &state::bigint(to)]).await?;
+            }
+            recovery::note(&on, Attempt { epoch, id: attempt.id }, "forced", &why_dead).await;
+        }
+        Ok::<u64, Stop>(epoch.expect("config.databases is never empty"))
+    };
+    let epoch = match timeout(Duration::from_secs(30), forced).await {
+        Ok(Ok(epoch)) => epoch,
+        Ok(Err(Stop::NoGo { what, .. } | Stop::Superseded(what) | Stop::Broken(what))) => {
+            return refused(what, "`pgflip status` shows how the rows stand; try again.");
+        }
+        Err(_) => return refused(format!("{alive} did not answer within 30 s"), "Try again."),
+    };
+    tracing::warn!(from = %dead, to = %alive, epoch, because = "the operator forced it", "the active side has changed");
+    operation.event("pivot", "done", format!("{alive} is active at epoch {epoch}"), Value::Null);
+    if let Err(error) = gate.switch(Upstream { side: alive, epoch }) {
+        return refused(error.to_string(), "`pgflip status` shows how the rows stand.");
+    }
+    gate.release();
+    let held_ms = ms(held_since.elapsed());
+    if let Err(error) = recovery::disarm(config, alive, epoch).await {
+        tracing::warn!(%error, "not disarmed yet; the guard goes on trying");
+    }
+    drop(lock);
+    let moved = gate.settled(Instant::now() + Duration::from_secs(10)).await;
+    let result = json!({
+        "outcome": "completed",
+        "forced": true,
+        "direction": direction,
+        "epoch": epoch,
+        "active": alive,
+        "held_ms": held_ms,
+        "drain_ms": 0.0,
+        "window_ms": held_ms,
+        "steps": [],
+        "sessions": { "moved": moved.moved, "ended": moved.ended, "left": moved.left },
+        "means": format!(
+            "What {dead} had acknowledged and {alive} had not applied is lost, and how much that is can't be read from a dead \
+             server. The last lag that was seen is in `lag`."
+        ),
+        "may_be_lost": { "bytes": Value::Null, "transactions": Value::Null },
+        "next": format!("When {dead} comes back it is fenced before anything else; its link has to be rebuilt."),
+    });
+    Ended { status: Status::Succeeded, result, traffic: None }
+}
+
+impl Flip {
+    async fn begin(
+        config: Arc<Config>,
+        gate: Arc<Gate>,
+        operation: Operation,
+        request: FlipRequest,
+    ) -> Result<Flip, Stop> {
+        let source = request.direction.source();
+        let lock = OperatorLock::try_take(&config, &Side::BOTH).await?.ok_or_else(|| {
+            Stop::no_go("another pgflip is at work on these two servers", "Wait until it has finished: `pgflip status`.")
+        })?;
+        let databases =
+            try_join_all(config.databases.iter().map(|name| Database::open(&config, source, name))).await?;
+        let mut rows: Vec<Row> = Vec::new();
+        for database in &databases {
+            for (client, side, state) in
+                [(&database.source, source, State::Active), (&database.target, source.other(), State::Standby)]
+            {
+                let row = state::read(&**client).await?.ok_or_else(|| {
+                    Stop::no_go(
+                        format!("database {} on {side} has no schema pgflip", database.name),
+                        "Run `pgflip replication start`.",
+                    )
+                })?;
+                if row.state != state || row.carrier != config.carrier() || row.side != side {
+                    return Err(Stop::no_go(
+                        format!(
+                            "database {} on {side}: {row}, carrier {}; a {} needs {state} there, carrier {}",
+                            database.name,
+                            row.carrier,
+                            request.direction.as_str(),
+                            config.carrier()
+                        ),
+                        "`pgflip status` shows which side is active.",
+                    ));
+                }
+                rows.push(row);
+            }
+        }
+        let epoch = rows[0].epoch;
+        if let Some(other) = rows.iter().find(|row| row.epoch != epoch) {
+            return Err(Stop::no_go(
+                format!("the databases are not at the same epoch: {} and {other}", rows[0]),
+                "pgflip's guard brings them together; look at its log if it does not.",
+            ));
+        }
+        let regime = Regime::read(&*databases[0].source, &*databases[0].target).await?;
+        let attempt = Attempt { epoch, id: state::next_id(&rows) };
+        let stragglers = request.stragglers.unwrap_or(config.flip.stragglers);
+        Ok(Flip {
+            target: source.other(),
+            config,
+            gate,
+            operation,
+            direction: request.direction,
+            rehearse: request.rehearse,
+            stragglers,
+            source,
+            attempt,
+            regime,
+            databases,
+            _lock: lock,
+            held_since: None,
+            window_since: None,
+            held_ms: 0.0,
+            window_ms: 0.0,
+            drain_ms: 0.0,
+            timings: Vec::new(),
+            sessions: Sessions::default(),
+            burnt: false,
+            traffic: None,
+        })
+    }
+
+    async fn go(&mut self) -> Ended {
+        tracing::info!(direction = self.direction.as_str(), from = %self.source, to = %self.target,
+            epoch = self.attempt.epoch, attempt = self.attempt.id, because = "an operator asked for it", "a flip begins");
+        for (i, step) in REVERSIBLE.into_iter().enumerate() {
+            if self.rehearse && step == Reversible::Committing {
+                return self.unwind(&REVERSIBLE[..i], None).await;
+            }
+            if let Err(stop) = self.run_step(step).await {
+                return self.unwind(&REVERSIBLE[..=i], Some((step.name(), stop))).await;
+            }
+        }
+        self.pivot().await
+    }
+
+    async fn run_step(&mut self, step: Reversible) -> Result<(), Stop> {
+        let name = step.name();
+        // Between the drain and the pivot nobody reads along: what is told of those steps is told after them.
+        if !step.in_window() && step != Reversible::Preflight {
+            self.operation.event(name, "started", step_message(step), Value::Null);
+        }
+        let limit = self.limit(step);
+        let began = Instant::now();
+        let applied = match timeout(limit, self.apply(step)).await {
+            Ok(Ok(())) => self.verify(step),
+            Ok(Err(stop)) => Err(stop),
+            Err(_) => Err(Stop::Broken(format!("{name} did not end within {limit:?}"))),
+        };
+        let took = began.elapsed();
+        self.timings.push(Timing { step: name, ms: ms(took) });
+        if step == Reversible::Drain {
+            self.drain_ms = ms(took);
+        }
+        applied?;
+        if fault::after(self.direction.as_str(), name) {
+            return Err(Stop::Broken(format!("{name} failed on purpose")));
+        }
+        if !step.in_window() {
+            self.operation.event(name, "done", step_message(step), json!({ "ms": ms(took) }));
+        }
+        Ok(())
+    }
+
+    /// How long a step may take.
+    fn limit(&self, step: Reversible) -> Duration {
+        let flip = &self.config.flip;
+        let spare = Duration::from_secs(1);
+        match step {
+            Reversible::Preflight => Duration::from_secs(60),
+            // These two keep their own time, and say more than "too late".
+            Reversible::Settle => flip.settle_timeout + ROUND_TRIP_MAX + Duration::from_secs(10),
+            Reversible::Arm => flip.arm_timeout + Duration::from_secs(30),
+            Reversible::Prepare => Duration::from_secs(60),
+            Reversible::Hold => spare,
+            Reversible::Drain => flip.drain_timeout * 2 + spare,
+            Reversible::Fence
+            | Reversible::OldXids
+            | Reversible::Tables
+            | Reversible::CatchUp
+            | Reversible::Sequences
+            | Reversible::Links
+            | Reversible::Verify
+            | Reversible::Committing => {
+                let since = self.window_since.map_or(Duration::ZERO, |since| since.elapsed());
+                flip.window_timeout.saturating_sub(since).max(Duration::from_millis(1))
+            }
+        }
+    }
+
+    fn window_deadline(&self) -> Instant {
+        self.window_since.unwrap_or_else(Instant::now) + self.config.flip.window_timeout
+    }
+
+    async fn apply(&mut self, step: Reversible) -> Result<(), Stop> {
+        match step {
+            Reversible::Preflight => self.preflight().await,
+            Reversible::Settle => self.settle().await,
+            Reversible::Arm => self.arm().await,
+            Reversible::Prepare => self.prepare().await,
+            Reversible::Hold => {
+                self.held_since = Some(Instant::now());
+                self.gate.hold();
+                Ok(())
+            }
+            Reversible::Drain => self.drain().await,
+            Reversible::Fence => {
+                self.window_since = Some(Instant::now());
+                self.fence().await
+            }
+            Reversible::OldXids => self.old_xids().await,
+            Reversible::Tables => self.tables().await,
+            Reversible::CatchUp => self.catch_up().await,
+            Reversible::Sequences => self.sequences().await,
+            Reversible::Links => self.links().await,
+            Reversible::Verify => self.rows().await,
+            Reversible::Committing => self.committing().await,
+        }
+    }
+
+    /// Rereads the world where `apply` itself has not ended with a reading of it.
+    fn verify(&self, step: Reversible) -> Result<(), Stop> {
+        match step {
+            Reversible::Hold | Reversible::Drain => {
+                if self.gate.held() {
+                    Ok(())
+                } else {
+                    Err(Stop::Superseded("the gate was opened by somebody else".into()))
+                }
+            }
+            // Readings themselves.
+            Reversible::Preflight
+            | Reversible::Settle
+            | Reversible::Prepare
+            | Reversible::OldXids
+            | Reversible::Tables
+            | Reversible::CatchUp
+            | Reversible::Verify => Ok(()),
+            // Ends with a digest of the armed tables, read from the catalog.
+            Reversible::Arm => Ok(()),
+            // One conditional UPDATE each: the number of rows is the reading. `verify` reads all rows once more.
+            Reversible::Fence | Reversible::Committing => Ok(()),
+            // Its statement answers what it moved, under the lock of the row; the slot's own answer is checked.
+            Reversible::Sequences | Reversible::Links => Ok(()),
+        }
+    }
+
+    // ---- reversible steps ----
+
+    async fn preflight(&mut self) -> Result<(), Stop> {
+        // What the guard or the server mends by itself within seconds is waited for in `settle`.
+        let (source, regime, cushion) = (self.source, self.regime, self.config.flip.sequence_cushion);
+        let (forward, target) = (&self.databases, self.target);
+        let found = try_join_all(forward.iter().map(|database| async move {
+            let mut found: Vec<Finding> = links::obstacles(&database.ends(source), regime).await?;
+            found.retain(|finding| !TRANSIENT.contains(&finding.code));
+            found.extend(
+                sequences::obstacles(&database.source, &database.target, target, &database.name, cushion).await?,
+            );
+            Ok::<_, Stop>(found)
+        }))
+        .await?
+        .concat();
+        no_findings(found)
+    }
+
+    async fn settle(&mut self) -> Result<(), Stop> {
+        let deadline = Instant::now() + self.config.flip.settle_timeout;
+        if self.regime == Regime::Plain {
+            for database in &self.databases {
+                let slot = links::slot_name(self.source, &database.name);
+                let expect = Expect { states: &[State::Standby], epoch: self.attempt.epoch };
+                links::move_reverse_slot_up(&database.target, &slot, &expect).await?;
+            }
+        }
+        loop {
+            let readings = try_join_all(self.databases.iter().map(|database| self.unsettled(database))).await?;
+            let Some(reading) = readings.into_iter().flatten().next() else { return Ok(()) };
+            if Instant::now() >= deadline {
+                return Err(Stop::no_go(
+                    format!("not settled within {:?}: {reading}", self.config.flip.settle_timeout),
+                    "Look at `pgflip lag` and `pgflip replication status`; when it is quieter, try again.",
+                ));
+            }
+            self.operation.event("settle", "progress", reading, Value::Null);
+            sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// What speaks against holding clients now. `None`: nothing.
+    async fn unsettled(&self, database: &Database) -> Result<Option<String>, Stop> {
+        let name = &database.name;
+        let found = links::obstacles(&database.ends(self.source), self.regime).await?;
+        if let Some(finding) = found.iter().find(|finding| finding.stops()) {
+            return Ok(Some(format!("database {name}: {}", finding.what)));
+        }
+        let reading = links::read(&database.ends(self.source)).await?;
+        match reading.lag_bytes {
+            None => return Ok(Some(format!("database {name}: the lag of {} is unknown", reading.name))),
+            Some(lag) if lag > self.config.flip.settle_lag_bytes => {
+                return Ok(Some(format!("database {name}: {} is {lag} bytes behind", reading.name)));
+            }
+            Some(_) => {}
+        }
+        let seconds = self.config.flip.drain_timeout.as_secs_f64();
+        let open = database.source.query(include_str!("../pg/sql/open_xids.sql"), &[&seconds]).await?;
+        if !open.is_empty() {
+            let open: Vec<String> = open.iter().map(|row| row.get(0)).collect();
+            return Ok(Some(format!("database {name}: open transactions that have written: {}", open.join(", "))));
+        }
+        match self.round_trip(database).await {
+            Ok(()) => Ok(None),
+            Err(Stop::NoGo { what, .. }) => Ok(Some(format!("database {name}: {what}"))),
+            Err(other) => Err(other),
+        }
+    }
+
+    async fn round_trip(&self, database: &Database) -> Result<(), Stop> {
+        let limit = ROUND_TRIP_MAX.min(self.config.flip.window_timeout);
+        let n = marker::write(&database.source, self.source).await?;
+        Ok(marker::wait(&database.target, self.source, n, Instant::now() + limit).await?)
+    }
+
+    async fn arm(&mut self) -> Result<(), Stop> {
+        let (source, regime, epoch) = (self.source, self.regime, self.attempt.epoch);
+        let limits = fence::Limits::from(&self.config.flip);
+        let this = &*self;
+        let checked = try_join_all(this.databases.iter().map(|database| async move {
+            let expect = Expect { states: &[State::Active], epoch };
+            // A table made while this runs is found by the second look, armed in the next round.
+            for _ in 0..5 {
+                fence::arm_as(&database.source, expect, &limits).await?;
+                let statement = database.target.prepare(include_str!("../pg/sql/subscription_digest.sql")).await?;
+                let name = links::slot_name(source.other(), &database.name);
+                let before = fence::digest(&database.source).await?;
+                let carried = database.carried(&statement, &name).await?;
+                no_findings(links::obstacles(&database.ends(source), regime).await?)?;
+                let after = fence::digest(&database.source).await?;
+                if before == after && after.all_armed() && carried == database.carried(&statement, &name).await? {
+                    this.round_trip(database).await?;
+                    return Ok(Checked { source: after, carried });
+                }
+            }
+            Err(Stop::no_go(
+                format!("database {}: tables come and go, or are disarmed, faster than they can be checked", database.name),
+                "Let whatever changes the schema come to its end, then try again.",
+            ))
+        }))
+        .await?;
+        for (database, checked) in self.databases.iter_mut().zip(checked) {
+            database.checked = Some(checked);
+        }
+        Ok(())
+    }
+
+    async fn prepare(&mut self) -> Result<(), Stop> {
+        let (source, regime, config) = (self.source, self.regime, self.config.clone());
+        let target = self.target;
+        try_join_all(self.databases.iter_mut().enumerate().map(|(i, database)| {
+            let config = &config;
+            async move {
+                let prepared = Prepared {
+                    fence: state::Prepared::new(&database.source).await?,
+                    write: marker::Write::new(&database.source).await?,
+                    watch: marker::Watch::new(&database.target).await?,
+                    old_xids: OldXids::new(&database.source).await?,
+                    digest: DigestStatement::new(&database.source).await?,
+                    carried: database.target.prepare(include_str!("../pg/sql/subscription_digest.sql")).await?,
+                    sequences: sequences::Prepared::new(&database.source, &database.target).await?,
+                };
+                // Run once what only reads, so that the window finds the catalogs in these sessions' caches.
+                let name = links::slot_name(target, &database.name);
+                prepared.digest.read(&database.source).await?;
+                prepared.old_xids.warm(&database.source).await?;
+                database.carried(&prepared.carried, &name).await?;
+                prepared.sequences.warm(&database.source, &database.target).await?;
+                prepared.watch.warm(&database.target, source).await?;
+                database.prepared = Some(prepared);
+                if regime == Regime::Plain {
+                    let reverse = links::slot_name(source, &database.name);
+                    database.reverse_origin = Some(links::origin_name(&*database.source, &reverse).await?);
+                    if i < ORIGINS_AHEAD {
+                        database.origin = Some(origin_on(config, target, &database.name).await?);
+                    }
+                }
+                Ok::<_, Stop>(())
+            }
+        }))
+        .await?;
+        let (ready, failed) = self.gate.prepare(self.target, Instant::now() + Duration::from_secs(30)).await;
+        self.operation.event("prepare", "info", format!("{ready} sessions have a connection to {}", self.target), Value::Null);
+        match self.stragglers {
+            _ if failed.is_empty() => Ok(()),
+            Stragglers::Unwind => Err(obstructed("can't be moved", &failed)),
+            // They are found again, and ended, in `drain`.
+            Stragglers::Terminate => Ok(()),
+        }
+    }
+
+    async fn drain(&mut self) -> Result<(), Stop> {
+        let deadline = Instant::now() + self.config.flip.drain_timeout;
+        let (drained, prepared) = tokio::join!(self.gate.drain(deadline), self.no_prepared(deadline));
+        let in_the_way: Vec<Obstacle> = drained.stragglers.into_iter().chain(drained.unmovable).collect();
+        if !in_the_way.is_empty() {
+            match self.stragglers {
+                Stragglers::Unwind => return Err(obstructed("do not reach their boundary or can't be moved", &in_the_way)),
+                Stragglers::Terminate => {
+                    let ids: Vec<_> = in_the_way.iter().map(|obstacle| obstacle.session).collect();
+                    let deadline = Instant::now() + self.config.flip.drain_timeout;
+                    let left = self.gate.terminate(&ids, deadline).await;
+                    self.sessions.ended += ids.len() - left.len();
+                    self.operation.event("drain", "info", format!("{} sessions were ended", ids.len()), json!(in_the_way));
+                    let again = self.gate.drain(deadline).await;
+                    let rest: Vec<Obstacle> = again.stragglers.into_iter().chain(again.unmovable).collect();
+                    if !left.is_empty() || !rest.is_empty() {
+                        return Err(obstructed("could not be ended in time", &rest));
+                    }
+                }
+            }
+        }
+        prepared
+    }
+
+    /// No prepared transaction: its COMMIT PREPARED would meet no trigger.
+    async fn no_prepared(&self, deadline: Instant) -> Result<(), Stop> {
+        try_join_all(self.databases.iter().map(|database| async move {
+            loop {
+                let statement = "select gid from pg_prepared_xacts where database = current_database() order by prepared limit 5";
+                let rows = timeout_at(deadline, database.source.query(statement, &[]))
+                    .await
+                    .map_err(|_| Stop::Broken("prepared transactions could not be read in time".into()))??;
+                if rows.is_empty() {
+                    return Ok(());
+                }
+                if Instant::now() + Duration::from_millis(5) >= deadline {
+                    let gids: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+                    return Err(Stop::no_go(
+                        format!("database {}: prepared transactions: {}", database.name, gids.join(", ")),
+                        "COMMIT PREPARED or ROLLBACK PREPARED them, then try again.",
+                    ));
+                }
+                sleep(Duration::from_millis(5)).await;
+            }
+        }))
+        .await
+        .map(drop)
+    }
+
+    async fn fence(&mut self) -> Result<(), Stop> {
+        if fault::skip("fence") {
+            return Ok(());
+        }
+        let words = go_to(&self.config, self.target);
+        let (words, attempt, limit) = (&words, self.attempt, self.config.flip.window_timeout / 2);
+        let one = async |database: &Database| -> Result<(), Stop> {
+            match state::fence(&database.source, &database.prepared()?.fence, attempt, words, limit).await {
+                Err(StateError::Sql(e)) if e.code().is_some_and(|code| code.code() == "55P03") => Err(Stop::no_go(
+                    format!("database {}: direct writers did not end within {limit:?}", database.name),
+                    "Sessions that go around pgflip hold transactions open: let them end, then try again.",
+                )),
+                other => Ok(other?),
+            }
+        };
+        // The carrier first: while unwinding, its row decides for all.
+        let (carrier, others) = self.databases.split_first().expect("config.databases is never empty");
+        one(carrier).await?;
+        try_join_all(others.iter().map(one)).await.map(drop)
+    }
+
+    async fn old_xids(&mut self) -> Result<(), Stop> {
+        if fault::skip("old-xids") {
+            return Ok(());
+        }
+        let deadline = self.window_deadline();
+        try_join_all(self.databases.iter().map(|database| async move {
+            Ok::<_, Stop>(database.prepared()?.old_xids.wait_out(&database.source, deadline).await?)
+        }))
+        .await
+        .map(drop)
+    }
+
+    async fn tables(&mut self) -> Result<(), Stop> {
+        let target = self.target;
+        try_join_all(self.databases.iter().map(|database| async move {
+            let prepared = database.prepared()?;
+            let name = links::slot_name(target, &database.name);
+            let source = async { Ok::<_, Stop>(prepared.digest.read(&database.source).await?) };
+            let (source, carried) = tokio::try_join!(source, database.carried(&prepared.carried, &name))?;
+            let now = Checked { source, carried };
+            if database.checked.as_ref() == Some(&now) {
+                return Ok(());
+            }
+            Err(Stop::no_go(
+                format!(
+                    "database {}: tables were created, dropped, disarmed or unpublished while the flip ran (checked {:?}, now {now:?})",
+                    database.name, database.checked
+                ),
+                "Let whatever changes the schema come to its end; new tables have to exist on both sides, then `pgflip replication start` adds them.",
+            ))
+        }))
+        .await
+        .map(drop)
+    }
+
+    async fn catch_up(&mut self) -> Result<(), Stop> {
+        if fault::skip("catch-up") {
+            return Ok(());
+        }
+        let (deadline, source) = (self.window_deadline(), self.source);
+        try_join_all(self.databases.iter().map(|database| async move {
+            let prepared = database.prepared()?;
+            let n = prepared.write.write(&database.source, source).await?;
+            Ok::<_, Stop>(prepared.watch.wait(&database.target, source, n, deadline).await?)
+        }))
+        .await
+        .map(drop)
+    }
+
+    async fn sequences(&mut self) -> Result<(), Stop> {
+        if fault::skip("sequences") {
+            return Ok(());
+        }
+        let (attempt, cushion) = (self.attempt, self.config.flip.sequence_cushion);
+        try_join_all(self.databases.iter().map(|database| async move {
+            let prepared = &database.prepared()?.sequences;
+            Ok::<_, Stop>(sequences::copy(&database.source, &database.target, prepared, attempt, cushion).await?)
+        }))
+        .await
+        .map(drop)
+    }
+
+    async fn links(&mut self) -> Result<(), Stop> {
+        match self.regime {
+            Regime::OriginFilter => Ok(()),
+            Regime::Plain => {
+                let (config, source, target, epoch) = (self.config.clone(), self.source, self.target, self.attempt.epoch);
+                try_join_all(self.databases.iter_mut().map(|database| {
+                    let config = &config;
+                    async move {
+                        let mut late = None;
+                        let origin = match &mut database.origin {
+                            Some(ahead) => ahead,
+                            none => {
+                                let _ = none;
+                                late.insert(origin_on(config, target, &database.name).await?)
+                            }
+                        };
+                        let expect = Expect { states: &[State::Standby], epoch };
+                        links::forward_off(origin, &links::slot_name(target, &database.name), &expect).await?;
+                        let slot = links::slot_name(source, &database.name);
+                        database.reverse_from = Some(links::advance_reverse_slot(&database.target, &slot).await?);
+                        Ok::<_, Stop>(())
+                    }
+                }))
+                .await
+                .map(drop)
+            }
+        }
+    }
+
+    /// Only the carrier's rows are compared and set at the pivot: what the other databases' rows say is read here.
+    async fn rows(&mut self) -> Result<(), Stop> {
+        let attempt = self.attempt;
+        try_join_all(self.databases.iter().map(|database| async move {
+            let (here, there) = tokio::try_join!(state::read(&*database.source), state::read(&*database.target))?;
+            let fenced = here.as_ref().is_some_and(|row| {
+                let fence = fault::skip("fence") || row.state == State::Fenced && row.attempt == attempt.id;
+                fence && row.epoch == attempt.epoch
+            });
+            let waiting = there.as_ref().is_some_and(|row| {
+                row.state == State::Standby && row.epoch == attempt.epoch && row.burnt < attempt.id
+            });
+            match (fenced, waiting) {
+                (true, true) => Ok(()),
+                (false, _) => Err(Stop::from(StateError::Superseded { found: here })),
+                (true, false) => Err(Stop::from(StateError::Superseded { found: there })),
+            }
+        }))
+        .await
+        .map(drop)
+    }
+
+    async fn committing(&mut self) -> Result<(), Stop> {
+        let attempt = self.attempt;
+        if fault::skip("fence") {
+            // Without a fence there is nothing to compare and set; the row still has to get there.
+            let id = state::bigint(attempt.id);
+            let statement = "update pgflip.state set state = 'committing', attempt = $1";
+            for database in &self.databases {
+                database.source.execute(statement, &[&id]).await?;
+            }
+            return Ok(());
+        }
+        match self.regime {
+            Regime::OriginFilter => {
+                let source = &self.databases[0].source;
+                if !state::committing(&**source, attempt).await? {
+                    return Err(StateError::Superseded { found: state::read(&**source).await? }.into());
+                }
+                Ok(())
+            }
+            Regime::Plain => {
+                let mut reverse = Vec::new();
+                for database in &self.databases {
+                    match (&database.reverse_origin, database.reverse_from) {
+                        (Some(origin), Some(from)) => reverse.push((origin.clone(), from)),
+                        _ => return Err(Stop::Broken("the reverse link's origin or position is not known".into())),
+                    }
+                }
+                let source = &mut self.databases[0].source;
+                let txn = source.transaction().await?;
+                if !state::committing(&txn, attempt).await? {
+                    let found = state::read(&txn).await?;
+                    return Err(StateError::Superseded { found }.into());
+                }
+                for (origin, from) in reverse {
+                    links::advance_reverse_origin(&txn, &origin, from).await?;
+                }
+                Ok(txn.commit().await?)
+            }
+        }
+    }
+
+    // ---- the pivot ----
+
+    async fn pivot(&mut self) -> Ended {
+        let began = Instant::now();
+        let limit = self.config.flip.window_timeout.max(Duration::from_secs(1));
+        let answer = timeout(limit, state::pivot(&*self.databases[0].target, self.attempt)).await;
+        self.timings.push(Timing { step: PIVOT, ms: ms(began.elapsed()) });
+        let why = match answer {
+            Ok(Ok(true)) => {
+                tracing::info!(from = %self.source, to = %self.target, epoch = self.attempt.epoch + 1,
+                    attempt = self.attempt.id, because = "the pivot has been committed", "the active side has changed");
+                // The pivot has happened: a fault after it can kill or stop, and failing changes nothing.
+                fault::after(self.direction.as_str(), PIVOT);
+                return self.forward().await;
+            }
+            Ok(Ok(false)) => "the target's row is not what the pivot expects".to_owned(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("the target did not answer the pivot's commit within {limit:?}"),
+        };
+        // Whatever was heard, only a write that waits for the pivot settles whether it has happened.
+        tracing::warn!(attempt = self.attempt.id, why, "the pivot's outcome is open: burning the attempt");
+        match recovery::burn(&self.config, self.target, self.attempt).await {
+            Ok(Burnt::Yes) => {
+                self.burnt = true;
+                self.unwind(&REVERSIBLE, Some((PIVOT, Stop::Broken(why)))).await
+            }
+            Ok(Burnt::No) => match self.has_pivoted().await {
+                Ok(true) => self.forward().await,
+                Ok(false) => self.left_to_the_rows(PIVOT, why).await,
+                Err(error) => self.in_doubt(format!("{why}; {error}")),
+            },
+            Err(error) => self.in_doubt(format!("{why}; {error}")),
+        }
+    }
+
+    /// After a burn that changed no row: the target's row has moved on, committed for all to see.
+    async fn has_pivoted(&self) -> Result<bool, String> {
+        match recovery::look(&self.config, self.target, self.config.carrier()).await.0 {
+            recovery::Known::Row(row) => Ok(row.epoch == self.attempt.epoch + 1
+                && row.state == State::Active
+                && row.attempt == self.attempt.id),
+            recovery::Known::Absent => Err(format!("{} has no schema pgflip any more", self.target)),
+            recovery::Known::Unreachable(why) => Err(why),
+        }
+    }
+
+    fn in_doubt(&mut self, why: String) -> Ended {
+        tracing::error!(attempt = self.attempt.id, why, "in doubt: clients are held until the target can be asked");
+        let mut result = self.result("in_doubt");
+        result["failed_step"] = json!(PIVOT);
+        result["why"] = json!(why);
+        result["means"] = json!(format!(
+            "Whether {} is active now is not known. Clients are held, nothing can be lost or doubled as long as they are.",
+            self.target
+        ));
+        result["next"] = json!(format!(
+            "Make {} reachable: pgflip goes on by itself as soon as it can ask. If it is gone for good, only `--force` goes on without it.",
+            self.target
+        ));
+        Ended { status: Status::InDoubt, result, traffic: None }
+    }
+
+    // ---- back ----
+
+    /// Undoes these steps, last first. `why` is none for a rehearsal.
+    async fn unwind(&mut self, applied: &[Reversible], why: Option<(&'static str, Stop)>) -> Ended {
+        if let Some((step, stop)) = &why {
+            let text = match stop {
+                Stop::NoGo { what, .. } | Stop::Superseded(what) | Stop::Broken(what) => what.clone(),
+            };
+            self.operation.event(step, "failed", text.clone(), Value::Null);
+            tracing::warn!(step, because = text, from = "flipping", to = "unwinding", "the flip unwinds");
+            if let Stop::Superseded(text) = stop {
+                return self.left_to_the_rows(step, text.clone()).await;
+            }
+        }
+        for &step in applied.iter().rev() {
+            // Tried until it works or it is somebody else's: nobody may be let go before the source is theirs again.
+            let deadline = Instant::now() + FORWARD_TIMEOUT;
+            loop {
+                match self.undo(step).await {
+                    Ok(()) => break,
+                    Err(Undo::InDoubt(error)) => return self.in_doubt(error),
+                    Err(Undo::Superseded(error)) => return self.left_to_the_rows(step.name(), error).await,
+                    Err(Undo::HasPivoted) => return self.forward().await,
+                    Err(Undo::Failed(error)) if Instant::now() >= deadline => {
+                        return self.left_to_the_rows(step.name(), error).await;
+                    }
+                    Err(Undo::Failed(error)) => {
+                        tracing::warn!(step = step.name(), error, "undoing failed; again");
+                        sleep(Duration::from_millis(100)).await;
+                    }
+                }
+            }
+        }
+        let (status, mut result) = match &why {
+            None => (Status::Succeeded, self.result("rehearsed")),
+            Some(_) => (Status::Unwound, self.result("unwound")),
+        };
+        if let Some((step, stop)) = why {
+            let (what, next, findings) = match stop {
+                Stop::NoGo { what, next, findings } => (what, next, findings),
+                Stop::Superseded(what) | Stop::Broken(what) => (what, "Mend that, then try again.".to_owned(), Vec::new()),
+            };
+            let before_anybody = self.held_since.is_none();
+            result["failed_step"] = json!(step);
+            result["why"] = json!(what);
+            result["means"] = json!(if before_anybody {
+                UNTOUCHED.to_owned()
+            } else {
+                format!("Clients go on on {} where they were; nothing was lost.", self.source)
+            });
+            result["next"] = json!(next);
+            if !findings.is_empty() {
+                result["findings"] = json!(findings);
+            }
+        }
+        Ended { status, result, traffic: None }
+    }
+
+    async fn undo(&mut self, step: Reversible) -> Result<(), Undo> {
+        match step {
+            // They changed nothing.
+            Reversible::Preflight
+            | Reversible::Settle
+            | Reversible::Drain
+            | Reversible::OldXids
+            | Reversible::Tables
+            | Reversible::CatchUp
+            | Reversible::Verify => Ok(()),
+            // They may stay ahead: the next attempt moves them on, and nobody counts there yet.
+            Reversible::Sequences => Ok(()),
+            // The forward link is switched on again in the undo of `fence`: the carrier's row decides first.
+            Reversible::Links => Ok(()),
+            Reversible::Committing => {
+                if self.burnt {
+                    return Ok(());
+                }
+                match recovery::burn(&self.config, self.target, self.attempt).await {
+                    Ok(Burnt::Yes) => {
+                        self.burnt = true;
+                        Ok(())
+                    }
+                    Ok(Burnt::No) => match self.has_pivoted().await {
+                        Ok(true) => Err(Undo::HasPivoted),
+                        Ok(false) => Err(Undo::Superseded("the target's row has moved on".into())),
+                        Err(error) => Err(Undo::InDoubt(error)),
+                    },
+                    Err(error) => Err(Undo::InDoubt(error.to_string())),
+                }
+            }
+            Reversible::Fence => {
+                let from = if self.burnt { Unwinding::Burnt } else { Unwinding::Fenced };
+                let because = if self.rehearse { "rehearsal" } else { "the flip unwinds" };
+                recovery::unwind_source(&self.config, self.source, self.attempt, from, because).await.map_err(Undo::from)
+            }
+            Reversible::Hold => {
+                self.released();
+                Ok(())
+            }
+            Reversible::Prepare => {
+                self.gate.forget_prepared();
+                Ok(())
+            }
+            Reversible::Arm => match recovery::disarm(&self.config, self.source, self.attempt.epoch).await {
+                Ok(_) => Ok(()),
+                Err(RecoveryError::State(error @ StateError::Superseded { .. })) => Err(Undo::Superseded(error.to_string())),
+                Err(error) => {
+                    // Armed and active lets everybody through, at some cost: the guard disarms it later.
+                    tracing::warn!(%error, "the source is not disarmed yet");
+                    Ok(())
+                }
+            },
+        }
+    }
+
+    fn released(&mut self) {
+        self.gate.release();
+        if let (Some(since), true) = (self.held_since, self.held_ms == 0.0) {
+            self.held_ms = ms(since.elapsed());
+        }
+        if let (Some(since), true) = (self.window_since, self.window_ms == 0.0) {
+            self.window_ms = ms(since.elapsed());
+        }
+    }
+
+    /// Somebody else moved a side on, or undoing does not work: the rows decide, and the guard acts on them. Clients
+    /// stay held until it has found out who is active.
+    async fn left_to_the_rows(&mut self, step: &'static str, why: String) -> Ended {
+        tracing::warn!(step, because = why, from = "flipping", to = "recovering", "the rows decide");
+        self.gate.forget_prepared();
+        let mut result = self.result("failed");
+        result["failed_step"] = json!(step);
+        result["why"] = json!(why);
+        result["means"] = json!("This flip changes nothing any more. pgflip finds out from the state rows who is active; clients wait until it has.");
+        result["next"] = json!("`pgflip status` shows how both sides stand.");
+        Ended { status: Status::Failed, result, traffic: None }
+    }
+
+    // ---- forward ----
+
+    async fn forward(&mut self) -> Ended {
+        for step in FORWARD {
+            let began = Instant::now();
+            let deadline = began + FORWARD_TIMEOUT;
+            let name = step.name();
+            loop {
+                match timeout_at(deadline, self.apply_forward(step)).await {
+                    Ok(Ok(())) => break,
+                    Ok(Err(Stop::Superseded(why))) => return self.left_to_the_rows(name, why).await,
+                    Ok(Err(Stop::Broken(why) | Stop::NoGo { what: why, .. })) if Instant::now() < deadline => {
+                        tracing::warn!(step = name, why, "again");
+                        sleep(Duration::from_millis(50)).await;
+                    }
+                    late => {
+                        let why = match late {
+                            Ok(Err(Stop::Broken(why) | Stop::NoGo { what: why, .. })) => why,
+                            _ => format!("{name} did not end within {FORWARD_TIMEOUT:?}"),
+                        };
+                        match self.may_go_on_without(step, &why).await {
+                            true => break,
+                            false => return self.left_to_the_rows(name, why).await,
+                        }
+                    }
+                }
+            }
+            self.timings.push(Timing { step: name, ms: ms(began.elapsed()) });
+            fault::after(self.direction.as_str(), name);
+            self.operation.event(name, "done", forward_message(step), json!({ "ms": ms(began.elapsed()) }));
+        }
+        let completed = json!({ "from": self.source, "to": self.target });
+        let carrier = &self.databases[0].target;
+        if let Err(error) = state::history(&**carrier, self.attempt.epoch + 1, self.attempt.id, "flipped", completed).await {
+            tracing::debug!(%error, "the history could not be written");
+        }
+        let result = self.result("completed");
+        Ended { status: Status::Succeeded, result, traffic: self.traffic.clone() }
+    }
+
+    async fn apply_forward(&mut self, step: Forward) -> Result<(), Stop> {
+        let (config, epoch) = (self.config.clone(), self.attempt.epoch + 1);
+        match step {
+            Forward::Done => self.done().await,
+            Forward::Switch => self
+                .gate
+                .switch(Upstream { side: self.target, epoch })
+                .map_err(|superseded| Stop::Superseded(superseded.to_string())),
+            Forward::Release => {
+                self.released();
+                Ok(())
+            }
+            Forward::EnableReverse => match self.regime {
+                Regime::OriginFilter => Ok(()),
+                Regime::Plain => {
+                    let source = self.source;
+                    try_join_all(self.databases.iter().map(|database| {
+                        let config = &config;
+                        async move {
+                            let mut origin = origin_on(config, source, &database.name).await?;
+                            let name = links::slot_name(source, &database.name);
+                            let expect = Expect { states: &[State::Standby], epoch };
+                            Ok::<_, Stop>(links::enable(&mut origin, &name, &expect).await?)
+                        }
+                    }))
+                    .await
+                    .map(drop)
+                }
+            },
+            Forward::Disarm => Ok(recovery::disarm(&config, self.target, epoch).await.map(drop)?),
+            Forward::Moved => {
+                let moved = self.gate.settled(Instant::now() + Duration::from_secs(10)).await;
+                self.sessions.moved = moved.moved;
+                self.sessions.ended = self.sessions.ended.max(moved.ended);
+                self.sessions.left = moved.left;
+                Ok(())
+            }
+            Forward::Traffic => {
+                self.traffic = Some(traffic::measure(&config, self.target, traffic::SPAN).await);
+                Ok(())
+            }
+        }
+    }
+
+    async fn done(&mut self) -> Result<(), Stop> {
+        let words = go_to(&self.config, self.target);
+        let (attempt, words) = (self.attempt, &words);
+        let (carrier, others) = self.databases.split_first().expect("config.databases is never empty");
+        let source = async {
+            if state::done(&*carrier.source, attempt, words).await? {
+                Ok(())
+            } else {
+                Err(Stop::from(StateError::Superseded { found: state::read(&*carrier.source).await? }))
+            }
+        };
+        let others = try_join_all(others.iter().map(|database| async move {
+            if !state::pivot(&*database.target, attempt).await? {
+                match state::read(&*database.target).await? {
+                    Some(row) if row.state == State::Active && row.epoch == attempt.epoch + 1 => {}
+                    found => return Err(Stop::from(StateError::Superseded { found })),
+                }
+            }
+            if !state::done(&*database.source, attempt, words).await? {
+                return Err(Stop::from(StateError::Superseded { found: state::read(&*database.source).await? }));
+            }
+            Ok(())
+        }));
+        // Both to their end, whatever the other one says: a half-done database would keep its clients waiting.
+        let (source, others) = tokio::join!(source, others);
+        match (source, others) {
+            (Ok(()), Ok(_)) => Ok(()),
+            (Err(stop), _) | (_, Err(stop)) => {
+                // The connection may be the reason: the next try has its own.
+                if matches!(stop, Stop::Broken(_)) {
+                    if let Ok(done) = recovery::go_forward(&self.config, self.source, self.attempt).await {
+                        let () = done;
+                        recovery::follow(&self.config, self.target, self.attempt.epoch + 1).await?;
+                        return Ok(());
+                    }
+                }
+                Err(stop)
+            }
+        }
+    }
+
+    /// A step after the pivot that does not work: may clients go on, and the guard do the rest?
+    async fn may_go_on_without(&self, step: Forward, why: &str) -> bool {
+        match step {
+            // A source that is gone stays fenced, in its own row; what matters is that every database of the target is
+            // active.
+            Forward::Done => {
+                let all = recovery::all_active(&self.config, self.target, self.attempt.epoch + 1).await;
+                tracing::warn!(why, "the source could not be told that the flip is done; the guard goes on trying");
+                matches!(all, Ok(true))
+            }
+            Forward::Switch | Forward::Release => false,
+            Forward::EnableReverse | Forward::Disarm | Forward::Moved | Forward::Traffic => {
+                tracing::warn!(step = step.name(), why, "not done yet; the guard goes on trying");
+                true
+            }
+        }
+    }
+
+    fn result(&self, outcome: &str) -> Value {
+        let active = match outcome {
+            "completed" => json!(self.target),
+            "unwound" | "rehearsed" => json!(self.source),
+            _ => Value::Null,
+        };
+        let epoch = self.attempt.epoch + u64::from(outcome == "completed");
+        json!({
+            "outcome": outcome,
+            "direction": self.direction,
+            "epoch": epoch,
+            "attempt": self.attempt.id,
+            "active": active,
+            "held_ms": self.held_ms,
+            "drain_ms": self.drain_ms,
+            "window_ms": self.window_ms,
+            "steps": self.timings,
+            "sessions": self.sessions,
+        })
+    }
+}
+
+enum Undo {
+    Failed(String),
+    Superseded(String),
+    InDoubt(String),
+    HasPivoted,
+}
+
+impl From<RecoveryError> for Undo {
+    fn from(error: RecoveryError) -> Undo {
+        match error {
+            RecoveryError::State(StateError::Superseded { .. }) => Undo::Superseded(error.to_string()),
+            other => Undo::Failed(other.to_string()),
+        }
+    }
+}
+
+/// What the guard or the servers mend by themselves within seconds: waited for in `settle`, no reason to refuse at once.
+const TRANSIENT: [&str; 4] = ["link_down", "link_disabled", "link_enabled", "worker_missing"];
+
+fn no_findings(found: Vec<Finding>) -> Result<(), Stop> {
+    let blockers: Vec<Finding> = found.into_iter().filter(Finding::stops).collect();
+    match blockers.first() {
+        None => Ok(()),
+        Some(first) => Err(Stop::NoGo {
+            what: match blockers.len() {
+                1 => first.what.clone(),
+                n => format!("{} (and {} more)", first.what, n - 1),
+            },
+            next: first.mend.clone(),
+            findings: blockers,
+        }),
+    }
+}
+
+fn obstructed(what: &str, obstacles: &[Obstacle]) -> Stop {
+    let shown: Vec<String> = obstacles
+        .iter()
+        .take(5)
+        .map(|o| format!("session {} of {}@{} ({}, {}): {}", o.session.0, o.user, o.database, o.application, o.client, o.why))
+        .collect();
+    Stop::no_go(
+        format!("{} sessions {what}: {}", obstacles.len(), shown.join("; ")),
+        "Let them end what they do, or flip with stragglers = \"terminate\".",
+    )
+}
+
+fn origin_on<'a>(config: &'a Config, side: Side, database: &'a str) -> BoxFuture<'a, Result<Client, Stop>> {
+    async move { Ok(connect_with_origin(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await?) }
+        .boxed()
+}
+
+fn step_message(step: Reversible) -> &'static str {
+    match step {
+        Reversible::Preflight => "both sides can flip",
+        Reversible::Settle => "replication is close behind",
+        Reversible::Arm => "fence triggers are on, tables checked",
+        Reversible::Prepare => "connections and statements are ready",
+        Reversible::Hold => "clients are held at their boundary",
+        Reversible::Drain => "every session is at its boundary",
+        Reversible::Fence => "the source refuses writes",
+        Reversible::OldXids => "older transactions have ended",
+        Reversible::Tables => "tables are as they were checked",
+        Reversible::CatchUp => "everything written has been applied",
+        Reversible::Sequences => "sequences are copied",
+        Reversible::Links => "the reverse link is ready",
+        Reversible::Verify => "the state rows are as expected",
+        Reversible::Committing => "the attempt commits",
+    }
+}
+
+fn forward_message(step: Forward) -> &'static str {
+    match step {
+        Forward::Done => "the old side is standby",
+        Forward::Switch => "the gate leads to the new side",
+        Forward::Release => "clients go on",
+        Forward::EnableReverse => "the reverse link runs",
+        Forward::Disarm => "the new side is disarmed",
+        Forward::Moved => "sessions have moved",
+        Forward::Traffic => "traffic has been looked at",
+    }
+}

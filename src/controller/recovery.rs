@@ -1,0 +1,603 @@
+//! What to do, from the state rows alone: after a crash, after being superseded, and all the time from the guard.
+//!
+//! [`decide`] is a pure function of what the carrier's two rows say. [`Recovery`] acts on it: every act is conditional on
+//! the row it changes, so two that recover at once, or one that woke up late, do no harm.
+
+use std::time::Duration;
+
+use futures_util::future::try_join_all;
+use serde::Serialize;
+use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
+
+use super::fence::{self, FenceError};
+use super::links::{self, LinkError, Regime};
+use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
+use crate::config::{Config, Server};
+use crate::pg::connect::describe;
+use crate::pg::origin::{OriginError, connect_with_origin};
+use crate::pg::{Client, ConnectError, Purpose, Side, connect};
+
+const PURPOSE: Purpose = Purpose("recovery");
+
+/// How long one act may wait for somebody else's lock on a state row.
+const ROW_LOCK_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why recovery could not go on. It is tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoveryError {
+    /// A server could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// No session with an origin.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
+    /// A row could not be read or changed.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The fence.
+    #[error(transparent)]
+    Fence(#[from] FenceError),
+    /// A link.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A server refused.
+    #[error("{}", describe(.0))]
+    Sql(#[from] tokio_postgres::Error),
+    /// No answer.
+    #[error("{side} gave no answer within {after:?} while {doing}")]
+    NoAnswer {
+        /// Which side.
+        side: Side,
+        /// What was being done.
+        doing: &'static str,
+        /// The limit.
+        after: Duration,
+    },
+    /// The rows say something that no recovery may settle.
+    #[error("{0}")]
+    InDoubt(String),
+}
+
+/// What is known of a side's row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// The row.
+    Row(Row),
+    /// The side answers, and has no schema pgflip.
+    Absent,
+    /// The side can't be read, and why.
+    Unreachable(String),
+}
+
+/// What the carrier's rows say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    /// pgflip has not been set up on either side: blue serves.
+    Fresh,
+    /// One side is active, the other standby at the same epoch (or can't be read).
+    Steady {
+        /// Who is active.
+        active: Side,
+        /// At which epoch.
+        epoch: u64,
+    },
+    /// An attempt has fenced its source and not begun to commit: a compare-and-set on the source undoes it.
+    Unwind {
+        /// Its source.
+        source: Side,
+        /// Which attempt.
+        attempt: Attempt,
+    },
+    /// An attempt's pivot may have been committed: burning it on the target tells.
+    Burn {
+        /// Its source.
+        source: Side,
+        /// Which attempt.
+        attempt: Attempt,
+    },
+    /// The pivot has been committed: source done.
+    Forward {
+        /// Its source.
+        source: Side,
+        /// Which attempt.
+        attempt: Attempt,
+    },
+    /// A side slept through a flip (it was dead, and the operator forced it).
+    Demote {
+        /// The sleeper.
+        stale: Side,
+        /// Where the truth is.
+        active: Side,
+        /// The truth's epoch.
+        epoch: u64,
+    },
+    /// Nothing can be read that says who is active.
+    Unknown {
+        /// Why.
+        why: String,
+    },
+    /// The rows contradict each other, or a pivot's outcome can't be found out: only the operator can settle it.
+    InDoubt {
+        /// What they say.
+        why: String,
+    },
+}
+
+/// What to do, from the rows of the carrier alone.
+pub fn decide(blue: &Known, green: &Known) -> Decision {
+    use Known::{Absent, Row as Is, Unreachable};
+    match (blue, green) {
+        (Absent, Absent) => Decision::Fresh,
+        // `replication start` begins with the standby: as long as blue has no row, nothing has begun.
+        (Absent, Is(green)) if green.state == State::Standby => Decision::Fresh,
+        (Is(row), Absent) | (Absent, Is(row)) => match row.state {
+            State::Active => Decision::Steady { active: row.side, epoch: row.epoch },
+            State::Fenced => unwind(row),
+            State::Committing | State::Standby => in_doubt(format!("{row}, and {} has no schema pgflip", row.side.other())),
+        },
+        // Without its own word, blue is only taken for fresh when it has been read.
+        (Absent, Unreachable(_)) => Decision::Fresh,
+        (Unreachable(why), Absent) => Decision::Unknown { why: why.clone() },
+        (Is(row), Unreachable(why)) | (Unreachable(why), Is(row)) => match row.state {
+            // The other side can only be active at a higher epoch if this one was fenced first.
+            State::Active => Decision::Steady { active: row.side, epoch: row.epoch },
+            // The pivot needs `committing` on this side first.
+            State::Fenced => unwind(row),
+            State::Committing => in_doubt(format!("{row}, and {} can't be read: {why}", row.side.other())),
+            State::Standby => Decision::Unknown { why: format!("{row}; {why}") },
+        },
+        (Unreachable(one), Unreachable(other)) => Decision::Unknown { why: format!("{one}; {other}") },
+        (Is(blue), Is(green)) => both(blue, green),
+    }
+}
+
+fn in_doubt(why: String) -> Decision {
+    Decision::InDoubt { why }
+}
+
+fn unwind(row: &Row) -> Decision {
+    Decision::Unwind { source: row.side, attempt: Attempt { epoch: row.epoch, id: row.attempt } }
+}
+
+fn both(blue: &Row, green: &Row) -> Decision {
+    let doubt = || in_doubt(format!("{blue}, {green}"));
+    let (high, low) = if blue.epoch >= green.epoch { (blue, green) } else { (green, blue) };
+    let source = |row: &Row| (row.side, Attempt { epoch: row.epoch, id: row.attempt });
+    if high.epoch == low.epoch {
+        // Which one is `low` says nothing here: look at both ways round.
+        let (other, standby) = if high.state == State::Standby { (low, high) } else { (high, low) };
+        if standby.state != State::Standby {
+            return doubt();
+        }
+        return match other.state {
+            State::Active => Decision::Steady { active: other.side, epoch: other.epoch },
+            State::Fenced => unwind(other),
+            State::Committing => {
+                let (source, attempt) = source(other);
+                Decision::Burn { source, attempt }
+            }
+            // The pivot's target lost it (a failover to a standby that lagged), or somebody wrote the rows by hand.
+            State::Standby => doubt(),
+        };
+    }
+    match (high.state, low.state) {
+        (State::Active, State::Fenced | State::Committing) if high.epoch == low.epoch + 1 => {
+            let (source, attempt) = source(low);
+            Decision::Forward { source, attempt }
+        }
+        (State::Active, _) => Decision::Demote { stale: low.side, active: high.side, epoch: high.epoch },
+        // Source done, target below: the target lost the pivot. Never unwound.
+        (State::Standby | State::Fenced | State::Committing, _) => doubt(),
+    }
+}
+
+/// Connects for recovery, with the wait for rows bounded. The bound is a lock_timeout and not a statement_timeout: that
+/// would also end the wait for a synchronous standby, and the commit would count as done without it.
+async fn client(config: &Config, side: Side, database: &str) -> Result<Client, RecoveryError> {
+    let client = connect(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await?;
+    client.batch_execute(&format!("set lock_timeout = {}", ROW_LOCK_TIMEOUT.as_millis())).await?;
+    Ok(client)
+}
+
+async fn answer<T, E: Into<RecoveryError>>(
+    side: Side,
+    doing: &'static str,
+    act: impl Future<Output = Result<T, E>>,
+) -> Result<T, RecoveryError> {
+    let after = ROW_LOCK_TIMEOUT + Duration::from_secs(2);
+    match timeout(after, act).await {
+        Ok(done) => done.map_err(Into::into),
+        Err(_) => Err(RecoveryError::NoAnswer { side, doing, after }),
+    }
+}
+
+/// Reads one side's row of one database, and for how long it has stood as it is, in seconds.
+pub async fn look(config: &Config, side: Side, database: &str) -> (Known, Option<f64>) {
+    let read = async {
+        let client = client(config, side, database).await?;
+        let row = answer(side, "reading the state row", state::read(&*client)).await?;
+        let age = match &row {
+            None => None,
+            Some(_) => {
+                let statement = "select extract(epoch from clock_timestamp() - changed_at)::float8 from pgflip.state";
+                client.query_opt(statement, &[]).await?.map(|row| row.get(0))
+            }
+        };
+        Ok::<_, RecoveryError>((row, age))
+    };
+    match read.await {
+        Ok((Some(row), age)) => (Known::Row(row), age),
+        Ok((None, _)) => (Known::Absent, None),
+        // The database itself may not exist on green before `replication start`.
+        Err(RecoveryError::Connect(ConnectError::Login { source, .. }))
+            if source.code() == Some(&SqlState::INVALID_CATALOG_NAME) =>
+        {
+            (Known::Absent, None)
+        }
+        Err(error) => (Known::Unreachable(error.to_string()), None),
+    }
+}
+
+/// One connection to each carrier with an advisory lock: keeps two operators, or two that recover, from getting in each
+/// other's way. Never what safety rests on: a holder that has fallen asleep (it says something every second) loses it.
+pub struct OperatorLock {
+    awake: Vec<tokio::task::JoinHandle<()>>,
+}
+
+/// `pgflip`, as a number.
+const LOCK_KEY: i64 = 0x7067_666c_6970;
+
+impl OperatorLock {
+    /// Takes it on these sides. `Ok(None)`: somebody else has it.
+    pub async fn try_take(config: &Config, sides: &[Side]) -> Result<Option<OperatorLock>, RecoveryError> {
+        let mut lock = OperatorLock { awake: Vec::new() };
+        for &side in sides {
+            let limit = config.limits.server_connect_timeout;
+            let client = connect(config.server(side), config.carrier(), Purpose("operator"), limit).await?;
+            let take = async || {
+                let taken = client.query_one("select pg_try_advisory_lock($1)", &[&LOCK_KEY]).await?;
+                Ok::<bool, tokio_postgres::Error>(taken.get(0))
+            };
+            if !answer(side, "taking the operator's lock", take()).await? {
+                let asleep = async || client.query(include_str!("../pg/sql/operator_asleep.sql"), &[&LOCK_KEY]).await;
+                let ended = answer(side, "looking who holds the operator's lock", asleep()).await?.len();
+                if ended == 0 {
+                    return Ok(None);
+                }
+                tracing::warn!(%side, ended, "the operator's lock was held by a pgflip that has fallen asleep");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                if !answer(side, "taking the operator's lock", take()).await? {
+                    return Ok(None);
+                }
+            }
+            lock.awake.push(tokio::spawn(async move {
+                while client.batch_execute("select 1").await.is_ok() {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }));
+        }
+        Ok(Some(lock))
+    }
+}
+
+impl Drop for OperatorLock {
+    fn drop(&mut self) {
+        // Their sessions end with them.
+        self.awake.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+/// What became of a burn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Burnt {
+    /// The attempt can never pivot.
+    Yes,
+    /// It has pivoted (or the target is further still): read the rows again.
+    No,
+}
+
+/// Burns an attempt on its target. An error means that the outcome is still open.
+pub async fn burn(config: &Config, target: Side, attempt: Attempt) -> Result<Burnt, RecoveryError> {
+    let on = client(config, target, config.carrier()).await?;
+    let burnt = answer(target, "burning the attempt (a pivot in flight has not been answered)", state::burn(&*on, attempt));
+    Ok(if burnt.await? { Burnt::Yes } else { Burnt::No })
+}
+
+/// Takes an attempt back: the carrier's compare-and-set decides, then the other databases, then the links. The gate and
+/// disarming are left to the caller.
+pub async fn unwind_source(
+    config: &Config,
+    source: Side,
+    attempt: Attempt,
+    from: Unwinding,
+    because: &str,
+) -> Result<(), RecoveryError> {
+    let on = client(config, source, config.carrier()).await?;
+    if !answer(source, "unwinding", state::unwind(&*on, attempt, from)).await? {
+        return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
+    }
+    tracing::info!(side = %source, epoch = attempt.epoch, attempt = attempt.id, from = "fenced", to = "active", because, "unwound");
+    note(&on, attempt, "unwound", because).await;
+    try_join_all(config.databases[1..].iter().map(|database| async move {
+        let on = client(config, source, database).await?;
+        if answer(source, "unwinding", state::unwind(&*on, attempt, Unwinding::Burnt)).await? {
+            Ok(())
+        } else {
+            Err(RecoveryError::from(StateError::Superseded { found: state::read(&*on).await? }))
+        }
+    }))
+    .await?;
+    forward_on(config, source, attempt.epoch).await
+}
+
+/// Without origin filtering: the link towards the standby on again.
+async fn forward_on(config: &Config, source: Side, epoch: u64) -> Result<(), RecoveryError> {
+    let target = source.other();
+    for database in &config.databases {
+        // An unreachable target is no reason to hold anybody: the guard mends its link when it is back.
+        let mended = async {
+            let (one, other) = tokio::try_join!(client(config, source, database), client(config, target, database))?;
+            let name = links::slot_name(target, database);
+            let missing = links::subscription(&*other, &name).await?.is_none();
+            if missing || Regime::read(&*one, &*other).await? == Regime::OriginFilter {
+                return Ok::<_, RecoveryError>(());
+            }
+            let limit = config.limits.server_connect_timeout;
+            let mut origin = connect_with_origin(config.server(target), database, PURPOSE, limit).await?;
+            Ok(links::enable(&mut origin, &name, &Expect { states: &[State::Standby], epoch }).await?)
+        };
+        if let Err(error) = mended.await {
+            tracing::warn!(database, %error, "the link towards {target} is not on yet; the guard goes on trying");
+        }
+    }
+    Ok(())
+}
+
+/// Notes it in the history; failing to is no reason to stop.
+pub async fn note(on: &Client, attempt: Attempt, event: &str, because: &str) {
+    let detail = serde_json::json!({ "because": because });
+    if let Err(error) = state::history(&**on, attempt.epoch, attempt.id, event, detail).await {
+        tracing::debug!(%error, "the history could not be written");
+    }
+}
+
+/// Where writers of a side that is not active are told to go.
+pub fn go_to(config: &Config, active: Side) -> String {
+    let server: &Server = config.server(active);
+    format!(
+        "Connect through pgflip at {}, or to {active} at {}:{}.",
+        config.listen, server.host, server.port
+    )
+}
+
+/// After the pivot: source done, in every database.
+pub async fn go_forward(config: &Config, source: Side, attempt: Attempt) -> Result<(), RecoveryError> {
+    let on = client(config, source, config.carrier()).await?;
+    let words = go_to(config, source.other());
+    if !answer(source, "noting that the flip is done", state::done(&*on, attempt, &words)).await? {
+        return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
+    }
+    tracing::info!(side = %source, epoch = attempt.epoch + 1, attempt = attempt.id, from = "committing", to = "standby",
+        because = "the pivot has been committed", "done");
+    Ok(())
+}
+
+/// Makes a side that slept through a flip standby: armed first, so that the fence really stands when it is up.
+pub async fn demote(config: &Config, stale: Side, epoch: u64) -> Result<(), RecoveryError> {
+    let words = go_to(config, stale.other());
+    try_join_all(config.databases.iter().map(|database| {
+        let words = &words;
+        async move {
+            let mut on = client(config, stale, database).await?;
+            let Some(row) = state::read(&*on).await? else { return Ok(()) };
+            if row.epoch >= epoch {
+                return Ok(());
+            }
+            if row.state == State::Active {
+                // The fence first: what is not armed yet is written to for a moment longer, and nothing that is written
+                // here now can be kept anyway.
+                fence::prepare(&on).await?;
+                fence::arm(&on, &fence::Limits::from(&config.flip)).await?;
+            }
+            state::demote(&mut on, epoch, words, ROW_LOCK_TIMEOUT).await?;
+            tracing::warn!(side = %stale, database, from = %row, to = "standby", because = "it slept through a flip",
+                "demoted: its link has to be rebuilt");
+            let attempt = Attempt { epoch, id: row.attempt };
+            note(&on, attempt, "demoted", "it slept through a flip; what it had and the other side had not is not carried over").await;
+            Ok::<_, RecoveryError>(())
+        }
+    }))
+    .await
+    .map(drop)
+}
+
+/// Makes the rows of the other databases follow the carrier's: `active` is active at `epoch`, in attempt `attempt`.
+/// Returns what it changed.
+pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<String>, RecoveryError> {
+    let words = go_to(config, active);
+    let changes = try_join_all(config.databases[1..].iter().map(|database| {
+        let words = &words;
+        async move {
+            let (here, there) =
+                tokio::try_join!(client(config, active, database), client(config, active.other(), database))?;
+            let (Some(now), Some(old)) = (state::read(&*here).await?, state::read(&*there).await?) else {
+                return Ok(Vec::new());
+            };
+            let mut did = Vec::new();
+            // The fence of the old side was up before the carrier's pivot; if it is not, it goes up before this one.
+            if old.epoch < epoch && old.state == State::Active {
+                let mut there = client(config, active.other(), database).await?;
+                fence::prepare(&there).await?;
+                fence::arm(&there, &fence::Limits::from(&config.flip)).await?;
+                state::demote(&mut there, epoch, words, ROW_LOCK_TIMEOUT).await?;
+                did.push(format!("{database}: {} demoted", old.side));
+            }
+            match now.state {
+                State::Standby if now.epoch + 1 == epoch => {
+                    let attempt = Attempt { epoch: now.epoch, id: now.burnt.max(now.attempt).max(old.attempt) + 1 };
+                    if answer(active, "following the carrier", state::pivot(&*here, attempt)).await? {
+                        did.push(format!("{database}: {active} active at epoch {epoch}"));
+                    }
+                }
+                State::Fenced | State::Committing if now.epoch == epoch => {
+                    let attempt = Attempt { epoch, id: now.attempt };
+                    if answer(active, "following the carrier", state::unwind(&*here, attempt, Unwinding::Burnt)).await? {
+                        did.push(format!("{database}: {active} unwound"));
+                    }
+                }
+                State::Active if now.epoch == epoch => {}
+                _ => {
+                    return Err(RecoveryError::InDoubt(format!(
+                        "database {database}: {now}, {old}; the carrier says {active} is active at epoch {epoch}"
+                    )));
+                }
+            }
+            if old.epoch + 1 == epoch && matches!(old.state, State::Fenced | State::Committing) {
+                let attempt = Attempt { epoch: old.epoch, id: old.attempt };
+                if answer(old.side, "following the carrier", state::done(&*there, attempt, words)).await? {
+                    did.push(format!("{database}: {} standby at epoch {epoch}", old.side));
+                }
+            }
+            if old.epoch < epoch && old.state == State::Standby {
+                let mut there = client(config, active.other(), database).await?;
+                state::demote(&mut there, epoch, words, ROW_LOCK_TIMEOUT).await?;
+                did.push(format!("{database}: {} standby at epoch {epoch}", old.side));
+            }
+            Ok::<_, RecoveryError>(did)
+        }
+    }))
+    .await?;
+    Ok(changes.concat())
+}
+
+/// True if every database's row on the active side says so: only then may clients be let go.
+pub async fn all_active(config: &Config, active: Side, epoch: u64) -> Result<bool, RecoveryError> {
+    let rows = try_join_all(config.databases[1..].iter().map(|database| async move {
+        let on = client(config, active, database).await?;
+        Ok::<_, RecoveryError>(state::read(&*on).await?)
+    }))
+    .await?;
+    Ok(rows.iter().all(|row| match row {
+        // Not set up yet, as before `replication start`.
+        None => true,
+        Some(row) => row.state == State::Active && row.epoch == epoch,
+    }))
+}
+
+/// Disarms the active side, every database.
+pub async fn disarm(config: &Config, active: Side, epoch: u64) -> Result<usize, RecoveryError> {
+    let limits = fence::Limits::from(&config.flip);
+    let counts = try_join_all(config.databases.iter().map(|database| async move {
+        let on = client(config, active, database).await?;
+        Ok::<_, RecoveryError>(fence::disarm_within(&on, epoch, &limits).await?)
+    }))
+    .await?;
+    Ok(counts.iter().sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATES: [State; 4] = [State::Active, State::Fenced, State::Committing, State::Standby];
+
+    fn row(side: Side, state: State, epoch: u64) -> Row {
+        Row { side, carrier: "app".into(), epoch, state, attempt: 7, burnt: 0 }
+    }
+
+    fn known(row: &Row) -> Known {
+        Known::Row(row.clone())
+    }
+
+    #[test]
+    fn a_decision_is_the_same_when_the_sides_change_places() {
+        let mirrored = |side: Side| side.other();
+        for b in STATES {
+            for g in STATES {
+                for (be, ge) in [(3, 3), (3, 4), (4, 3), (3, 5), (5, 3)] {
+                    let here = decide(&known(&row(Side::Blue, b, be)), &known(&row(Side::Green, g, ge)));
+                    let there = decide(&known(&row(Side::Blue, g, ge)), &known(&row(Side::Green, b, be)));
+                    let expected = match here {
+                        Decision::Steady { active, epoch } => Decision::Steady { active: mirrored(active), epoch },
+                        Decision::Unwind { source, attempt } => Decision::Unwind { source: mirrored(source), attempt },
+                        Decision::Burn { source, attempt } => Decision::Burn { source: mirrored(source), attempt },
+                        Decision::Forward { source, attempt } => Decision::Forward { source: mirrored(source), attempt },
+                        Decision::Demote { stale, active, epoch } => {
+                            Decision::Demote { stale: mirrored(stale), active: mirrored(active), epoch }
+                        }
+                        Decision::InDoubt { .. } => {
+                            assert!(matches!(there, Decision::InDoubt { .. }), "{b} {be} {g} {ge}");
+                            continue;
+                        }
+                        Decision::Fresh | Decision::Unknown { .. } => panic!("both rows were read: {b} {be} {g} {ge}"),
+                    };
+                    assert_eq!(there, expected, "{b} {be} {g} {ge}");
+                }
+            }
+        }
+    }
+
+    /// Every pair of rows there can be, with blue's epoch 3.
+    #[test]
+    fn every_pair_of_rows_has_its_decision() {
+        use State::{Active, Committing, Fenced, Standby};
+        let attempt = Attempt { epoch: 3, id: 7 };
+        for b in STATES {
+            for g in STATES {
+                for epoch in [3, 4, 5] {
+                    let decision = decide(&known(&row(Side::Blue, b, 3)), &known(&row(Side::Green, g, epoch)));
+                    let expected = match (b, g, epoch) {
+                        (Active, Standby, 3) => Some(Decision::Steady { active: Side::Blue, epoch: 3 }),
+                        (Standby, Active, 3) => Some(Decision::Steady { active: Side::Green, epoch: 3 }),
+                        (Fenced, Standby, 3) => Some(Decision::Unwind { source: Side::Blue, attempt }),
+                        (Standby, Fenced, 3) => Some(Decision::Unwind { source: Side::Green, attempt }),
+                        (Committing, Standby, 3) => Some(Decision::Burn { source: Side::Blue, attempt }),
+                        (Standby, Committing, 3) => Some(Decision::Burn { source: Side::Green, attempt }),
+                        (Fenced | Committing, Active, 4) => Some(Decision::Forward { source: Side::Blue, attempt }),
+                        (_, Active, 4 | 5) => {
+                            Some(Decision::Demote { stale: Side::Blue, active: Side::Green, epoch })
+                        }
+                        _ => None,
+                    };
+                    match expected {
+                        Some(expected) => assert_eq!(decision, expected, "{b} 3, {g} {epoch}"),
+                        None => assert!(matches!(decision, Decision::InDoubt { .. }), "{b} 3, {g} {epoch}: {decision:?}"),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn two_sides_that_both_claim_to_be_active_are_never_settled_by_guessing() {
+        let decision = decide(&known(&row(Side::Blue, State::Active, 3)), &known(&row(Side::Green, State::Active, 3)));
+        assert!(matches!(decision, Decision::InDoubt { .. }));
+    }
+
+    #[test]
+    fn an_attempt_that_may_have_pivoted_is_not_unwound_while_its_target_cannot_be_asked() {
+        let gone = Known::Unreachable("no route".into());
+        let decision = decide(&known(&row(Side::Blue, State::Committing, 3)), &gone);
+        assert!(matches!(decision, Decision::InDoubt { .. }));
+        let attempt = Attempt { epoch: 3, id: 7 };
+        let fenced = decide(&known(&row(Side::Blue, State::Fenced, 3)), &gone);
+        assert_eq!(fenced, Decision::Unwind { source: Side::Blue, attempt });
+    }
+
+    #[test]
+    fn a_standby_alone_says_nothing_about_who_is_active() {
+        let gone = Known::Unreachable("no route".into());
+        assert!(matches!(decide(&known(&row(Side::Blue, State::Standby, 3)), &gone), Decision::Unknown { .. }));
+        assert!(matches!(decide(&gone, &gone), Decision::Unknown { .. }));
+        assert!(matches!(decide(&gone, &Known::Absent), Decision::Unknown { .. }));
+    }
+
+    #[test]
+    fn before_replication_begins_blue_serves() {
+        assert_eq!(decide(&Known::Absent, &Known::Absent), Decision::Fresh);
+        assert_eq!(decide(&Known::Absent, &Known::Unreachable("not up yet".into())), Decision::Fresh);
+        assert_eq!(decide(&Known::Absent, &known(&row(Side::Green, State::Standby, 1))), Decision::Fresh);
+    }
+}

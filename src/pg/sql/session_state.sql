@@ -1,0 +1,63 @@
+-- Everything of a session that a transfer has to take along, and what it can't. Runs in the session itself, behind
+-- session_limits.sql. $1: names of custom settings, separated by chr(1). Operators and functions are qualified because the
+-- session's search_path may be anything. Columns: kind, then what belongs to it. Servers 13 and later.
+select 'setting', s.name, pg_catalog.current_setting(s.name), null::pg_catalog.text, null::pg_catalog.text
+  from pg_catalog.pg_settings s
+ where s.source OPERATOR(pg_catalog.=) 'session'
+   and s.context OPERATOR(pg_catalog.<>) 'internal'
+   and s.name OPERATOR(pg_catalog.<>) all (array[
+         'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout',
+         'transaction_isolation', 'transaction_read_only', 'transaction_deferrable',
+         'session_authorization', 'role', 'is_superuser'])
+union all
+select distinct 'setting', n.name, pg_catalog.current_setting(n.name, true), null, null
+  from pg_catalog.unnest(pg_catalog.string_to_array($1, pg_catalog.chr(1))) n (name)
+ where pg_catalog.current_setting(n.name, true) is not null
+   and not exists (select from pg_catalog.pg_settings s where s.name OPERATOR(pg_catalog.=) n.name)
+union all
+select 'session_user', session_user::pg_catalog.text, null, null, null
+union all
+select 'role', pg_catalog.current_setting('role'), null, null, null
+union all
+select 'statement', s.name, s.statement, case when s.from_sql then 'sql' else 'protocol' end,
+       (select pg_catalog.string_agg(
+                 case when p.type OPERATOR(pg_catalog.<) 10000::pg_catalog.oid then p.type::pg_catalog.text
+                      else (select pg_catalog.concat(n.nspname, pg_catalog.chr(1), t.typname)
+                              from pg_catalog.pg_type t
+                              join pg_catalog.pg_namespace n on n.oid OPERATOR(pg_catalog.=) t.typnamespace
+                             where t.oid OPERATOR(pg_catalog.=) p.type) end,
+                 pg_catalog.chr(2) order by p.n)
+          from pg_catalog.unnest(s.parameter_types::pg_catalog.oid[]) with ordinality p (type, n))
+  from pg_catalog.pg_prepared_statements s
+ where pg_catalog.left(s.name, 7) OPERATOR(pg_catalog.<>) 'pgflip:'
+union all
+select 'obstacle', 'temporary tables', c.relname::pg_catalog.text, null, null
+  from pg_catalog.pg_class c
+ where pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
+   and c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
+   and c.relkind OPERATOR(pg_catalog.<>) all (array['i', 'I', 't']::pg_catalog."char"[])
+union all
+select 'obstacle', 'temporary functions', p.proname::pg_catalog.text, null, null
+  from pg_catalog.pg_proc p
+ where pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
+   and p.pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
+union all
+select 'obstacle', 'temporary types', t.typname::pg_catalog.text, null, null
+  from pg_catalog.pg_type t
+ where pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
+   and t.typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
+   and t.typrelid OPERATOR(pg_catalog.=) 0::pg_catalog.oid
+   and t.typelem OPERATOR(pg_catalog.=) 0::pg_catalog.oid
+union all
+select 'obstacle', 'listens to', l.channel, null, null
+  from pg_catalog.pg_listening_channels() l (channel)
+union all
+select 'obstacle', 'cursors WITH HOLD', c.name, null, null
+  from pg_catalog.pg_cursors c
+ where c.is_holdable
+union all
+select 'obstacle', 'advisory locks',
+       pg_catalog.concat(l.classid, ',', l.objid, case when l.mode OPERATOR(pg_catalog.=) 'ShareLock' then ' (shared)' end), null, null
+  from pg_catalog.pg_locks l
+ where l.locktype OPERATOR(pg_catalog.=) 'advisory'
+   and l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()

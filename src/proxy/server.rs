@@ -1,0 +1,239 @@
+//! A session's server connection: opened and logged in as the client's user, and read message by message while pgflip
+//! itself speaks on it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use crate::config::Server;
+use crate::pg::{ConnectError, Side, Stream};
+use crate::wire::error::ClientError;
+use crate::wire::message::{self, ErrorFields, Pair};
+use crate::wire::scan;
+use crate::wire::scram::{ClientExchange, Keys, MECHANISM};
+
+/// Longest message read into memory while pgflip itself speaks: what it asks for is small, statements aside.
+const MAX_MESSAGE: usize = 64 << 20;
+
+/// Who logs in, and how.
+#[derive(Clone)]
+pub(super) struct Login {
+    /// The client's startup parameters as they came, but for those that are pgflip's business (`_pq_.…`).
+    pub parameters: Vec<Pair>,
+    /// From its proof. None: `auth = "trust"`.
+    pub keys: Option<Keys>,
+}
+
+/// A logged-in server connection at its boundary.
+pub(super) struct ServerConn {
+    pub stream: Stream,
+    pub side: Side,
+    pub pid: u32,
+    pub key: Vec<u8>,
+    /// What ParameterStatus said.
+    pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Before that, ParameterStatus is only remembered: the session tells what the client has to know.
+    logged_in: bool,
+    /// Read and not yet looked at.
+    buffer: Vec<u8>,
+    /// Whole messages that came unasked in between (notices, notifications, ParameterStatus): the client's.
+    pub aside: Vec<u8>,
+}
+
+/// Why a server connection could not be opened for a client.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LoginError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("the connection ended in the login: {0}")]
+    Io(#[from] io::Error),
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    #[error("{}", ErrorFields(.0).describe())]
+    Refused(Vec<u8>),
+    #[error("the server asks for {0}")]
+    Asks(&'static str),
+    #[error("{0}")]
+    Scram(#[from] crate::wire::scram::ScramError),
+}
+
+impl LoginError {
+    /// What the client is told: the server's own words where there are some.
+    pub fn tell(&self, side: Side, into: &mut Vec<u8>) {
+        match self {
+            LoginError::Refused(body) => message::put(into, b'E', |to| to.extend_from_slice(body)),
+            LoginError::Asks(what) => ClientError::server_authentication(side, what).encode(into),
+            LoginError::Scram(_) => {
+                ClientError::server_authentication(side, "another verifier").encode(into)
+            }
+            _ => ClientError::server_unreachable(side).encode(into),
+        }
+    }
+}
+
+/// Opens a connection to `server` and logs in. `limit` bounds reaching it and the login, each.
+pub(super) async fn open(
+    server: &Server,
+    login: &Login,
+    limit: Duration,
+) -> Result<ServerConn, LoginError> {
+    let stream = crate::pg::dial(server, limit).await?;
+    timeout(limit, log_in(server, stream, login))
+        .await
+        .map_err(|_| LoginError::Timeout(limit))?
+}
+
+async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<ServerConn, LoginError> {
+    let mut conn = ServerConn {
+        stream,
+        side: server.side,
+        pid: 0,
+        key: Vec::new(),
+        parameters: BTreeMap::new(),
+        logged_in: false,
+        buffer: Vec::new(),
+        aside: Vec::new(),
+    };
+    let mut out = Vec::new();
+    message::put_startup(&mut out, &login.parameters);
+    conn.stream.write_all(&out).await?;
+    conn.stream.flush().await?;
+    let mut exchange: Option<ClientExchange> = None;
+    let bad = || {
+        LoginError::Io(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the server does not speak the protocol",
+        ))
+    };
+    loop {
+        let (kind, body) = conn.message().await?;
+        let mut rest = body.as_slice();
+        out.clear();
+        match kind {
+            b'R' => match message::int32(&mut rest).ok_or_else(bad)? {
+                0 => {}
+                10 => {
+                    let mut offers = rest;
+                    let mut offered = false;
+                    while let Some(name) =
+                        message::cstr(&mut offers).filter(|name| !name.is_empty())
+                    {
+                        offered |= name == MECHANISM.as_bytes();
+                    }
+                    let keys = login
+                        .keys
+                        .clone()
+                        .filter(|_| offered)
+                        .ok_or(LoginError::Asks("a password"))?;
+                    let (started, first) = ClientExchange::begin(keys);
+                    exchange = Some(started);
+                    message::put(&mut out, b'p', |body| {
+                        body.extend_from_slice(MECHANISM.as_bytes());
+                        body.push(0);
+                        body.extend_from_slice(&(first.len() as u32).to_be_bytes());
+                        body.extend_from_slice(first.as_bytes());
+                    });
+                }
+                11 => {
+                    let answer = exchange.as_mut().ok_or_else(bad)?.respond(rest)?;
+                    message::put(&mut out, b'p', |body| {
+                        body.extend_from_slice(answer.as_bytes())
+                    });
+                }
+                12 => exchange.as_ref().ok_or_else(bad)?.finish(rest)?,
+                3 => return Err(LoginError::Asks("a cleartext password")),
+                5 => return Err(LoginError::Asks("an md5 password")),
+                7..=9 => return Err(LoginError::Asks("GSSAPI or SSPI")),
+                _ => return Err(LoginError::Asks("an unknown authentication")),
+            },
+            b'K' => {
+                conn.pid = message::int32(&mut rest).ok_or_else(bad)? as u32;
+                conn.key = rest.to_vec();
+            }
+            b'Z' => {
+                conn.logged_in = true;
+                return Ok(conn);
+            }
+            b'E' => return Err(LoginError::Refused(body)),
+            b'v' => {}
+            _ => return Err(bad()),
+        }
+        if !out.is_empty() {
+            conn.stream.write_all(&out).await?;
+            conn.stream.flush().await?;
+        }
+    }
+}
+
+impl ServerConn {
+    /// The next message that is an answer; what comes unasked is put aside for the client. May be cancelled: nothing
+    /// that was read is lost.
+    pub async fn message(&mut self) -> io::Result<(u8, Vec<u8>)> {
+        loop {
+            let (kind, body) = self.raw_message().await?;
+            match kind {
+                b'S' => {
+                    if let Some((name, value)) = scan::parameter_status(&body) {
+                        self.parameters.insert(name, value);
+                    }
+                }
+                b'N' | b'A' => {}
+                _ => return Ok((kind, body)),
+            }
+            if kind == b'S' && !self.logged_in {
+                continue;
+            }
+            message::put(&mut self.aside, kind, |to| to.extend_from_slice(&body));
+        }
+    }
+
+    async fn raw_message(&mut self) -> io::Result<(u8, Vec<u8>)> {
+        loop {
+            if let Some(header) = self.buffer.first_chunk::<5>() {
+                let length =
+                    u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+                if !(4..MAX_MESSAGE).contains(&length) {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "a message of that length was not expected",
+                    ));
+                }
+                if self.buffer.len() > length {
+                    let kind = header[0];
+                    let body = self.buffer[5..=length].to_vec();
+                    self.buffer.drain(..=length);
+                    return Ok((kind, body));
+                }
+            }
+            self.buffer.reserve(8192);
+            if self.stream.read_buf(&mut self.buffer).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+
+    /// Sends messages of pgflip's own.
+    pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes).await?;
+        self.stream.flush().await
+    }
+
+    /// What was read and not looked at: begins with a whole message's first byte.
+    pub fn take_buffer(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.buffer)
+    }
+
+    /// Says goodbye and waits until the server has closed: its backend has ended then.
+    pub async fn close(mut self, limit: Duration) {
+        let whole = async {
+            let _ = self.stream.write_all(&message::TERMINATE).await;
+            let _ = self.stream.shutdown().await;
+            let mut rest = [0u8; 4096];
+            while matches!(self.stream.read(&mut rest).await, Ok(n) if n > 0) {}
+        };
+        let _ = timeout(limit, whole).await;
+    }
+}

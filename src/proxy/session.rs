@@ -1,0 +1,1205 @@
+//! One client's session: a task that owns the client's socket and a server connection and passes bytes between them.
+//!
+//! On the way of a query nothing is decoded, allocated or locked: a read into the thread's scratch buffer, headers
+//! scanned in place, a write; the same back. What the other side does not take at once stays in an [`Outbox`], and
+//! nothing more is read from this side until it is gone.
+
+use std::cell::RefCell;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, Sleep, sleep, timeout};
+
+use crate::config::Config;
+use crate::pg::Side;
+use crate::proxy::gate::{Ahead, CancelKey, Orders, Outcome, Phase, Shared, Upstream, add, signal};
+use crate::proxy::handshake::Client;
+use crate::proxy::server::{self, Login, LoginError, ServerConn};
+use crate::proxy::transfer::{self, TransferError};
+use crate::proxy::{Env, Worker, cancel};
+use crate::wire::error::ClientError;
+use crate::wire::message;
+use crate::wire::scan::{Replies, Requests, at_boundary};
+
+/// Bytes of a held client that are kept. More stays in its socket.
+const HELD_MAX: usize = 64 << 10;
+/// How often a held client whose bytes are not read is looked at: it may have gone.
+const FULL_LOOK: Duration = Duration::from_millis(250);
+/// How long a session whose count is uncertain has to be quiet before it is asked.
+const QUIET: Duration = Duration::from_millis(20);
+/// How long a server may take to close a connection that was told to end, before it is dropped.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client may take to read its last words.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+const SCRATCH: usize = 64 << 10;
+
+thread_local! {
+    /// What a thread reads into. Used within one poll only.
+    static SCRATCH_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH].into_boxed_slice());
+}
+
+/// How a session ends.
+#[derive(Debug)]
+enum End {
+    /// The client has gone, or said that it goes.
+    Client,
+    /// The server has ended the connection.
+    Server,
+    /// The client is told why.
+    Tell(ClientError),
+    /// The same, after the server's backend was canceled.
+    Kill(ClientError),
+    /// The session could not be moved.
+    NotMoved(String),
+}
+
+/// What the relay stops for.
+enum Event {
+    ClientGone,
+    ServerGone,
+    /// See [`signal`].
+    Signals(u8),
+    /// At the boundary, and the gate wants attention.
+    Attention,
+    /// Quiet, and not sure whether at the boundary.
+    Settle,
+    Protocol(&'static str),
+}
+
+/// Bytes that the other side has not taken yet.
+#[derive(Default)]
+struct Outbox {
+    rest: Vec<u8>,
+    at: usize,
+    unflushed: bool,
+}
+
+impl Outbox {
+    #[inline]
+    fn is_empty(&self) -> bool {
+        self.rest.is_empty() && !self.unflushed
+    }
+
+    /// Writes what the other side takes now, keeps the remainder.
+    #[inline]
+    fn push<S: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        to: &mut S,
+        mut bytes: &[u8],
+    ) -> io::Result<()> {
+        if self.rest.is_empty() {
+            while !bytes.is_empty() {
+                match Pin::new(&mut *to).poll_write(cx, bytes) {
+                    Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+                    Poll::Ready(Ok(n)) => bytes = &bytes[n..],
+                    Poll::Ready(Err(error)) => return Err(error),
+                    Poll::Pending => break,
+                }
+            }
+        }
+        self.rest.extend_from_slice(bytes);
+        self.unflushed = true;
+        match self.poll_empty(cx, to) {
+            Poll::Ready(done) => done,
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    /// Ready when everything is out.
+    #[inline]
+    fn poll_empty<S: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        to: &mut S,
+    ) -> Poll<io::Result<()>> {
+        while self.at < self.rest.len() {
+            match Pin::new(&mut *to).poll_write(cx, &self.rest[self.at..]) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(n)) => self.at += n,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        if self.at > 0 {
+            (self.rest, self.at) = (Vec::new(), 0);
+            self.unflushed = true;
+        }
+        if self.unflushed {
+            match Pin::new(to).poll_flush(cx) {
+                Poll::Ready(Ok(())) => self.unflushed = false,
+                other => return other,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+struct Session {
+    env: Arc<Env>,
+    worker: Arc<Worker>,
+    shared: Arc<Shared>,
+    login: Login,
+    client: crate::proxy::client::ClientStream,
+    server: ServerConn,
+    to_client: Outbox,
+    to_server: Outbox,
+    requests: Requests,
+    replies: Replies,
+    /// From the client, not yet sent to a server. Begins with a message's first byte.
+    held: Vec<u8>,
+    /// Of a message that was canceled before it had come whole: bytes still to be dropped.
+    dropping: usize,
+    /// A canceled batch: everything up to the next Sync is dropped.
+    dropping_batch: bool,
+    phase: Phase,
+    /// Nothing is sent to the server: the gate is closed, or the session goes over.
+    parked: bool,
+    /// The connection opened ahead of a flip, and the prepare's number.
+    ahead: Option<(u64, Side, JoinHandle<Result<ServerConn, LoginError>>)>,
+    /// The connection with the state replayed, and the hold's number.
+    ready: Option<(u64, ServerConn)>,
+    /// The last hold whose drain has been answered.
+    answered_hold: u64,
+    quiet: Option<Pin<Box<Sleep>>>,
+    full: Option<Pin<Box<Sleep>>>,
+}
+
+/// Leaves the gate's registry, even when the task is dropped.
+struct Registered {
+    env: Arc<Env>,
+    shared: Arc<Shared>,
+    not_moved: bool,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.env.gate.leave(&self.shared, self.not_moved);
+    }
+}
+
+/// Runs an authenticated client's session to its end.
+pub(super) async fn run(
+    worker: Arc<Worker>,
+    client: Client,
+    peer: SocketAddr,
+    since: std::time::Instant,
+) {
+    let env = worker.env.clone();
+    let Client {
+        stream,
+        login,
+        user,
+        database,
+        application,
+    } = client;
+    let shared = env
+        .gate
+        .admit(user, database, application, peer.to_string(), since);
+    let mut registered = Registered {
+        env: env.clone(),
+        shared: shared.clone(),
+        not_moved: false,
+    };
+    poll_fn(|cx| {
+        shared.set_waker(cx.waker());
+        Poll::Ready(())
+    })
+    .await;
+    let mut client = stream;
+    let mut held = Vec::new();
+    let server = match first_server(&env, &shared, &mut client, &mut held, &login).await {
+        Ok(server) => server,
+        Err(error) => {
+            if let Some(bytes) = error {
+                let last = async {
+                    client.write_all(&bytes).await?;
+                    client.flush().await?;
+                    client.shutdown().await
+                };
+                let _ = timeout(LAST_WORDS, last).await;
+            }
+            return;
+        }
+    };
+    metrics::counter!("pgflip_logins_total", "result" => "ok").increment(1);
+    let mut session = Session {
+        requests: Requests::new(env.config.limits.unnamed_statement_max),
+        env,
+        worker,
+        shared,
+        login,
+        client,
+        server,
+        to_client: Outbox::default(),
+        to_server: Outbox::default(),
+        replies: Replies::default(),
+        held,
+        dropping: 0,
+        dropping_batch: false,
+        phase: Phase::Login,
+        parked: false,
+        ahead: None,
+        ready: None,
+        answered_hold: 0,
+        quiet: None,
+        full: None,
+    };
+    session.greet();
+    let end = session.relay().await;
+    registered.not_moved = matches!(end, End::NotMoved(_));
+    tracing::debug!(session = session.shared.id.0, ?end, "a session ended");
+    session.finish(end).await;
+}
+
+/// Waits for the gate and opens the session's first server connection. `Err`: what the client is to be sent, if it is
+/// still there.
+async fn first_server(
+    env: &Arc<Env>,
+    shared: &Arc<Shared>,
+    client: &mut crate::proxy::client::ClientStream,
+    held: &mut Vec<u8>,
+    login: &Login,
+) -> Result<ServerConn, Option<Vec<u8>>> {
+    let limits = &env.config.limits;
+    let deadline = Instant::now() + limits.hold_timeout;
+    let tell = |error: ClientError| {
+        let mut bytes = Vec::new();
+        error.encode(&mut bytes);
+        Err(Some(bytes))
+    };
+    let upstream = loop {
+        if let Some(upstream) = env.gate.try_login(shared) {
+            break upstream;
+        }
+        if env.gate.orders().shutdown {
+            return tell(ClientError::shutting_down());
+        }
+        tokio::select! {
+            () = gone(client, held) => return Err(None),
+            bits = signals(shared) => if bits & signal::KILL != 0 {
+                return tell(ClientError::terminated("It was still logging in."));
+            },
+            () = tokio::time::sleep_until(deadline) => {
+                return tell(ClientError::not_now(env.gate.upstream().is_some()));
+            }
+        }
+    };
+    let server = env.config.server(upstream.side);
+    let opened = tokio::select! {
+        opened = server::open(server, login, limits.server_connect_timeout) => opened,
+        () = gone(client, held) => return Err(None),
+    };
+    match opened {
+        Ok(conn) => Ok(conn),
+        Err(error) => {
+            tracing::info!(side = %upstream.side, user = shared.user, database = shared.database, %error, "a server login failed");
+            metrics::counter!("pgflip_logins_total", "result" => "server").increment(1);
+            let mut bytes = Vec::new();
+            error.tell(upstream.side, &mut bytes);
+            Err(Some(bytes))
+        }
+    }
+}
+
+/// Ready with the signals that have come.
+async fn signals(shared: &Shared) -> u8 {
+    poll_fn(|_| match shared.signals() {
+        0 => Poll::Pending,
+        _ => Poll::Ready(shared.take_signals()),
+    })
+    .await
+}
+
+/// Keeps what the client sends meanwhile; returns when it has gone. May be cancelled.
+async fn gone(client: &mut crate::proxy::client::ClientStream, held: &mut Vec<u8>) {
+    loop {
+        if held.len() >= HELD_MAX {
+            if client.read_closed().await {
+                return;
+            }
+            sleep(FULL_LOOK).await;
+            continue;
+        }
+        held.reserve(8192);
+        match client.read_buf(held).await {
+            Ok(n) if n > 0 => {}
+            _ => return,
+        }
+    }
+}
+
+impl Session {
+    /// What a client is told when its first server connection is ready.
+    fn greet(&mut self) {
+        let mut out = Vec::new();
+        message::put_authentication(&mut out, 0, &[]);
+        for (name, value) in &self.server.parameters {
+            message::put_parameter_status(&mut out, name, value);
+        }
+        self.replies.parameters = self.server.parameters.clone();
+        out.append(&mut self.server.aside);
+        message::put_key(&mut out, self.shared.id.0, &self.shared.secret);
+        message::put_ready(&mut out, b'I');
+        self.to_client.rest = out;
+        self.take_server();
+    }
+
+    /// `self.server` is the session's connection from now on.
+    fn take_server(&mut self) {
+        let server = &mut self.server;
+        self.shared.set_server(CancelKey {
+            side: server.side,
+            pid: server.pid,
+            key: server.key.clone(),
+        });
+        let unread = server.take_buffer();
+        if !unread.is_empty() {
+            let _ = self.replies.scan(&unread, &mut self.requests);
+            self.to_client.rest.extend_from_slice(&unread);
+        }
+    }
+
+    async fn relay(&mut self) -> End {
+        match self.relay_to_end().await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    async fn relay_to_end(&mut self) -> Result<std::convert::Infallible, End> {
+        // The first boundary.
+        self.phase = Phase::Boundary;
+        self.env.gate.at_boundary(&self.shared);
+        self.env.gate.notify();
+        self.on_signals(signal::LOOK).await?;
+        loop {
+            match poll_fn(|cx| self.poll_relay(cx)).await {
+                Event::ClientGone => return Err(End::Client),
+                Event::ServerGone => return Err(End::Server),
+                Event::Protocol(what) => return Err(End::Tell(ClientError::protocol(what))),
+                Event::Signals(bits) => self.on_signals(bits).await?,
+                Event::Attention => self.park().await?,
+                Event::Settle => self.settle().await?,
+            }
+        }
+    }
+
+    #[inline]
+    fn outstanding(&self) -> bool {
+        self.requests.sent != self.replies.answered
+    }
+
+    /// Passes bytes until there is something else to do.
+    fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        loop {
+            let mut progress = false;
+
+            // Server to client.
+            match self.to_client.poll_empty(cx, &mut self.client) {
+                Poll::Ready(Err(_)) => return Poll::Ready(Event::ClientGone),
+                Poll::Pending => {}
+                Poll::Ready(Ok(())) => match self.poll_server(cx) {
+                    Poll::Ready(Ok(true)) => progress = true,
+                    Poll::Ready(Ok(false)) => return Poll::Ready(Event::Attention),
+                    Poll::Ready(Err(event)) => return Poll::Ready(event),
+                    Poll::Pending => {}
+                },
+            }
+
+            // Client to server.
+            if self.parked {
+                match self.poll_held_client(cx) {
+                    Poll::Ready(Ok(())) => progress = true,
+                    Poll::Ready(Err(event)) => return Poll::Ready(event),
+                    Poll::Pending => {}
+                }
+            } else {
+                match self.to_server.poll_empty(cx, &mut self.server.stream) {
+                    // What the server has said before it closed is still to be read.
+                    Poll::Ready(Err(_)) if self.to_client.is_empty() => {
+                        return Poll::Ready(Event::ServerGone);
+                    }
+                    Poll::Ready(Err(_)) | Poll::Pending => {}
+                    Poll::Ready(Ok(())) => match self.poll_client(cx) {
+                        Poll::Ready(Ok(true)) => progress = true,
+                        Poll::Ready(Ok(false)) => return Poll::Ready(Event::Attention),
+                        Poll::Ready(Err(event)) => return Poll::Ready(event),
+                        Poll::Pending => {}
+                    },
+                }
+            }
+
+            if self.shared.signals() != 0 {
+                return Poll::Ready(Event::Signals(self.shared.take_signals()));
+            }
+            if progress {
+                self.quiet = None;
+                continue;
+            }
+            if self.replies.uncertain && self.poll_quiet(cx).is_ready() {
+                return Poll::Ready(Event::Settle);
+            }
+            return Poll::Pending;
+        }
+    }
+
+    /// One read from the server. `Ok(false)`: at the boundary, and the gate wants attention.
+    #[inline]
+    fn poll_server(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
+        SCRATCH_BUFFER.with_borrow_mut(|scratch| {
+            let mut into = ReadBuf::new(scratch);
+            match Pin::new(&mut self.server.stream).poll_read(cx, &mut into) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ServerGone)),
+                Poll::Ready(Ok(())) => {}
+            }
+            let bytes = into.filled();
+            if bytes.is_empty() {
+                return Poll::Ready(Err(Event::ServerGone));
+            }
+            let answered = self.replies.answered;
+            if self.replies.scan(bytes, &mut self.requests).is_err() {
+                return Poll::Ready(Err(Event::Protocol(
+                    "the server sent a message of an impossible length",
+                )));
+            }
+            add(&self.shared.bytes_out, bytes.len() as u64);
+            if self.to_client.push(cx, &mut self.client, bytes).is_err() {
+                return Poll::Ready(Err(Event::ClientGone));
+            }
+            if answered != self.replies.answered {
+                add(&self.shared.queries, self.replies.answered - answered);
+            }
+            Poll::Ready(Ok(!self.update_phase()))
+        })
+    }
+
+    /// After anything that may have brought the session to its boundary. True: the gate wants attention.
+    #[inline]
+    fn update_phase(&mut self) -> bool {
+        if self.phase == Phase::Boundary {
+            return false;
+        }
+        if at_boundary(&self.requests, &self.replies) && self.to_server.is_empty() {
+            self.phase = Phase::Boundary;
+            return self.env.gate.at_boundary(&self.shared);
+        }
+        let phase = if self.outstanding() || self.replies.status == b'I' {
+            Phase::Busy
+        } else {
+            Phase::InTransaction
+        };
+        if phase != self.phase {
+            self.phase = phase;
+            self.shared.set_busy_phase(phase);
+        }
+        false
+    }
+
+    /// One read from the client, sent on. `Ok(false)`: the gate wants attention; what was read is held.
+    #[inline]
+    fn poll_client(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
+        if self.holds_back() {
+            return Poll::Pending;
+        }
+        if !self.held.is_empty() || self.dropping > 0 || self.dropping_batch {
+            return self.poll_client_slowly(cx);
+        }
+        SCRATCH_BUFFER.with_borrow_mut(|scratch| {
+            let mut into = ReadBuf::new(scratch);
+            match Pin::new(&mut self.client).poll_read(cx, &mut into) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ClientGone)),
+                Poll::Ready(Ok(())) => {}
+            }
+            let bytes = into.filled();
+            if bytes.is_empty() {
+                return Poll::Ready(Err(Event::ClientGone));
+            }
+            add(&self.shared.bytes_in, bytes.len() as u64);
+            Poll::Ready(self.send_on(cx, bytes))
+        })
+    }
+
+    /// A client that sends request upon request without waiting never comes to its boundary by itself: while the gate
+    /// wants attention, the next request waits until those before it are answered. Those are whole, and the server is in
+    /// no transaction as far as is known and not in COPY IN, so they will be.
+    #[inline]
+    fn holds_back(&self) -> bool {
+        self.phase == Phase::Busy
+            && self.replies.status == b'I'
+            && self.outstanding()
+            && !self.requests.batch_open
+            && !self.replies.copy_in
+            && self.requests.between_messages()
+            && self.env.gate.attention()
+    }
+
+    fn send_on(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Result<bool, Event> {
+        match self.phase {
+            Phase::Boundary => {
+                if !self.env.gate.begin(&self.shared) && !self.env.gate.try_begin(&self.shared) {
+                    self.held.extend_from_slice(bytes);
+                    return Ok(false);
+                }
+                self.phase = Phase::Busy;
+            }
+            Phase::InTransaction => {
+                self.phase = Phase::Busy;
+                self.shared.set_busy_phase(Phase::Busy);
+            }
+            _ => {}
+        }
+        // While the gate wants attention, one request at a time, so that the session can be stopped behind it.
+        let one = self.replies.status == b'I' && self.env.gate.attention();
+        let Ok(here) = self.requests.scan(bytes, one) else {
+            return Err(Event::Protocol("invalid message length"));
+        };
+        if self
+            .to_server
+            .push(cx, &mut self.server.stream, &bytes[..here])
+            .is_err()
+        {
+            // The server has closed; what it said before that is read first.
+            self.to_server = Outbox::default();
+        }
+        if here < bytes.len() {
+            self.held.extend_from_slice(&bytes[here..]);
+        }
+        Ok(!self.update_phase())
+    }
+
+    /// The same from what was held, and past what was canceled.
+    #[cold]
+    fn poll_client_slowly(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
+        if self.held.is_empty() {
+            match self.poll_read_held(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(event)) => return Poll::Ready(Err(event)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        if let Err(event) = self.drop_canceled() {
+            return Poll::Ready(Err(event));
+        }
+        let held = std::mem::take(&mut self.held);
+        if held.is_empty() {
+            return Poll::Ready(Ok(true));
+        }
+        Poll::Ready(self.send_on(cx, &held))
+    }
+
+    fn poll_read_held(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Event>> {
+        SCRATCH_BUFFER.with_borrow_mut(|scratch| {
+            let mut into = ReadBuf::new(scratch);
+            match Pin::new(&mut self.client).poll_read(cx, &mut into) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ClientGone)),
+                Poll::Ready(Ok(())) => {}
+            }
+            let bytes = into.filled();
+            if bytes.is_empty() {
+                return Poll::Ready(Err(Event::ClientGone));
+            }
+            add(&self.shared.bytes_in, bytes.len() as u64);
+            self.held.extend_from_slice(bytes);
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    /// While parked: what the client sends is kept, and its going away is noticed even when no more is read.
+    fn poll_held_client(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Event>> {
+        if self.held.len() >= HELD_MAX {
+            let full = self.full.get_or_insert_with(|| Box::pin(sleep(FULL_LOOK)));
+            if full.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            self.full = None;
+            return match pin!(self.client.read_closed()).poll(cx) {
+                Poll::Ready(true) => Poll::Ready(Err(Event::ClientGone)),
+                _ => Poll::Ready(Ok(())),
+            };
+        }
+        match self.poll_read_held(cx) {
+            Poll::Ready(Ok(())) => {
+                if let Err(event) = self.drop_canceled() {
+                    return Poll::Ready(Err(event));
+                }
+                if self.said_goodbye() {
+                    return Poll::Ready(Err(Event::ClientGone));
+                }
+                self.shared
+                    .waiting
+                    .store(!self.held.is_empty(), Ordering::SeqCst);
+                Poll::Ready(Ok(()))
+            }
+            other => other,
+        }
+    }
+
+    /// A held client that says Terminate first of all has nothing to wait for.
+    fn said_goodbye(&self) -> bool {
+        self.held.first() == Some(&b'X')
+    }
+
+    /// Drops what belongs to a canceled request, and answers it when its end has come.
+    fn drop_canceled(&mut self) -> Result<(), Event> {
+        loop {
+            let now = self.dropping.min(self.held.len());
+            self.held.drain(..now);
+            self.dropping -= now;
+            if self.dropping > 0 || !self.dropping_batch {
+                return Ok(());
+            }
+            let Some(header) = self.held.first_chunk::<5>() else {
+                return Ok(());
+            };
+            let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+            if length < 4 {
+                return Err(Event::Protocol("invalid message length"));
+            }
+            self.dropping = length + 1;
+            if header[0] == b'S' {
+                self.dropping_batch = false;
+                message::put_ready(&mut self.to_client.rest, b'I');
+            }
+        }
+    }
+
+    /// The client asks to cancel what is held: its first request is answered and never sent.
+    fn cancel_held(&mut self) -> Result<(), End> {
+        if self.dropping > 0 || self.dropping_batch {
+            return Ok(());
+        }
+        let mut at = 0;
+        while let Some(header) = self.held.get(at..).and_then(|rest| rest.first_chunk::<5>()) {
+            let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+            if length < 4 {
+                return Err(End::Tell(ClientError::protocol("invalid message length")));
+            }
+            match header[0] {
+                // Belongs to no request.
+                b'H' | b'd' | b'c' | b'f' => {
+                    at += length + 1;
+                    continue;
+                }
+                b'X' => return Ok(()),
+                kind => {
+                    // What came before it means nothing without it.
+                    self.held.drain(..at.min(self.held.len()));
+                    if kind == b'S' {
+                        return Ok(());
+                    }
+                    ClientError::canceled().encode(&mut self.to_client.rest);
+                    if matches!(kind, b'Q' | b'F') {
+                        self.dropping = length + 1;
+                        message::put_ready(&mut self.to_client.rest, b'I');
+                    } else {
+                        self.dropping_batch = true;
+                    }
+                    let dropped = self.drop_canceled();
+                    self.shared
+                        .waiting
+                        .store(!self.held.is_empty(), Ordering::SeqCst);
+                    return dropped
+                        .map_err(|_| End::Tell(ClientError::protocol("invalid message length")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The count may be too high for good: when everything is quiet and the gate wants attention, it is settled.
+    fn may_settle(&self) -> bool {
+        self.outstanding()
+            && self.replies.status == b'I'
+            && !self.replies.copy_in
+            && !self.requests.batch_open
+            && self.requests.between_messages()
+            && self.replies.between_messages()
+            && self.to_server.is_empty()
+            && self.to_client.is_empty()
+            && self.env.gate.attention()
+    }
+
+    #[cold]
+    fn poll_quiet(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.parked || !self.may_settle() {
+            self.quiet = None;
+            return Poll::Pending;
+        }
+        let quiet = self.quiet.get_or_insert_with(|| Box::pin(sleep(QUIET)));
+        match quiet.as_mut().poll(cx) {
+            Poll::Ready(()) => {
+                self.quiet = None;
+                Poll::Ready(())
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Asks the server where it is, with a statement whose answer is known: what comes before that is the client's.
+    async fn settle(&mut self) -> Result<(), End> {
+        self.shared.begin_own().await;
+        let limit = self.env.config.limits.server_connect_timeout;
+        let marked = tokio::select! {
+            marked = timeout(limit, transfer::mark(&mut self.server)) => marked,
+            () = gone(&mut self.client, &mut self.held) => return Err(End::Client),
+        };
+        self.shared.end_own();
+        match marked {
+            Ok(Ok(marked)) => {
+                if self
+                    .replies
+                    .scan(&marked.clients, &mut self.requests)
+                    .is_err()
+                {
+                    return Err(End::Server);
+                }
+                self.to_client.rest.extend_from_slice(&marked.clients);
+                self.replies.status = marked.status;
+                self.replies.answered = self.requests.sent;
+                self.replies.uncertain = false;
+                self.requests.behind_batch = false;
+                let unread = self.server.take_buffer();
+                if !unread.is_empty() {
+                    let _ = self.replies.scan(&unread, &mut self.requests);
+                    self.to_client.rest.extend_from_slice(&unread);
+                }
+            }
+            // Nothing is known of what was said on the connection: it can't be used any more.
+            Ok(Err(_)) => return Err(End::Server),
+            Err(_) => {
+                return Err(End::Kill(ClientError::not_moved(
+                    "It was not clear what the session was doing.",
+                )));
+            }
+        }
+        if self.update_phase() {
+            return self.park().await;
+        }
+        Ok(())
+    }
+
+    async fn on_signals(&mut self, bits: u8) -> Result<(), End> {
+        if bits & signal::KILL != 0 {
+            return Err(End::Kill(ClientError::terminated(
+                "It was in the way of a flip, or pgflip was stopping.",
+            )));
+        }
+        let orders = self.env.gate.orders();
+        self.open_ahead(&orders);
+        let elsewhere = orders
+            .upstream
+            .is_some_and(|upstream| upstream.side != self.server.side);
+        if self.phase == Phase::Boundary && self.env.gate.attention() {
+            return self.park().await;
+        }
+        if elsewhere && !orders.held && crate::fault::skip("boundary") {
+            // How tests show that the boundary matters: the session goes over wherever it is.
+            return self.park().await;
+        }
+        Ok(())
+    }
+
+    /// Opens a connection to where a flip will go, or drops one that is no longer wanted.
+    fn open_ahead(&mut self, orders: &Orders) {
+        let wanted = orders.prepare.filter(|(side, _)| *side != self.server.side);
+        let have = self
+            .ahead
+            .as_ref()
+            .map(|(number, side, _)| (*side, *number));
+        if wanted == have {
+            return;
+        }
+        if let Some((_, _, task)) = self.ahead.take() {
+            task.abort();
+        }
+        let Some((side, number)) = wanted else { return };
+        if matches!(&self.ready, Some((_, conn)) if conn.side == side) {
+            return;
+        }
+        let (env, shared, opening) = (
+            self.env.clone(),
+            self.shared.clone(),
+            self.worker.opening.clone(),
+        );
+        let login = self.login.clone();
+        let from = self.server.side;
+        let task = tokio::spawn(async move {
+            let opened = async {
+                let _permit = opening.acquire().await.expect("never closed");
+                let server = env.config.server(side);
+                let conn =
+                    server::open(server, &login, env.config.limits.server_connect_timeout).await?;
+                // Read ahead as well, so that the drain finds them.
+                env.names
+                    .load(&env.config, from, &shared.database, number)
+                    .await;
+                Ok(conn)
+            }
+            .await;
+            let ahead = match &opened {
+                Ok(_) => Ahead::Ready(number),
+                Err(error) => Ahead::Failed(number, LoginError::to_string(error)),
+            };
+            env.gate.report_ahead(&shared, ahead);
+            opened
+        });
+        self.ahead = Some((number, side, task));
+    }
+
+    /// At the boundary, and the gate wants attention: waits, takes and replays state, goes over, as the gate says.
+    async fn park(&mut self) -> Result<(), End> {
+        self.parked = true;
+        self.quiet = None;
+        self.shared
+            .waiting
+            .store(!self.held.is_empty(), Ordering::SeqCst);
+        let done = self.parked().await;
+        self.parked = false;
+        self.shared.waiting.store(false, Ordering::SeqCst);
+        // A cancel that found the request held, just before it goes on.
+        if self.shared.signals() & signal::CANCEL_HELD != 0 {
+            self.cancel_held()?;
+        }
+        done
+    }
+
+    async fn parked(&mut self) -> Result<(), End> {
+        loop {
+            if self.said_goodbye() {
+                return Err(End::Client);
+            }
+            let orders = self.env.gate.orders();
+            self.open_ahead(&orders);
+            if orders.shutdown {
+                return Err(End::Tell(ClientError::shutting_down()));
+            }
+            if !orders.held {
+                match orders.upstream {
+                    Some(upstream) if upstream.side == self.server.side => {
+                        self.ready = None;
+                        return Ok(());
+                    }
+                    Some(upstream) => {
+                        self.go_over(upstream).await?;
+                        continue;
+                    }
+                    None => {}
+                }
+            } else if let Some(to) = orders.harvest
+                && self.answered_hold != orders.hold
+                && to != self.server.side
+            {
+                self.answered_hold = orders.hold;
+                let outcome = match self.make_ready(to).await {
+                    Ok(conn) => {
+                        self.ready = Some((orders.hold, conn));
+                        Outcome::Ready(orders.hold)
+                    }
+                    Err(NotReady::End(end)) => return Err(end),
+                    Err(NotReady::Because(why)) => {
+                        tracing::info!(session = self.shared.id.0, user = self.shared.user, %why, "a session can't be moved");
+                        Outcome::Unmovable(orders.hold, why)
+                    }
+                };
+                self.env.gate.report(&self.shared, outcome);
+                continue;
+            }
+            match poll_fn(|cx| self.poll_relay(cx)).await {
+                Event::ClientGone => return Err(End::Client),
+                Event::ServerGone => return Err(End::Server),
+                Event::Protocol(what) => return Err(End::Tell(ClientError::protocol(what))),
+                Event::Attention | Event::Settle => {}
+                Event::Signals(bits) => {
+                    if bits & signal::KILL != 0 {
+                        return Err(End::Kill(ClientError::terminated(
+                            "It was in the way of a flip, or pgflip was stopping.",
+                        )));
+                    }
+                    if bits & signal::CANCEL_HELD != 0 {
+                        self.cancel_held()?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes the session's state from its server and replays it on a connection to the other side.
+    async fn make_ready(&mut self, to: Side) -> Result<ServerConn, NotReady> {
+        // A message of the server's may have come in part.
+        if !self.replies.between_messages() {
+            return Err(NotReady::Because(
+                "its server stopped in the middle of a message".into(),
+            ));
+        }
+        self.shared.begin_own().await;
+        let env = self.env.clone();
+        let config: &Config = &env.config;
+        let limit = config.limits.server_connect_timeout;
+        let ahead = self.ahead.take().filter(|(_, side, _)| *side == to);
+        let Session {
+            server,
+            client,
+            held,
+            requests,
+            shared,
+            login,
+            ..
+        } = self;
+        let work = async {
+            let from = server.side;
+            let names = env
+                .names
+                .current(config, from, &shared.database)
+                .await
+                .map_err(TransferError::Unmovable)?;
+            let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+            names.extend(config.custom_settings.iter().map(String::as_str));
+            names.extend(requests.settings.iter());
+            let state = timeout(limit, transfer::harvest(server, &names, &requests.unnamed))
+                .await
+                .map_err(|_| TransferError::Stuck)??;
+            let opened = match ahead {
+                Some((_, _, task)) => match timeout(limit, task).await {
+                    Ok(Ok(Ok(conn))) => Some(conn),
+                    _ => None,
+                },
+                None => None,
+            };
+            let unmovable =
+                |error: LoginError| TransferError::Unmovable(format!("login on {to}: {error}"));
+            let fresh = async || {
+                server::open(config.server(to), login, limit)
+                    .await
+                    .map_err(unmovable)
+            };
+            let (mut conn, was_ahead) = match opened {
+                Some(conn) => (conn, true),
+                None => (fresh().await?, false),
+            };
+            let replayed = timeout(limit, transfer::replay(&mut conn, &state)).await;
+            match replayed {
+                Ok(Ok(())) => Ok(conn),
+                // Opened ahead and gone stale: once more with a new one.
+                Ok(Err(TransferError::Io(_))) if was_ahead => {
+                    conn = fresh().await?;
+                    timeout(limit, transfer::replay(&mut conn, &state))
+                        .await
+                        .map_err(|_| {
+                            TransferError::Unmovable(format!("{to} did not answer in time"))
+                        })??;
+                    Ok(conn)
+                }
+                Ok(Err(TransferError::Io(error))) => {
+                    Err(TransferError::Unmovable(format!("{to}: {error}")))
+                }
+                Ok(Err(error)) => Err(error),
+                Err(_) => Err(TransferError::Unmovable(format!(
+                    "{to} did not answer in time"
+                ))),
+            }
+        };
+        let worked = tokio::select! {
+            worked = work => worked,
+            () = gone(client, held) => return Err(NotReady::End(End::Client)),
+        };
+        self.shared.end_own();
+        self.shared
+            .waiting
+            .store(!self.held.is_empty(), Ordering::SeqCst);
+        // What the server said unasked meanwhile is the client's, and so is what it has begun to say.
+        let aside = std::mem::take(&mut self.server.aside);
+        let unread = self.server.take_buffer();
+        for bytes in [aside, unread] {
+            if self.replies.scan(&bytes, &mut self.requests).is_err() {
+                return Err(NotReady::End(End::Server));
+            }
+            self.to_client.rest.extend_from_slice(&bytes);
+        }
+        match worked {
+            Ok(conn) => Ok(conn),
+            Err(TransferError::Io(_)) => Err(NotReady::End(End::Server)),
+            Err(TransferError::Stuck) => Err(NotReady::End(End::Kill(ClientError::not_moved(
+                "Its server did not answer in time when it was asked for the session's state.",
+            )))),
+            Err(TransferError::Unmovable(why)) => Err(NotReady::Because(why)),
+        }
+    }
+
+    /// Goes over to the active side.
+    async fn go_over(&mut self, upstream: Upstream) -> Result<(), End> {
+        let conn = match self.ready.take() {
+            Some((_, conn)) if conn.side == upstream.side => conn,
+            _ if self.phase != Phase::Boundary => {
+                // Only with the boundary left out on purpose: nothing is taken along.
+                let limit = self.env.config.limits.server_connect_timeout;
+                server::open(self.env.config.server(upstream.side), &self.login, limit)
+                    .await
+                    .map_err(|error| End::NotMoved(error.to_string()))?
+            }
+            _ => match self.make_ready(upstream.side).await {
+                Ok(conn) => conn,
+                Err(NotReady::End(End::Server)) => {
+                    return Err(End::NotMoved(
+                        "The server it was on is gone, and its state with it.".into(),
+                    ));
+                }
+                Err(NotReady::End(end)) => return Err(end),
+                Err(NotReady::Because(why)) => return Err(End::NotMoved(why)),
+            },
+        };
+        self.hear_out().await?;
+        let old = std::mem::replace(&mut self.server, conn);
+        tokio::spawn(old.close(CLOSE_LIMIT));
+        // Only what differs in the end, before the first answer of the new server.
+        for (name, value) in &self.server.parameters {
+            if self.replies.parameters.get(name) != Some(value) {
+                message::put_parameter_status(&mut self.to_client.rest, name, value);
+            }
+        }
+        self.server.aside.clear();
+        self.replies.parameters = self.server.parameters.clone();
+        if self.phase != Phase::Boundary {
+            let unnamed_max = self.env.config.limits.unnamed_statement_max;
+            self.requests = Requests::new(unnamed_max);
+            self.replies = Replies::default();
+            self.replies.parameters = self.server.parameters.clone();
+            self.to_server = Outbox::default();
+            self.phase = Phase::Boundary;
+            self.env.gate.at_boundary(&self.shared);
+        }
+        self.take_server();
+        add(&self.shared.moved, 1);
+        self.env.gate.moved();
+        tracing::debug!(session = self.shared.id.0, to = %upstream.side, epoch = upstream.epoch, "a session went over");
+        Ok(())
+    }
+
+    /// Passes on what the old server has said already.
+    async fn hear_out(&mut self) -> Result<(), End> {
+        poll_fn(|cx| {
+            loop {
+                let mut chunk = [0u8; 4096];
+                let mut into = ReadBuf::new(&mut chunk);
+                match Pin::new(&mut self.server.stream).poll_read(cx, &mut into) {
+                    Poll::Ready(Ok(())) if !into.filled().is_empty() => {
+                        if self
+                            .replies
+                            .scan(into.filled(), &mut self.requests)
+                            .is_err()
+                        {
+                            return Poll::Ready(());
+                        }
+                        self.to_client.rest.extend_from_slice(into.filled());
+                    }
+                    // Nothing more, or closed: it is left anyway.
+                    _ => return Poll::Ready(()),
+                }
+            }
+        })
+        .await;
+        if self.phase == Phase::Boundary && !self.replies.between_messages() {
+            return Err(End::Server);
+        }
+        Ok(())
+    }
+
+    /// Tells the client, ends the server's backend, and returns when that is gone.
+    async fn finish(mut self, end: End) {
+        if let Some((_, _, task)) = self.ahead.take() {
+            task.abort();
+        }
+        let (error, kill) = match end {
+            End::Client => (None, false),
+            End::Server if self.replies.error_last || self.requests.goodbye => (None, false),
+            End::Server => (Some(ClientError::server_gone(self.server.side)), false),
+            End::Tell(error) => (Some(error), false),
+            End::Kill(error) => (Some(error), true),
+            End::NotMoved(why) => {
+                tracing::warn!(session = self.shared.id.0, user = self.shared.user, database = self.shared.database, %why, "a session ended because it could not be moved");
+                (Some(ClientError::not_moved(&why)), false)
+            }
+        };
+        // Only between two messages can the client be told anything.
+        if let Some(error) = error
+            && self.replies.between_messages()
+        {
+            error.encode(&mut self.to_client.rest);
+        }
+        let Session {
+            mut client,
+            mut to_client,
+            mut to_server,
+            mut server,
+            requests,
+            env,
+            shared,
+            ..
+        } = self;
+        let last_words = async {
+            let _ = poll_fn(|cx| to_client.poll_empty(cx, &mut client)).await;
+            let _ = client.shutdown().await;
+        };
+        let _ = timeout(LAST_WORDS, last_words).await;
+        drop(client);
+        let goodbye = async {
+            poll_fn(|cx| to_server.poll_empty(cx, &mut server.stream)).await?;
+            if requests.between_messages() && !requests.goodbye {
+                server.stream.write_all(&message::TERMINATE).await?;
+            }
+            server.stream.shutdown().await
+        };
+        if kill {
+            if let Some(key) = shared.server_key() {
+                cancel::send(&env, &key).await;
+            }
+            let _ = timeout(LAST_WORDS, goodbye).await;
+            server.close(CLOSE_LIMIT).await;
+            return;
+        }
+        let mut goodbye = Box::pin(goodbye);
+        // As with Postgres itself, what runs goes on to its end: until then the session counts as busy.
+        let killed = tokio::select! {
+            _ = &mut goodbye => false,
+            () = killed(&shared) => true,
+        };
+        drop(goodbye);
+        let mut rest = vec![0u8; 8192];
+        if !killed {
+            let ended =
+                async { while matches!(server.stream.read(&mut rest).await, Ok(n) if n > 0) {} };
+            tokio::select! {
+                () = ended => return,
+                () = killed_soon(&shared) => {}
+            }
+        }
+        if let Some(key) = shared.server_key() {
+            cancel::send(&env, &key).await;
+        }
+        server.close(CLOSE_LIMIT).await;
+    }
+}
+
+async fn killed(shared: &Shared) {
+    while signals(shared).await & signal::KILL == 0 {}
+}
+
+async fn killed_soon(shared: &Shared) {
+    killed(shared).await;
+}
+
+enum NotReady {
+    End(End),
+    Because(String),
+}

@@ -1,0 +1,254 @@
+//! Every error pgflip itself sends to a client: one place, so that each has the right SQLSTATE and says what to do.
+
+use crate::wire::message;
+
+/// How bad it is for the client's connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// The request failed.
+    Error,
+    /// The connection ends.
+    Fatal,
+}
+
+/// An error for a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientError {
+    /// How bad.
+    pub severity: Severity,
+    /// SQLSTATE (PostgreSQL manual, appendix A).
+    pub code: &'static str,
+    /// What happened.
+    pub message: String,
+    /// More of it.
+    pub detail: Option<String>,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+impl ClientError {
+    fn fatal(code: &'static str, message: impl Into<String>) -> ClientError {
+        ClientError {
+            severity: Severity::Fatal,
+            code,
+            message: message.into(),
+            detail: None,
+            hint: None,
+        }
+    }
+
+    fn hint(mut self, hint: impl Into<String>) -> ClientError {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    fn detail(mut self, detail: impl Into<String>) -> ClientError {
+        self.detail = Some(detail.into());
+        self
+    }
+
+    /// Exactly Postgres's words, whatever was wrong with the password, the role or its expiry.
+    pub fn wrong_password(user: &str) -> ClientError {
+        ClientError::fatal(
+            "28P01",
+            format!("password authentication failed for user \"{user}\""),
+        )
+    }
+
+    /// A message that breaks the protocol.
+    pub fn protocol(what: impl Into<String>) -> ClientError {
+        ClientError::fatal("08P01", what)
+    }
+
+    /// Bytes that came before TLS was up (CVE-2021-23222): somebody put them there.
+    pub fn bytes_before_tls() -> ClientError {
+        ClientError::fatal("08P01", "received unencrypted data after SSL request")
+            .detail("This could be either a client-software bug or evidence of an attempted man-in-the-middle attack.")
+    }
+
+    /// A protocol other than 3.
+    pub fn unsupported_protocol(major: u16, minor: u16) -> ClientError {
+        ClientError::fatal(
+            "0A000",
+            format!("unsupported frontend protocol {major}.{minor}: pgflip supports 3.0"),
+        )
+    }
+
+    /// StartupMessage without a user.
+    pub fn no_user() -> ClientError {
+        ClientError::fatal(
+            "28000",
+            "no PostgreSQL user name specified in startup packet",
+        )
+    }
+
+    /// `[tls] required`.
+    pub fn tls_required() -> ClientError {
+        ClientError::fatal("28000", "pgflip accepts only TLS connections")
+            .hint("Connect with sslmode=require.")
+    }
+
+    /// Replication connections can't be moved from one server to the other.
+    pub fn replication_connection() -> ClientError {
+        ClientError::fatal("0A000", "pgflip does not carry replication connections").hint(
+            "A replication stream can't be moved to another server: connect to the server itself.",
+        )
+    }
+
+    /// Not one of the databases that flip together.
+    pub fn unknown_database(database: &str) -> ClientError {
+        ClientError::fatal(
+            "3D000",
+            format!("database \"{database}\" is not served by pgflip"),
+        )
+        .hint("Add it to `databases` in pgflip's config, or connect to the server itself.")
+    }
+
+    /// `limits.max_clients` reached.
+    pub fn too_many_clients(max: usize) -> ClientError {
+        ClientError::fatal("53300", "sorry, too many clients already").hint(format!(
+            "pgflip serves {max} clients at once: raise limits.max_clients."
+        ))
+    }
+
+    /// SASL that pgflip does not offer, or none.
+    pub fn sasl(what: impl Into<String>) -> ClientError {
+        ClientError::fatal("08P01", what)
+    }
+
+    /// No way to check who the client is, now.
+    pub fn verifiers_unavailable() -> ClientError {
+        ClientError::fatal(
+            "57P03",
+            "pgflip can't read the roles of the active server now",
+        )
+        .hint("Try again.")
+    }
+
+    /// Nobody knows yet which side is active, or a flip takes longer than new clients are to wait.
+    pub fn not_now(known: bool) -> ClientError {
+        let message = if known {
+            "pgflip holds new transactions for longer than limits.hold_timeout"
+        } else {
+            "pgflip does not know yet which server is active"
+        };
+        ClientError::fatal("57P03", message)
+            .hint("Try again; `pgflip status` says what it waits for.")
+    }
+
+    /// The server can't be reached. Says the side, never a host or a password.
+    pub fn server_unreachable(side: crate::pg::Side) -> ClientError {
+        ClientError::fatal(
+            "08006",
+            format!("pgflip can't reach the active server ({side})"),
+        )
+        .hint("Try again; pgflip's log says why.")
+    }
+
+    /// The server asked for something that the client's proof does not give.
+    pub fn server_authentication(side: crate::pg::Side, what: &str) -> ClientError {
+        ClientError::fatal(
+            "28000",
+            format!("the server ({side}) asks pgflip for {what}, which it can't answer"),
+        )
+        .hint("Let the server's pg_hba.conf ask for scram-sha-256 from pgflip's address.")
+    }
+
+    /// The server's connection ended without a word.
+    pub fn server_gone(side: crate::pg::Side) -> ClientError {
+        ClientError::fatal(
+            "08006",
+            format!("the server ({side}) closed the connection unexpectedly"),
+        )
+        .hint("Connect again: new connections go to the active server.")
+    }
+
+    /// The session could not be moved to the new active side.
+    pub fn not_moved(why: &str) -> ClientError {
+        ClientError::fatal(
+            "57P01",
+            "terminating connection: this session can't be moved to the new active server",
+        )
+        .detail(why.to_owned())
+        .hint("Connect again: new connections go to the active server.")
+    }
+
+    /// An operator (or `stragglers = "terminate"`) ended the session.
+    pub fn terminated(why: &str) -> ClientError {
+        ClientError::fatal(
+            "57P01",
+            "terminating connection due to administrator command",
+        )
+        .detail(why.to_owned())
+    }
+
+    /// pgflip stops.
+    pub fn shutting_down() -> ClientError {
+        ClientError::fatal(
+            "57P01",
+            "terminating connection due to administrator command",
+        )
+        .detail("pgflip is shutting down.")
+    }
+
+    /// A cancel request for a request that was held: it was never sent.
+    pub fn canceled() -> ClientError {
+        ClientError {
+            severity: Severity::Error,
+            code: "57014",
+            message: "canceling statement due to user request".into(),
+            detail: None,
+            hint: None,
+        }
+    }
+
+    /// As ErrorResponse.
+    pub fn encode(&self, into: &mut Vec<u8>) {
+        let severity = match self.severity {
+            Severity::Error => "ERROR",
+            Severity::Fatal => "FATAL",
+        };
+        message::put(into, b'E', |body| {
+            let mut field = |kind: u8, text: &str| {
+                body.push(kind);
+                // A zero byte would end the field early.
+                body.extend(text.bytes().filter(|byte| *byte != 0));
+                body.push(0);
+            };
+            field(b'S', severity);
+            field(b'V', severity);
+            field(b'C', self.code);
+            field(b'M', &self.message);
+            if let Some(detail) = &self.detail {
+                field(b'D', detail);
+            }
+            if let Some(hint) = &self.hint {
+                field(b'H', hint);
+            }
+            body.push(0);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_reads_back_as_it_was_meant() {
+        let mut bytes = Vec::new();
+        ClientError::unknown_database("shop").encode(&mut bytes);
+        assert_eq!(bytes[0], b'E');
+        assert_eq!(
+            u32::from_be_bytes(bytes[1..5].try_into().unwrap()) as usize,
+            bytes.len() - 1
+        );
+        let fields = message::ErrorFields(&bytes[5..]);
+        assert_eq!(fields.field(b'C'), Some(&b"3D000"[..]));
+        assert_eq!(fields.field(b'S'), Some(&b"FATAL"[..]));
+        assert_eq!(
+            fields.field(b'M'),
+            Some(&b"database \"shop\" is not served by pgflip"[..])
+        );
+    }
+}

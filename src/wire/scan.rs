@@ -1,0 +1,524 @@
+//! Headers of messages found in bytes that pass, and what has to be known of them: whether a session is at its boundary,
+//! what its unnamed statement is, what its parameters are. Nothing is copied but a ParameterStatus, the last unnamed
+//! Parse (bounded), and a header that a read has cut.
+
+use std::collections::BTreeMap;
+
+use crate::wire::message::{self, cstr};
+use crate::wire::settings::SettingNames;
+
+/// A length below four: the peer does not speak the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("invalid message length")]
+pub struct BadLength;
+
+/// Part of a message.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Part<'a> {
+    /// The message's type byte.
+    pub kind: u8,
+    /// True for the part that begins the message (its body may be empty).
+    pub first: bool,
+    /// True for the part that ends it.
+    pub last: bool,
+    /// What of its body is here.
+    pub body: &'a [u8],
+    /// Length of the whole body; only meaningful in the first part.
+    pub length: usize,
+}
+
+/// Finds messages in a stream that may be cut anywhere.
+#[derive(Default, Debug)]
+pub struct Frames {
+    header: [u8; 5],
+    have: u8,
+    kind: u8,
+    /// Bytes of the body still to come.
+    left: usize,
+}
+
+impl Frames {
+    /// True when the next byte begins a message.
+    #[inline]
+    pub fn between_messages(&self) -> bool {
+        self.have == 0 && self.left == 0
+    }
+
+    /// Takes the next part off the front of `input`; `None` when it is used up.
+    #[inline]
+    pub fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Part<'a>>, BadLength> {
+        if self.left > 0 {
+            if input.is_empty() {
+                return Ok(None);
+            }
+            let here = self.left.min(input.len());
+            let (body, rest) = input.split_at(here);
+            *input = rest;
+            self.left -= here;
+            return Ok(Some(Part {
+                kind: self.kind,
+                first: false,
+                last: self.left == 0,
+                body,
+                length: 0,
+            }));
+        }
+        let header: [u8; 5] = match (self.have, input.first_chunk::<5>()) {
+            (0, Some(header)) => {
+                *input = &input[5..];
+                *header
+            }
+            _ => {
+                let have = usize::from(self.have);
+                let here = (5 - have).min(input.len());
+                self.header[have..have + here].copy_from_slice(&input[..here]);
+                *input = &input[here..];
+                self.have += here as u8;
+                if self.have < 5 {
+                    return Ok(None);
+                }
+                self.have = 0;
+                self.header
+            }
+        };
+        let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]);
+        if !(4..=0x7fff_ffff).contains(&length) {
+            return Err(BadLength);
+        }
+        let length = length as usize - 4;
+        let here = length.min(input.len());
+        let (body, rest) = input.split_at(here);
+        *input = rest;
+        self.kind = header[0];
+        self.left = length - here;
+        Ok(Some(Part {
+            kind: self.kind,
+            first: true,
+            last: self.left == 0,
+            body,
+            length,
+        }))
+    }
+}
+
+/// The last Parse of the unnamed statement.
+#[derive(Default, Debug)]
+pub struct Unnamed {
+    /// Body of the Parse: empty name, text, parameter types. Empty: there was none.
+    pub body: Vec<u8>,
+    /// It was longer than may be kept.
+    pub too_long: bool,
+    /// The server has said ParseComplete to it.
+    pub confirmed: bool,
+    /// Which answer it is: requests sent before its batch, and the how-manieth Parse of the batch.
+    place: Option<(u64, u32)>,
+}
+
+/// What goes from the client to the server.
+pub struct Requests {
+    frames: Frames,
+    /// Query, Sync and FunctionCall: each is answered by one ReadyForQuery (but see [`Replies::uncertain`]).
+    pub sent: u64,
+    /// Extended messages have been sent since the last Sync.
+    pub batch_open: bool,
+    parses_in_batch: u32,
+    /// The last unnamed Parse.
+    pub unnamed: Unnamed,
+    unnamed_max: usize,
+    capturing: bool,
+    /// The client has said Terminate.
+    pub goodbye: bool,
+    /// A Query or FunctionCall was sent behind an open batch: if that fails, it is skipped and never answered.
+    pub behind_batch: bool,
+    /// Custom settings named in statements.
+    pub settings: SettingNames,
+    /// A Parse whose header ended a read: the first byte of its body says whether it has a name. Its length.
+    undecided: Option<usize>,
+}
+
+impl Requests {
+    /// `unnamed_max`: the longest unnamed Parse that is kept, in bytes.
+    pub fn new(unnamed_max: usize) -> Requests {
+        Requests {
+            frames: Frames::default(),
+            sent: 0,
+            batch_open: false,
+            parses_in_batch: 0,
+            unnamed: Unnamed::default(),
+            unnamed_max,
+            capturing: false,
+            goodbye: false,
+            behind_batch: false,
+            settings: SettingNames::default(),
+            undecided: None,
+        }
+    }
+
+    /// True when the next byte begins a message.
+    #[inline]
+    pub fn between_messages(&self) -> bool {
+        self.frames.between_messages()
+    }
+
+    /// Accounts for bytes that are about to be sent. With `one`, stops behind the first message that ends a request
+    /// (Query, Sync, FunctionCall) and says how many bytes that were; else all of them.
+    #[inline]
+    pub fn scan(&mut self, bytes: &[u8], one: bool) -> Result<usize, BadLength> {
+        let mut input = bytes;
+        while let Some(part) = self.frames.next(&mut input)? {
+            if part.first {
+                self.begin(&part);
+            }
+            match part.kind {
+                b'Q' => self.settings.feed(part.body, part.last),
+                b'P' => {
+                    if let (Some(length), Some(byte)) = (self.undecided, part.body.first()) {
+                        self.decide(*byte, length);
+                    }
+                    self.settings.feed(part.body, part.last);
+                    if self.capturing {
+                        self.unnamed.body.extend_from_slice(part.body);
+                        self.capturing = !part.last;
+                    }
+                }
+                _ => {}
+            }
+            if one && part.last && matches!(part.kind, b'Q' | b'S' | b'F') {
+                break;
+            }
+        }
+        Ok(bytes.len() - input.len())
+    }
+
+    #[inline]
+    fn begin(&mut self, part: &Part<'_>) {
+        match part.kind {
+            b'Q' | b'F' => {
+                self.behind_batch |= self.batch_open;
+                self.sent += 1;
+            }
+            b'S' => {
+                self.sent += 1;
+                self.batch_open = false;
+                self.parses_in_batch = 0;
+            }
+            b'P' => {
+                self.batch_open = true;
+                self.parses_in_batch += 1;
+                self.capturing = false;
+                self.undecided = Some(part.length);
+            }
+            b'B' | b'D' | b'E' | b'C' => self.batch_open = true,
+            b'X' => self.goodbye = true,
+            // Flush answers nothing; CopyData, CopyDone and CopyFail belong to a request that was counted, or to none.
+            _ => {}
+        }
+    }
+
+    /// `byte` is the first one of a Parse's body: zero for the unnamed statement.
+    #[inline]
+    fn decide(&mut self, byte: u8, length: usize) {
+        self.undecided = None;
+        if byte == 0 {
+            self.unnamed.body.clear();
+            self.unnamed.confirmed = false;
+            self.unnamed.place = Some((self.sent, self.parses_in_batch));
+            self.unnamed.too_long = length > self.unnamed_max;
+            self.capturing = !self.unnamed.too_long;
+        }
+    }
+}
+
+/// What comes from the server.
+pub struct Replies {
+    frames: Frames,
+    /// ReadyForQuery seen.
+    pub answered: u64,
+    /// The last one's status: `I`, `T` or `E`.
+    pub status: u8,
+    /// Between CopyInResponse and the end of that command: what the client sends is data.
+    pub copy_in: bool,
+    /// Fewer answers than requests may be due: a Sync sent within COPY IN is swallowed, a Query behind a failed batch is
+    /// skipped. Never more.
+    pub uncertain: bool,
+    parses_done: u32,
+    capture: Vec<u8>,
+    /// What the client has been told by ParameterStatus.
+    pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// The last message was an ErrorResponse.
+    pub error_last: bool,
+}
+
+impl Default for Replies {
+    fn default() -> Replies {
+        Replies {
+            frames: Frames::default(),
+            answered: 0,
+            status: b'I',
+            copy_in: false,
+            uncertain: false,
+            parses_done: 0,
+            capture: Vec::new(),
+            parameters: BTreeMap::new(),
+            error_last: false,
+        }
+    }
+}
+
+impl Replies {
+    /// True when the next byte begins a message.
+    #[inline]
+    pub fn between_messages(&self) -> bool {
+        self.frames.between_messages()
+    }
+
+    /// Accounts for bytes that are about to be passed to the client.
+    #[inline]
+    pub fn scan(&mut self, bytes: &[u8], requests: &mut Requests) -> Result<(), BadLength> {
+        let mut input = bytes;
+        while let Some(part) = self.frames.next(&mut input)? {
+            match part.kind {
+                b'D' | b'd' => {}
+                b'Z' => {
+                    if let Some(status) = part.body.first() {
+                        self.status = *status;
+                    }
+                    if part.last {
+                        self.ready(requests);
+                    }
+                }
+                b'1' if part.last => {
+                    self.parses_done += 1;
+                    let unnamed = &mut requests.unnamed;
+                    // While the count is uncertain, the batch sent last is taken for the one that is answered.
+                    if let Some((request, parse)) = unnamed.place
+                        && (request == self.answered
+                            || (self.uncertain && requests.sent <= request + 1))
+                        && parse == self.parses_done
+                    {
+                        unnamed.confirmed = true;
+                    }
+                }
+                b'S' => self.parameter(&part),
+                b'G' if part.first => {
+                    self.copy_in = true;
+                    self.uncertain = true;
+                }
+                b'E' if part.first => {
+                    self.copy_in = false;
+                    self.uncertain |= requests.behind_batch;
+                }
+                b'C' if part.first => self.copy_in = false,
+                _ => {}
+            }
+            if part.first {
+                self.error_last = part.kind == b'E';
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn ready(&mut self, requests: &mut Requests) {
+        self.copy_in = false;
+        self.parses_done = 0;
+        self.answered += 1;
+        if self.answered >= requests.sent {
+            self.answered = requests.sent;
+            self.uncertain = false;
+            requests.behind_batch = false;
+        }
+    }
+
+    #[cold]
+    fn parameter(&mut self, part: &Part<'_>) {
+        if part.first {
+            self.capture.clear();
+        }
+        self.capture.extend_from_slice(part.body);
+        if part.last {
+            if let Some((name, value)) = parameter_status(&self.capture) {
+                self.parameters.insert(name, value);
+            }
+            self.capture = Vec::new();
+        }
+    }
+}
+
+/// Name and value of a ParameterStatus's body.
+pub fn parameter_status(mut body: &[u8]) -> Option<message::Pair> {
+    let name = cstr(&mut body)?;
+    let value = cstr(&mut body)?;
+    Some((name.to_vec(), value.to_vec()))
+}
+
+/// A session is at its boundary: as many answers as requests, the last said idle, no half batch, no half message.
+#[inline]
+pub fn at_boundary(requests: &Requests, replies: &Replies) -> bool {
+    replies.answered == requests.sent
+        && replies.status == b'I'
+        && !requests.batch_open
+        && requests.between_messages()
+        && replies.between_messages()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn put(into: &mut Vec<u8>, kind: u8, body: &[u8]) {
+        message::put(into, kind, |to| to.extend_from_slice(body));
+    }
+
+    /// What a client sends and a server answers, in turns: `>` and `<`.
+    fn conversation() -> Vec<(bool, Vec<u8>)> {
+        let mut turns = Vec::new();
+        let mut turn = |to_server: bool, messages: &[(u8, &[u8])]| {
+            let mut bytes = Vec::new();
+            for (kind, body) in messages {
+                put(&mut bytes, *kind, body);
+            }
+            turns.push((to_server, bytes));
+        };
+        turn(true, &[(b'Q', b"set app.tenant = '1'\0")]);
+        turn(
+            false,
+            &[(b'C', b"SET\0"), (b'S', b"TimeZone\0UTC\0"), (b'Z', b"I")],
+        );
+        turn(
+            true,
+            &[(b'P', b"\0select $1\0\0\0"), (b'D', b"S\0"), (b'S', b"")],
+        );
+        turn(
+            false,
+            &[(b'1', b""), (b't', b"\0\0"), (b'n', b""), (b'Z', b"I")],
+        );
+        turn(
+            true,
+            &[
+                (b'P', b"named\0select 2\0\0\0"),
+                (b'B', b"\0\0"),
+                (b'E', b"\0\0\0\0\0"),
+                (b'S', b""),
+                (b'Q', b"begin\0"),
+            ],
+        );
+        turn(
+            false,
+            &[
+                (b'1', b""),
+                (b'2', b""),
+                (b'D', b"\0\0"),
+                (b'C', b"SELECT 1\0"),
+                (b'Z', b"I"),
+                (b'C', b"BEGIN\0"),
+                (b'Z', b"T"),
+            ],
+        );
+        turns
+    }
+
+    /// Runs it with every turn cut into pieces, and says what is known at its end.
+    fn after(pieces: &dyn Fn(&[u8]) -> Vec<Vec<u8>>) -> (Requests, Replies) {
+        let (mut requests, mut replies) = (Requests::new(1000), Replies::default());
+        for (to_server, bytes) in conversation() {
+            for piece in pieces(&bytes) {
+                if to_server {
+                    assert_eq!(requests.scan(&piece, false).unwrap(), piece.len());
+                } else {
+                    replies.scan(&piece, &mut requests).unwrap();
+                }
+            }
+        }
+        (requests, replies)
+    }
+
+    fn check(requests: &Requests, replies: &Replies) {
+        assert_eq!(
+            (requests.sent, replies.answered, replies.status),
+            (4, 4, b'T')
+        );
+        assert!(!requests.batch_open && !at_boundary(requests, replies));
+        assert_eq!(requests.unnamed.body, b"\0select $1\0\0\0");
+        assert!(requests.unnamed.confirmed);
+        assert_eq!(requests.settings.iter().collect::<Vec<_>>(), ["app.tenant"]);
+        assert_eq!(
+            replies.parameters.get(&b"TimeZone"[..]).map(Vec::as_slice),
+            Some(&b"UTC"[..])
+        );
+    }
+
+    #[test]
+    fn a_conversation_reads_the_same_wherever_one_cut_is() {
+        for cut in 0..200 {
+            let (requests, replies) = after(&|bytes| {
+                let (head, tail) = bytes.split_at(cut.min(bytes.len()));
+                vec![head.to_vec(), tail.to_vec()]
+            });
+            check(&requests, &replies);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_conversation_reads_the_same_however_it_is_cut(sizes in proptest::collection::vec(1usize..9, 1..40)) {
+            let (requests, replies) = after(&|bytes| {
+                let (mut rest, mut sizes) = (bytes, sizes.iter().cycle());
+                let mut pieces = Vec::new();
+                while !rest.is_empty() {
+                    let (head, tail) = rest.split_at((*sizes.next().unwrap()).min(rest.len()));
+                    pieces.push(head.to_vec());
+                    rest = tail;
+                }
+                pieces
+            });
+            check(&requests, &replies);
+        }
+
+        #[test]
+        fn no_bytes_make_the_scanners_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let mut requests = Requests::new(10);
+            let _ = requests.scan(&bytes, false);
+            let _ = Replies::default().scan(&bytes, &mut requests);
+        }
+    }
+
+    #[test]
+    fn a_scan_for_one_request_stops_behind_it() {
+        let mut bytes = Vec::new();
+        put(&mut bytes, b'P', b"\0select 1\0\0\0");
+        put(&mut bytes, b'S', b"");
+        let first = bytes.len();
+        put(&mut bytes, b'Q', b"select 2\0");
+        let mut requests = Requests::new(1000);
+        assert_eq!(requests.scan(&bytes, true).unwrap(), first);
+        assert_eq!(requests.sent, 1);
+        assert_eq!(
+            requests.scan(&bytes[first..], true).unwrap(),
+            bytes.len() - first
+        );
+        assert_eq!(requests.sent, 2);
+    }
+
+    #[test]
+    fn a_sync_within_copy_in_leaves_the_count_uncertain_and_too_high() {
+        let (mut requests, mut replies) = (Requests::new(1000), Replies::default());
+        let mut bytes = Vec::new();
+        for kind in [b'B', b'E', b'S', b'd', b'c', b'S'] {
+            put(&mut bytes, kind, b"");
+        }
+        requests.scan(&bytes, false).unwrap();
+        let mut bytes = Vec::new();
+        for (kind, body) in [
+            (b'2', &b""[..]),
+            (b'G', b"\0\0\0"),
+            (b'C', b"COPY 1\0"),
+            (b'Z', b"I"),
+        ] {
+            put(&mut bytes, kind, body);
+        }
+        replies.scan(&bytes, &mut requests).unwrap();
+        assert!(replies.uncertain && !replies.copy_in && !at_boundary(&requests, &replies));
+    }
+}

@@ -1,0 +1,401 @@
+//! SCRAM-SHA-256 (RFC 5802, RFC 7677; PostgreSQL manual, 55.3): the server's half towards clients, against a verifier, and
+//! the client's half towards servers, with the ClientKey that a client's proof has given away and no password.
+//!
+//! Channel binding is not offered; a client that could do it (`y`) is let in without.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use hmac::{Hmac, Mac};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
+/// The only mechanism offered.
+pub const MECHANISM: &str = "SCRAM-SHA-256";
+/// Iterations of a mock verifier: Postgres's default, so that an unknown user looks like a known one.
+const DEFAULT_ITERATIONS: u32 = 4096;
+
+type Key = [u8; 32];
+
+fn hmac(key: &[u8], parts: &[&[u8]]) -> Key {
+    let mut mac =
+        <Hmac<Sha256> as Mac>::new_from_slice(key).expect("HMAC takes keys of any length");
+    for part in parts {
+        mac.update(part);
+    }
+    mac.finalize().into_bytes().into()
+}
+
+fn sha256(bytes: &[u8]) -> Key {
+    Sha256::digest(bytes).into()
+}
+
+fn xor(mut a: Key, b: &Key) -> Key {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a ^= b);
+    a
+}
+
+/// A SCRAM step that can't go on: what the peer did wrong. Never says anything about a password.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ScramError(pub &'static str);
+
+/// What `pg_authid.rolpassword` holds.
+#[derive(Clone)]
+pub struct Verifier {
+    iterations: u32,
+    salt: Vec<u8>,
+    stored_key: Key,
+    server_key: Key,
+}
+
+impl Verifier {
+    /// Reads `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`. `None`: something else (md5).
+    pub fn parse(text: &str) -> Option<Verifier> {
+        let rest = text.strip_prefix("SCRAM-SHA-256$")?;
+        let (head, keys) = rest.split_once('$')?;
+        let (iterations, salt) = head.split_once(':')?;
+        let (stored, server) = keys.split_once(':')?;
+        let key = |text: &str| STANDARD.decode(text).ok()?.try_into().ok();
+        Some(Verifier {
+            iterations: iterations.parse().ok().filter(|n| *n > 0)?,
+            salt: STANDARD.decode(salt).ok()?,
+            stored_key: key(stored)?,
+            server_key: key(server)?,
+        })
+    }
+
+    /// For a user without a usable verifier: the exchange goes on as for any other, with a salt that is always the same
+    /// for this name, and fails at its end. `key` is the same in all sidecars.
+    pub fn mock(user: &[u8], key: &[u8]) -> Verifier {
+        let salt = hmac(key, &[b"salt", user]);
+        Verifier {
+            iterations: DEFAULT_ITERATIONS,
+            salt: salt[..16].to_vec(),
+            stored_key: rand::random(),
+            server_key: rand::random(),
+        }
+    }
+}
+
+/// What a client's proof gives: opens any server with the same verifier. Never shown.
+#[derive(Clone)]
+pub struct Keys {
+    client_key: Key,
+    server_key: Key,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("[secret]")
+    }
+}
+
+/// The server's half, after its first message.
+pub struct ServerExchange {
+    verifier: Verifier,
+    gs2: Vec<u8>,
+    client_first_bare: String,
+    server_first: String,
+    nonce: String,
+}
+
+impl ServerExchange {
+    /// Takes the client's first message; the second value is the server's first.
+    pub fn begin(
+        verifier: Verifier,
+        client_first: &[u8],
+    ) -> Result<(ServerExchange, String), ScramError> {
+        let nonce: [u8; 18] = rand::random();
+        ServerExchange::begin_with(verifier, client_first, &STANDARD.encode(nonce))
+    }
+
+    fn begin_with(
+        verifier: Verifier,
+        client_first: &[u8],
+        nonce: &str,
+    ) -> Result<(ServerExchange, String), ScramError> {
+        let text =
+            std::str::from_utf8(client_first).map_err(|_| ScramError("malformed SCRAM message"))?;
+        let rest = match text.as_bytes().first() {
+            Some(b'n' | b'y') => &text[1..],
+            Some(b'p') => {
+                return Err(ScramError(
+                    "client selected SCRAM-SHA-256 without channel binding, but the SCRAM message includes channel binding data",
+                ));
+            }
+            _ => return Err(ScramError("malformed SCRAM message")),
+        };
+        let rest = rest
+            .strip_prefix(',')
+            .ok_or(ScramError("malformed SCRAM message"))?;
+        if rest.starts_with("a=") {
+            return Err(ScramError(
+                "client uses authorization identity, but it is not supported",
+            ));
+        }
+        let bare = rest
+            .strip_prefix(',')
+            .ok_or(ScramError("malformed SCRAM message"))?;
+        if bare.starts_with("m=") {
+            return Err(ScramError("client requires an unsupported SCRAM extension"));
+        }
+        // The user name in here is not used: the startup message's is (as in Postgres).
+        let (user, attributes) = bare
+            .split_once(',')
+            .ok_or(ScramError("malformed SCRAM message"))?;
+        if !user.starts_with("n=") {
+            return Err(ScramError("malformed SCRAM message"));
+        }
+        let client_nonce = attributes
+            .split(',')
+            .next()
+            .and_then(|first| first.strip_prefix("r="));
+        let client_nonce = client_nonce
+            .filter(|nonce| !nonce.is_empty() && nonce.bytes().all(|b| (0x21..=0x7e).contains(&b)));
+        let client_nonce =
+            client_nonce.ok_or(ScramError("non-printable characters in SCRAM nonce"))?;
+        let nonce = format!("{client_nonce}{nonce}");
+        let server_first = format!(
+            "r={nonce},s={},i={}",
+            STANDARD.encode(&verifier.salt),
+            verifier.iterations
+        );
+        let gs2 = text.as_bytes()[..text.len() - bare.len()].to_vec();
+        let exchange = ServerExchange {
+            verifier,
+            gs2,
+            client_first_bare: bare.to_owned(),
+            server_first: server_first.clone(),
+            nonce,
+        };
+        Ok((exchange, server_first))
+    }
+
+    /// Takes the client's final message. `Ok(None)`: the proof is wrong. Else what it gives, and the server's final
+    /// message.
+    pub fn finish(&self, client_final: &[u8]) -> Result<Option<(Keys, String)>, ScramError> {
+        let malformed = ScramError("malformed SCRAM message");
+        let text = std::str::from_utf8(client_final).map_err(|_| malformed.clone())?;
+        let (without_proof, proof) = text.rsplit_once(",p=").ok_or(malformed.clone())?;
+        let mut attributes = without_proof.split(',');
+        let binding = attributes
+            .next()
+            .and_then(|a| a.strip_prefix("c="))
+            .ok_or(malformed.clone())?;
+        if STANDARD.decode(binding).ok().as_deref() != Some(&self.gs2) {
+            return Err(ScramError(
+                "unexpected SCRAM channel-binding attribute in client-final-message",
+            ));
+        }
+        let nonce = attributes
+            .next()
+            .and_then(|a| a.strip_prefix("r="))
+            .ok_or(malformed.clone())?;
+        if nonce != self.nonce {
+            return Err(ScramError("invalid SCRAM response: nonce does not match"));
+        }
+        let proof: Key = STANDARD
+            .decode(proof)
+            .ok()
+            .and_then(|p| p.try_into().ok())
+            .ok_or(malformed)?;
+        let auth = [
+            self.client_first_bare.as_bytes(),
+            b",",
+            self.server_first.as_bytes(),
+            b",",
+            without_proof.as_bytes(),
+        ];
+        let client_key = xor(proof, &hmac(&self.verifier.stored_key, &auth));
+        if !bool::from(sha256(&client_key).ct_eq(&self.verifier.stored_key)) {
+            return Ok(None);
+        }
+        let signature = hmac(&self.verifier.server_key, &auth);
+        let keys = Keys {
+            client_key,
+            server_key: self.verifier.server_key,
+        };
+        Ok(Some((keys, format!("v={}", STANDARD.encode(signature)))))
+    }
+}
+
+/// The client's half.
+pub struct ClientExchange {
+    keys: Keys,
+    client_first_bare: String,
+    nonce: String,
+    expected: Option<Key>,
+}
+
+impl ClientExchange {
+    /// The second value is the client's first message.
+    pub fn begin(keys: Keys) -> (ClientExchange, String) {
+        let nonce = STANDARD.encode(rand::random::<[u8; 18]>());
+        let bare = format!("n=,r={nonce}");
+        let first = format!("n,,{bare}");
+        (
+            ClientExchange {
+                keys,
+                client_first_bare: bare,
+                nonce,
+                expected: None,
+            },
+            first,
+        )
+    }
+
+    /// Takes the server's first message and answers with the client's final one.
+    pub fn respond(&mut self, server_first: &[u8]) -> Result<String, ScramError> {
+        let malformed = ScramError("the server sent a malformed SCRAM message");
+        let server_first = std::str::from_utf8(server_first).map_err(|_| malformed.clone())?;
+        let nonce = server_first
+            .split(',')
+            .next()
+            .and_then(|a| a.strip_prefix("r="))
+            .ok_or(malformed.clone())?;
+        if !nonce.starts_with(&self.nonce) || nonce.len() == self.nonce.len() {
+            return Err(malformed);
+        }
+        let without_proof = format!("c=biws,r={nonce}");
+        let auth = [
+            self.client_first_bare.as_bytes(),
+            b",",
+            server_first.as_bytes(),
+            b",",
+            without_proof.as_bytes(),
+        ];
+        let proof = xor(
+            self.keys.client_key,
+            &hmac(&sha256(&self.keys.client_key), &auth),
+        );
+        self.expected = Some(hmac(&self.keys.server_key, &auth));
+        Ok(format!("{without_proof},p={}", STANDARD.encode(proof)))
+    }
+
+    /// Checks the server's signature: it knows the verifier.
+    pub fn finish(&self, server_final: &[u8]) -> Result<(), ScramError> {
+        let signature = server_final
+            .strip_prefix(b"v=")
+            .and_then(|text| STANDARD.decode(text).ok());
+        match (signature, self.expected) {
+            (Some(signature), Some(expected)) if bool::from(signature.ct_eq(&expected)) => Ok(()),
+            _ => Err(ScramError(
+                "the server's SCRAM signature is wrong: it does not hold this role's verifier",
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verifier(password: &[u8]) -> Verifier {
+        let (salt, iterations) = (b"0123456789abcdef".to_vec(), 4096);
+        let mut block = hmac(password, &[&salt, &[0, 0, 0, 1]]);
+        let mut salted = block;
+        for _ in 1..iterations {
+            block = hmac(password, &[&block]);
+            salted = xor(salted, &block);
+        }
+        let stored_key = sha256(&hmac(&salted, &[b"Client Key"]));
+        Verifier {
+            iterations,
+            salt,
+            stored_key,
+            server_key: hmac(&salted, &[b"Server Key"]),
+        }
+    }
+
+    fn client_key(password: &[u8]) -> Keys {
+        let verifier = verifier(password);
+        let mut block = hmac(password, &[&verifier.salt, &[0, 0, 0, 1]]);
+        let mut salted = block;
+        for _ in 1..verifier.iterations {
+            block = hmac(password, &[&block]);
+            salted = xor(salted, &block);
+        }
+        Keys {
+            client_key: hmac(&salted, &[b"Client Key"]),
+            server_key: verifier.server_key,
+        }
+    }
+
+    #[test]
+    fn the_key_in_a_right_proof_opens_the_next_server() {
+        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"));
+        let (server, server_first) =
+            ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let last = client.respond(server_first.as_bytes()).unwrap();
+        let (keys, server_final) = server
+            .finish(last.as_bytes())
+            .unwrap()
+            .expect("the proof is right");
+        client.finish(server_final.as_bytes()).unwrap();
+
+        let (mut onward, first) = ClientExchange::begin(keys);
+        let (server, server_first) =
+            ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let last = onward.respond(server_first.as_bytes()).unwrap();
+        let (_, server_final) = server
+            .finish(last.as_bytes())
+            .unwrap()
+            .expect("the key opens");
+        onward.finish(server_final.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_wrong_proof_a_foreign_nonce_and_channel_binding_are_refused() {
+        let (mut client, first) = ClientExchange::begin(client_key(b"sesam"));
+        let (server, server_first) =
+            ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let last = client.respond(server_first.as_bytes()).unwrap();
+        assert!(server.finish(last.as_bytes()).unwrap().is_none());
+        assert!(server.finish(last.replace("r=", "r=x").as_bytes()).is_err());
+        assert!(
+            server
+                .finish(last.replace("biws", "eSws").as_bytes())
+                .is_err()
+        );
+        assert!(
+            ServerExchange::begin(verifier(b"x"), b"p=tls-server-end-point,,n=,r=abc").is_err()
+        );
+        assert!(client.respond(b"r=evil,s=AAAA,i=1").is_err());
+        assert!(client.finish(b"v=AAAA").is_err());
+    }
+
+    #[test]
+    fn a_mock_verifier_has_a_stable_salt_and_no_proof_fits_it() {
+        let (a, b) = (
+            Verifier::mock(b"eve", b"key"),
+            Verifier::mock(b"eve", b"key"),
+        );
+        assert_eq!(a.salt, b.salt);
+        assert_ne!(a.salt, Verifier::mock(b"bob", b"key").salt);
+        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"));
+        let (server, server_first) = ServerExchange::begin(a, first.as_bytes()).unwrap();
+        let last = client.respond(server_first.as_bytes()).unwrap();
+        assert!(server.finish(last.as_bytes()).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_verifier_of_rfc_7677_reads_back() {
+        let text = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY=:wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU=";
+        let verifier = Verifier::parse(text).unwrap();
+        assert_eq!(verifier.iterations, 4096);
+        let first = b"n,,n=user,r=rOprNGfwEbeRWgbNEkqO";
+        let (server, server_first) =
+            ServerExchange::begin_with(verifier, first, "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0").unwrap();
+        assert_eq!(
+            server_first,
+            "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"
+        );
+        let last = b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=";
+        let (_, server_final) = server.finish(last).unwrap().expect("RFC 7677's proof");
+        assert_eq!(
+            server_final,
+            "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
+        );
+        assert!(Verifier::parse("md5abc").is_none());
+    }
+}
