@@ -5,6 +5,7 @@ mod attacked;
 mod common;
 mod drivers;
 mod killed;
+mod replication_pairs;
 mod sabotage;
 mod stragglers;
 mod surface_cli;

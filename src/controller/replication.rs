@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::links::{
     self, Ends, LinkError, Make, PUBLICATION, Regime, TableName, list, marker_table, slot_name, tables_published,
@@ -24,7 +24,7 @@ use super::{copy, fence, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
-use crate::pg::origin::{connect_with_origin, drop_origins};
+use crate::pg::origin::{POOL, connect_with_origin, drop_origins};
 use crate::pg::{Client, Ident, Purpose, Side, connect};
 
 const PURPOSE: Purpose = Purpose("replication");
@@ -819,6 +819,10 @@ async fn links_down(
         done.push(format!("{side}: slot {slot}"));
     }
 
+    // Without a row the publication of this name, if there is one, is somebody else's.
+    if row.is_none() {
+        return Ok(done);
+    }
     let sql = query("dropping the publication");
     let txn = on.transaction().await.map_err(&sql)?;
     if let Some(expect) = &expect {
@@ -827,9 +831,6 @@ async fn links_down(
     txn.batch_execute(&format!("drop publication if exists {}", Ident::new(PUBLICATION))).await.map_err(&sql)?;
     txn.commit().await.map_err(&sql)?;
 
-    if row.is_none() {
-        return Ok(done);
-    }
     if everything || active {
         fence::remove(on).await.map_err(|e| e.to_string())?;
         done.push(format!("{side}: fence of database {database}"));
@@ -847,17 +848,35 @@ async fn links_down(
     Ok(done)
 }
 
-/// What pgflip has in a whole server: its own replication origins, and slots whose database is gone from the config.
+/// What pgflip has in a whole server: its own replication origins.
 async fn cluster_down(config: &Config, side: Side) -> Result<(), String> {
     let limit = config.limits.server_connect_timeout;
     let mut last = String::new();
     for database in config.databases.iter().map(String::as_str).chain(ALWAYS_THERE) {
         match connect(config.server(side), database, PURPOSE, limit).await {
-            Ok(client) => return drop_origins(&client).await.map_err(|e| e.to_string()),
+            Ok(client) => return origins_down(&client).await,
             Err(error) => last = error.to_string(),
         }
     }
     Err(last)
+}
+
+/// Sessions that have just been closed may still hold theirs for a moment.
+async fn origins_down(client: &Client) -> Result<(), String> {
+    let began = Instant::now();
+    let names: Vec<&str> = POOL.to_vec();
+    loop {
+        drop_origins(client).await.map_err(|e| e.to_string())?;
+        let left = "select count(*) from pg_replication_origin where roname = any ($1)";
+        let left: i64 = client.query_one(left, &[&names]).await.map_err(query("reading the origins"))?.get(0);
+        if left == 0 {
+            return Ok(());
+        }
+        if began.elapsed() > Duration::from_secs(10) {
+            return Err(format!("{left} replication origins of pgflip's are in use by another session of pgflip's"));
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// How replication stands: every database, both links, every table that is not in step yet. What can't be read is said
