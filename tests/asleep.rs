@@ -5,18 +5,30 @@ use std::time::{Duration, Instant};
 
 use crate::common::{LIMIT, Rig};
 use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
-use pgflip::demo::ledger::{Load, Ledger, Shape};
+use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
 
 async fn asleep_after_every_step(blue: u32, green: u32) {
-    let shape = Shape { tables: 4, rows: 20, accounts: 200 };
+    let shape = Shape {
+        tables: 4,
+        rows: 20,
+        accounts: 200,
+    };
     let mut rig = Rig::new(blue, green).shape(shape).start().await;
     rig.replicate().await;
     // Clients of the one that stays awake.
     let awake = rig.another("").await;
-    let load = Load { clients: 6, think: Duration::from_millis(20), ..Load::default() };
+    let load = Load {
+        clients: 6,
+        think: Duration::from_millis(20),
+        ..Load::default()
+    };
     let ledger = Ledger::start(rig.app(), rig.others[awake].port(), &load);
-    let steps = REVERSIBLE.iter().map(|step| step.name()).chain([PIVOT]).chain(FORWARD.iter().map(|step| step.name()));
+    let steps = REVERSIBLE
+        .iter()
+        .map(|step| step.name())
+        .chain([PIVOT])
+        .chain(FORWARD.iter().map(|step| step.name()));
     for step in steps {
         let source = rig.serving().await;
         let direction = if source == Side::Blue { "cutover" } else { "rollback" };
@@ -34,12 +46,21 @@ async fn asleep_after_every_step(blue: u32, green: u32) {
             let until = Instant::now() + LIMIT;
             loop {
                 let (_, status) = rig.others[awake].get("/v1/status").await.expect("an answer");
-                let direction = if status["active"] == "green" { "rollback" } else { "cutover" };
+                let direction = if status["active"] == "green" {
+                    "rollback"
+                } else {
+                    "cutover"
+                };
                 let said = rig.others[awake].run(&[direction]).await.expect("the command runs");
                 if said.code == Some(0) {
                     break;
                 }
-                assert!(Instant::now() < until, "{fault}: the other one can't flip: {}{}", said.out, said.err);
+                assert!(
+                    Instant::now() < until,
+                    "{fault}: the other one can't flip: {}{}",
+                    said.out,
+                    said.err
+                );
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         }

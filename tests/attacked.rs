@@ -8,12 +8,20 @@ use pgflip::pg::Side;
 
 async fn attacked(blue: u32, green: u32) {
     let rig = Rig::new(blue, green)
-        .shape(Shape { tables: 4, rows: 20, accounts: 200 })
+        .shape(Shape {
+            tables: 4,
+            rows: 20,
+            accounts: 200,
+        })
         .setting("max_prepared_transactions", "20")
         .start()
         .await;
     rig.replicate().await;
-    let ledgers = rig.ledgers(&Load { clients: 6, think: Duration::from_millis(20), ..Load::default() });
+    let ledgers = rig.ledgers(&Load {
+        clients: 6,
+        think: Duration::from_millis(20),
+        ..Load::default()
+    });
     let pause = Duration::from_millis(15);
     let attacks = Side::BOTH.map(|side| {
         let cluster = rig.cluster(side);
@@ -29,7 +37,12 @@ async fn attacked(blue: u32, green: u32) {
             if said.code == Some(0) {
                 break;
             }
-            assert!(Instant::now() < until, "{direction} never came to pass: {}{}", said.out, said.err);
+            assert!(
+                Instant::now() < until,
+                "{direction} never came to pass: {}{}",
+                said.out,
+                said.err
+            );
         }
     }
     let mut writes = Vec::new();
@@ -37,9 +50,20 @@ async fn attacked(blue: u32, green: u32) {
         writes.extend(attack.stop().await);
     }
     for trick in Trick::STEADY {
-        let of = |fate: fn(&Fate) -> bool| writes.iter().filter(|write| write.trick == trick && fate(&write.fate)).count();
-        assert!(of(|fate| *fate == Fate::Acknowledged) > 0, "{trick:?} never got through on the active side");
-        assert!(of(|fate| matches!(fate, Fate::Refused(..))) > 0, "{trick:?} was never refused on the standby");
+        let of = |fate: fn(&Fate) -> bool| {
+            writes
+                .iter()
+                .filter(|write| write.trick == trick && fate(&write.fate))
+                .count()
+        };
+        assert!(
+            of(|fate| *fate == Fate::Acknowledged) > 0,
+            "{trick:?} never got through on the active side"
+        );
+        assert!(
+            of(|fate| matches!(fate, Fate::Refused(..))) > 0,
+            "{trick:?} was never refused on the standby"
+        );
     }
     let active = rig.serving().await;
     let server = rig.admin(active).await;

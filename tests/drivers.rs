@@ -54,7 +54,14 @@ async fn drivers_feel_nothing_of_flips() {
         .expect("bash");
     assert!(setup.status.success(), "drivers can't be installed");
     let root = String::from_utf8(setup.stdout).expect("a path").trim().to_owned();
-    let rig = Rig::new(16, 18).shape(Shape { tables: 2, rows: 5, accounts: 50 }).start().await;
+    let rig = Rig::new(16, 18)
+        .shape(Shape {
+            tables: 2,
+            rows: 5,
+            accounts: 50,
+        })
+        .start()
+        .await;
     let owner = rig.client().await;
     owner
         .batch_execute(
@@ -82,9 +89,12 @@ async fn drivers_feel_nothing_of_flips() {
         let (name, said) = driver.stop();
         assert_eq!(said["errors"], Value::Array(Vec::new()), "{name}");
         assert_eq!(said["changed"], Value::Array(Vec::new()), "{name}");
-        let acknowledged: Vec<String> =
-            serde_json::from_value(said["acknowledged"].clone()).expect("a list of ids");
-        assert!(acknowledged.len() > 20, "{name} did hardly anything: {}", acknowledged.len());
+        let acknowledged: Vec<String> = serde_json::from_value(said["acknowledged"].clone()).expect("a list of ids");
+        assert!(
+            acknowledged.len() > 20,
+            "{name} did hardly anything: {}",
+            acknowledged.len()
+        );
         let wrong = green
             .query(
                 "select a.id, count(l.id) from unnest($1::text[]) as a (id) left join public.driver_ledger l using (id)
@@ -93,6 +103,10 @@ async fn drivers_feel_nothing_of_flips() {
             )
             .await
             .expect("an answer");
-        assert!(wrong.is_empty(), "{name}: {} acknowledged writes lost or doubled", wrong.len());
+        assert!(
+            wrong.is_empty(),
+            "{name}: {} acknowledged writes lost or doubled",
+            wrong.len()
+        );
     }
 }

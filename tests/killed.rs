@@ -16,10 +16,18 @@ fn steps() -> Vec<(&'static str, bool)> {
 }
 
 async fn killed_after_every_step(blue: u32, green: u32, databases: usize) {
-    let shape = Shape { tables: 4, rows: 20, accounts: 200 };
+    let shape = Shape {
+        tables: 4,
+        rows: 20,
+        accounts: 200,
+    };
     let mut rig = Rig::new(blue, green).databases(databases).shape(shape).start().await;
     rig.replicate().await;
-    let load = Load { clients: 6, think: Duration::from_millis(20), ..Load::default() };
+    let load = Load {
+        clients: 6,
+        think: Duration::from_millis(20),
+        ..Load::default()
+    };
     let ledgers = rig.ledgers(&load);
     for (step, flipped) in steps() {
         for source in Side::BOTH {
@@ -34,9 +42,18 @@ async fn killed_after_every_step(blue: u32, green: u32, databases: usize) {
             rig.sidecar.restart(&[("PGFLIP_FAULT", &fault)]).expect("pgflip starts");
             rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
             let said = rig.run(&[direction]).await;
-            assert_ne!(said.code, Some(0), "{fault}: it was killed, and the command can't have seen it succeed");
+            assert_ne!(
+                said.code,
+                Some(0),
+                "{fault}: it was killed, and the command can't have seen it succeed"
+            );
             let ended = rig.sidecar.wait(LIMIT);
-            assert!(ended.is_some(), "{fault}: no step of this name was reached: {}{}", said.out, said.err);
+            assert!(
+                ended.is_some(),
+                "{fault}: no step of this name was reached: {}{}",
+                said.out,
+                said.err
+            );
             rig.sidecar.restart(&[]).expect("pgflip starts again");
             rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
             let active = if flipped { source.other() } else { source };

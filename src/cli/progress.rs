@@ -112,7 +112,7 @@ impl Bars {
         });
         match event["state"].as_str() {
             Some("started" | "progress") => {
-                self.bar(step, data, line(event));
+                self.bar(step.clone(), data, line(event));
                 for table in tables {
                     let message = format!("    {} ({})", text(&table["table"]), text(&table["state"]));
                     self.bar(name(table), table, message);

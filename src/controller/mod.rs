@@ -130,6 +130,7 @@ struct Inner {
     last_flip: Option<Value>,
     traffic: Option<traffic::Traffic>,
     warnings: Vec<String>,
+    last_lag: Option<flip::LastLag>,
     blue: Known,
     green: Known,
     guard: Option<tokio::task::JoinHandle<()>>,
@@ -150,6 +151,7 @@ impl Controller {
                 last_flip: None,
                 traffic: None,
                 warnings: Vec::new(),
+                last_lag: None,
                 blue: unread(),
                 green: unread(),
                 guard: None,
@@ -185,6 +187,10 @@ impl Controller {
         inner.green = green.clone();
     }
 
+    fn saw_lag(&self, lag: flip::LastLag) {
+        self.inner.lock().last_lag = Some(lag);
+    }
+
     fn warn_once(&self, warning: String) {
         let mut inner = self.inner.lock();
         if !inner.warnings.contains(&warning) {
@@ -203,8 +209,14 @@ impl Controller {
             Request::ReplicationStart => Kind::ReplicationStart,
             Request::ReplicationStop => Kind::ReplicationStop,
             Request::Finalize => Kind::Finalize,
-            Request::Flip(FlipRequest { direction: Direction::Cutover, .. }) => Kind::Cutover,
-            Request::Flip(FlipRequest { direction: Direction::Rollback, .. }) => Kind::Rollback,
+            Request::Flip(FlipRequest {
+                direction: Direction::Cutover,
+                ..
+            }) => Kind::Cutover,
+            Request::Flip(FlipRequest {
+                direction: Direction::Rollback,
+                ..
+            }) => Kind::Rollback,
         };
         let mut inner = self.inner.lock();
         if inner.leaving {
@@ -264,7 +276,8 @@ impl Controller {
         match request {
             Request::Flip(flip) => {
                 let direction = flip.direction;
-                let ended = flip::run(config, self.gate.clone(), operation, flip).await;
+                let last_lag = self.inner.lock().last_lag;
+                let ended = flip::run(config, self.gate.clone(), operation, flip, last_lag).await;
                 if let Some(outcome) = ended.result["outcome"].as_str() {
                     metrics::counter!("pgflip_flips_total", "direction" => direction.as_str(), "outcome" => outcome.to_owned())
                         .increment(1);
@@ -289,7 +302,12 @@ impl Controller {
 
     /// An operation by its id, the newest fifty.
     pub fn operation(&self, id: u64) -> Option<Operation> {
-        self.inner.lock().operations.iter().find(|operation| operation.id() == id).cloned()
+        self.inner
+            .lock()
+            .operations
+            .iter()
+            .find(|operation| operation.id() == id)
+            .cloned()
     }
 
     /// Whether clients can be served: for `/readyz`.
@@ -364,7 +382,9 @@ impl Controller {
         let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
         let inner = self.inner.lock();
         let running = inner.running.as_ref().map(Operation::view);
-        let flipping = running.as_ref().is_some_and(|view| matches!(view.kind, Kind::Cutover | Kind::Rollback));
+        let flipping = running
+            .as_ref()
+            .is_some_and(|view| matches!(view.kind, Kind::Cutover | Kind::Rollback));
         let (phase, why) = match (&inner.phase, flipping) {
             (Phase::InDoubt(why), _) => ("in_doubt", Some(why.clone())),
             (_, true) => ("flipping", None),
@@ -397,8 +417,10 @@ impl Controller {
 /// One word for all links: `none`, `copying`, `running`, or `broken` (a link that ought to be on is not).
 fn replication_state(status: &Value) -> &'static str {
     let databases = status["databases"].as_array().map_or(&[][..], Vec::as_slice);
-    let links: Vec<&Value> =
-        databases.iter().flat_map(|database| database["links"].as_array().map_or(&[][..], Vec::as_slice)).collect();
+    let links: Vec<&Value> = databases
+        .iter()
+        .flat_map(|database| database["links"].as_array().map_or(&[][..], Vec::as_slice))
+        .collect();
     let forward: Vec<&Value> = databases
         .iter()
         .filter_map(|database| {
@@ -415,7 +437,9 @@ fn replication_state(status: &Value) -> &'static str {
         return "none";
     }
     let unready = |link: &&Value| {
-        ["waiting", "copying", "catching_up"].iter().any(|state| link["tables"][state].as_u64().is_none_or(|n| n > 0))
+        ["waiting", "copying", "catching_up"]
+            .iter()
+            .any(|state| link["tables"][state].as_u64().is_none_or(|n| n > 0))
     };
     if forward.iter().any(unready) {
         return "copying";
