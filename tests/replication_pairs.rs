@@ -27,7 +27,11 @@ struct Pair {
 async fn pair(blue: u32, green: u32) -> Pair {
     let start = |name: &str, version: u32| {
         let options = Options::named(name).setting("wal_retrieve_retry_interval", "200ms");
-        let options = Options { password: Some(Secret::new("secret")), fsync: false, ..options };
+        let options = Options {
+            password: Some(Secret::new("secret")),
+            fsync: false,
+            ..options
+        };
         Cluster::start(&cluster::find(version).unwrap(), options).unwrap()
     };
     let (blue, green) = (start("blue", blue), start("green", green));
@@ -39,7 +43,10 @@ async fn pair(blue: u32, green: u32) -> Pair {
         databases: vec!["app".into(), "Second \"db\"".into()],
         blue: blue.server(Side::Blue),
         green: green.server(Side::Green),
-        admin: Admin { listen: nowhere, token: None },
+        admin: Admin {
+            listen: nowhere,
+            token: None,
+        },
         auth: ClientAuth::Scram,
         client_tls: None,
         flip: Flip {
@@ -65,15 +72,33 @@ async fn pair(blue: u32, green: u32) -> Pair {
         log_level: "info".into(),
     };
     let admin = blue.connect("postgres").await.unwrap();
-    admin.batch_execute(include_str!("replication/cluster.sql")).await.unwrap();
-    admin.batch_execute("create database app owner owner template template0 encoding 'UTF8'").await.unwrap();
-    admin.batch_execute("create database \"Second \"\"db\"\"\" template template0").await.unwrap();
-    admin.batch_execute(include_str!("replication/databases.sql")).await.unwrap();
+    admin
+        .batch_execute(include_str!("replication/cluster.sql"))
+        .await
+        .unwrap();
+    admin
+        .batch_execute("create database app owner owner template template0 encoding 'UTF8'")
+        .await
+        .unwrap();
+    admin
+        .batch_execute("create database \"Second \"\"db\"\"\" template template0")
+        .await
+        .unwrap();
+    admin
+        .batch_execute(include_str!("replication/databases.sql"))
+        .await
+        .unwrap();
     let app = blue.connect("app").await.unwrap();
     app.batch_execute(include_str!("replication/schema.sql")).await.unwrap();
-    let second = connect(&config.blue, "Second \"db\"", Purpose("test"), LIMIT).await.unwrap();
+    let second = connect(&config.blue, "Second \"db\"", Purpose("test"), LIMIT)
+        .await
+        .unwrap();
     second.batch_execute("create table public.t (id int primary key, x text); insert into public.t select g, 'x' || g from generate_series(1, 100) g").await.unwrap();
-    Pair { blue, green, config: Arc::new(config) }
+    Pair {
+        blue,
+        green,
+        config: Arc::new(config),
+    }
 }
 
 impl Pair {
@@ -95,7 +120,10 @@ impl Pair {
     /// Name, rows and digest of every table's contents.
     async fn contents(&self, side: Side) -> Vec<(String, i64, String)> {
         let client = self.cluster(side).connect("app").await.unwrap();
-        client.batch_execute("set search_path = ''; set timezone = 'UTC'").await.unwrap();
+        client
+            .batch_execute("set search_path = ''; set timezone = 'UTC'")
+            .await
+            .unwrap();
         let mut contents = Vec::new();
         for (_, table) in links::tables_to_publish(&client).await.unwrap() {
             let statement = format!(
@@ -111,49 +139,79 @@ impl Pair {
     /// Waits until everything that was written on `from` has been applied on the other side.
     async fn caught_up(&self, from: Side) {
         for database in &self.config.databases {
-            let source = connect(self.config.server(from), database, Purpose("test"), LIMIT).await.unwrap();
-            let target = connect(self.config.server(from.other()), database, Purpose("test"), LIMIT).await.unwrap();
+            let source = connect(self.config.server(from), database, Purpose("test"), LIMIT)
+                .await
+                .unwrap();
+            let target = connect(self.config.server(from.other()), database, Purpose("test"), LIMIT)
+                .await
+                .unwrap();
             let n = marker::write(&source, from).await.unwrap();
-            marker::wait(&target, from, n, tokio::time::Instant::now() + LIMIT).await.unwrap();
+            marker::wait(&target, from, n, tokio::time::Instant::now() + LIMIT)
+                .await
+                .unwrap();
         }
     }
 
     async fn same_everywhere(&self) {
         let (blue, green) = (self.contents(Side::Blue).await, self.contents(Side::Green).await);
-        assert!(blue.len() > 12 && blue.iter().filter(|(_, rows, _)| *rows > 0).count() > 10, "{blue:?}");
+        assert!(
+            blue.len() > 12 && blue.iter().filter(|(_, rows, _)| *rows > 0).count() > 10,
+            "{blue:?}"
+        );
         assert_eq!(blue, green);
     }
 
     /// What a flip does to the links and rows, by hand and with nobody writing.
     async fn flip_links(&self, from: Side, epoch: u64) {
         let to = from.other();
-        let expect = Expect { states: &[State::Standby], epoch };
+        let expect = Expect {
+            states: &[State::Standby],
+            epoch,
+        };
         self.caught_up(from).await;
         for database in &self.config.databases {
-            let mut source = connect(self.config.server(from), database, Purpose("test"), LIMIT).await.unwrap();
-            let target = connect(self.config.server(to), database, Purpose("test"), LIMIT).await.unwrap();
+            let mut source = connect(self.config.server(from), database, Purpose("test"), LIMIT)
+                .await
+                .unwrap();
+            let target = connect(self.config.server(to), database, Purpose("test"), LIMIT)
+                .await
+                .unwrap();
             let regime = links::Regime::read(&*source, &*target).await.unwrap();
             let (forward, reverse) = (links::slot_name(to, database), links::slot_name(from, database));
-            let ends = links::Ends { source: &source, target: &target, source_side: from, database };
+            let ends = links::Ends {
+                source: &source,
+                target: &target,
+                source_side: from,
+                database,
+            };
             let obstacles = links::obstacles(&ends, regime).await.unwrap();
             assert!(obstacles.is_empty(), "{obstacles:?}");
             let mut at = None;
             if regime == links::Regime::Plain {
                 links::move_reverse_slot_up(&target, &reverse, &expect).await.unwrap();
-                let mut with_origin =
-                    connect_with_origin(self.config.server(to), database, Purpose("test"), LIMIT).await.unwrap();
+                let mut with_origin = connect_with_origin(self.config.server(to), database, Purpose("test"), LIMIT)
+                    .await
+                    .unwrap();
                 links::forward_off(&mut with_origin, &forward, &expect).await.unwrap();
                 at = Some(links::advance_reverse_slot(&target, &reverse).await.unwrap());
             }
             let origin = links::origin_name(&*source, &reverse).await.unwrap();
             let txn = source.transaction().await.unwrap();
-            txn.batch_execute(&format!("update pgflip.state set state = 'standby', epoch = {}", epoch + 1)).await.unwrap();
+            txn.batch_execute(&format!(
+                "update pgflip.state set state = 'standby', epoch = {}",
+                epoch + 1
+            ))
+            .await
+            .unwrap();
             if let Some(at) = at {
                 links::advance_reverse_origin(&txn, &origin, at).await.unwrap();
             }
             txn.commit().await.unwrap();
             target
-                .batch_execute(&format!("update pgflip.state set state = 'active', epoch = {}", epoch + 1))
+                .batch_execute(&format!(
+                    "update pgflip.state set state = 'active', epoch = {}",
+                    epoch + 1
+                ))
                 .await
                 .unwrap();
             if database == "app" {
@@ -161,8 +219,12 @@ impl Pair {
                 target.execute(audit, &[]).await.unwrap();
             }
             // The new standby is armed, the new active side disarmed, as a flip leaves them.
-            let with_origin = connect_with_origin(self.config.server(from), database, Purpose("test"), LIMIT).await.unwrap();
-            pgflip::controller::fence::arm(&with_origin, &Default::default()).await.unwrap();
+            let with_origin = connect_with_origin(self.config.server(from), database, Purpose("test"), LIMIT)
+                .await
+                .unwrap();
+            pgflip::controller::fence::arm(&with_origin, &Default::default())
+                .await
+                .unwrap();
             pgflip::controller::fence::disarm(&target, epoch + 1).await.unwrap();
             drop(with_origin);
             links::repair(&self.config, database, to, epoch + 1).await.unwrap();
@@ -185,7 +247,11 @@ async fn cut_off(pair: &Pair, phase: &str) {
         let running = tokio::spawn(replication::start(pair.config.clone(), op.clone()));
         let mut changed = op.watch();
         while !running.is_finished() {
-            if op.events_from(0).iter().any(|event| event.step == phase && event.state == "started") {
+            if op
+                .events_from(0)
+                .iter()
+                .any(|event| event.step == phase && event.state == "started")
+            {
                 running.abort();
                 assert!(running.await.is_err(), "{phase} was not cut off");
                 return;
@@ -203,7 +269,10 @@ async fn cut_off(pair: &Pair, phase: &str) {
 /// Everything in a server that could be a trace.
 async fn catalog(cluster: &Cluster, database: &str) -> Vec<String> {
     let client = cluster.connect(database).await.unwrap();
-    let rows = client.query(include_str!("replication/catalog.sql"), &[]).await.unwrap();
+    let rows = client
+        .query(include_str!("replication/catalog.sql"), &[])
+        .await
+        .unwrap();
     rows.iter().map(|row| row.get(0)).collect()
 }
 
@@ -222,30 +291,75 @@ async fn there_and_back(blue: u32, green: u32) {
     let url = |user: &str| format!("postgresql://{user}:app%20secret@127.0.0.1:{}/app", pair.green.port());
     let app = cluster::connect(&url("app")).await.unwrap();
     let shown = "select current_setting('work_mem') || ' ' || current_setting('search_path') || ' ' || current_setting('app.tenant')";
-    assert_eq!(app.query_one(shown, &[]).await.unwrap().get::<_, String>(0), "7MB \"a b\", public blue");
+    assert_eq!(
+        app.query_one(shown, &[]).await.unwrap().get::<_, String>(0),
+        "7MB \"a b\", public blue"
+    );
     let roles = include_str!("replication/roles.sql");
-    let on_blue = pair.blue.connect("app").await.unwrap().query_one(roles, &[]).await.unwrap().get::<_, String>(0);
-    let on_green = pair.green.connect("app").await.unwrap().query_one(roles, &[]).await.unwrap().get::<_, String>(0);
+    let on_blue = pair
+        .blue
+        .connect("app")
+        .await
+        .unwrap()
+        .query_one(roles, &[])
+        .await
+        .unwrap()
+        .get::<_, String>(0);
+    let on_green = pair
+        .green
+        .connect("app")
+        .await
+        .unwrap()
+        .query_one(roles, &[])
+        .await
+        .unwrap()
+        .get::<_, String>(0);
     assert_eq!(on_blue, on_green);
-    assert!(cluster::connect(&url("expired")).await.is_err(), "VALID UNTIL is carried");
+    assert!(
+        cluster::connect(&url("expired")).await.is_err(),
+        "VALID UNTIL is carried"
+    );
 
     // The standby refuses everybody else.
     let superuser = pair.green.connect("app").await.unwrap();
-    let refused = superuser.batch_execute("insert into plain values (-1, 'no')").await.unwrap_err();
+    let refused = superuser
+        .batch_execute("insert into plain values (-1, 'no')")
+        .await
+        .unwrap_err();
     assert_eq!(refused.code().unwrap().code(), "25006");
 
     // A second start finds everything there.
     let slots = "select string_agg(slot_name || restart_lsn::text, ',') is not null from pg_replication_slots";
-    assert!(pair.blue.connect("app").await.unwrap().query_one(slots, &[]).await.unwrap().get::<_, bool>(0));
+    assert!(
+        pair.blue
+            .connect("app")
+            .await
+            .unwrap()
+            .query_one(slots, &[])
+            .await
+            .unwrap()
+            .get::<_, bool>(0)
+    );
     pair.start().await.unwrap_or_else(|failure| panic!("{failure}"));
 
     // A table that was added since stops a flip until start has taken it in.
     let blue_app = pair.blue.connect("app").await.unwrap();
-    blue_app.batch_execute("create table late (id serial primary key, x text); insert into late (x) values ('a'), ('b')").await.unwrap();
+    blue_app
+        .batch_execute("create table late (id serial primary key, x text); insert into late (x) values ('a'), ('b')")
+        .await
+        .unwrap();
     let found = preflight::for_flip(&pair.config, Side::Blue).await;
-    assert!(found.iter().any(|finding| finding.code == "table_not_replicated" && finding.what.contains("late")), "{found:?}");
+    assert!(
+        found
+            .iter()
+            .any(|finding| finding.code == "table_not_replicated" && finding.what.contains("late")),
+        "{found:?}"
+    );
     pair.start().await.unwrap_or_else(|failure| panic!("{failure}"));
-    blue_app.batch_execute("insert into late (x) values ('c')").await.unwrap();
+    blue_app
+        .batch_execute("insert into late (x) values ('c')")
+        .await
+        .unwrap();
     pair.caught_up(Side::Blue).await;
     pair.same_everywhere().await;
     let found = preflight::for_flip(&pair.config, Side::Blue).await;
@@ -259,7 +373,10 @@ async fn there_and_back(blue: u32, green: u32) {
         pair.caught_up(from.other()).await;
         pair.same_everywhere().await;
         let lags = lag::measure(&pair.config).await;
-        let there = lags.iter().find(|lag| lag.database == "app" && lag.from == from.other()).unwrap();
+        let there = lags
+            .iter()
+            .find(|lag| lag.database == "app" && lag.from == from.other())
+            .unwrap();
         assert!(there.bytes.is_some() && there.seconds.is_some(), "{there:?}");
     }
 
@@ -304,7 +421,18 @@ async fn from_15_to_18_both_links_carry_changes_and_stop_leaves_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_that_is_cut_off_in_any_phase_goes_on_when_it_is_run_again() {
     let pair = pair(16, 18).await;
-    for phase in ["databases", "install", "roles", "schema", "fence", "publication", "link", "copy", "analyze", "link_back"] {
+    for phase in [
+        "databases",
+        "install",
+        "roles",
+        "schema",
+        "fence",
+        "publication",
+        "link",
+        "copy",
+        "analyze",
+        "link_back",
+    ] {
         cut_off(&pair, phase).await;
     }
     pair.start().await.unwrap_or_else(|failure| panic!("{failure}"));
@@ -317,16 +445,39 @@ async fn a_start_that_is_cut_off_in_any_phase_goes_on_when_it_is_run_again() {
     pair.flip_links(Side::Blue, 1).await;
     let refused = pair.stop().await.unwrap_err();
     assert!(refused.what.contains("Green is active"), "{refused}");
-    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize)).await.unwrap_or_else(|failure| panic!("{failure}"));
+    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize))
+        .await
+        .unwrap_or_else(|failure| panic!("{failure}"));
     let superuser = pair.blue.connect("app").await.unwrap();
-    let refused = superuser.batch_execute("insert into plain values (-1, 'no')").await.unwrap_err();
+    let refused = superuser
+        .batch_execute("insert into plain values (-1, 'no')")
+        .await
+        .unwrap_err();
     assert_eq!(refused.code().unwrap().code(), "25006");
-    pair.green.connect("app").await.unwrap().batch_execute("insert into plain values (-1, 'yes')").await.unwrap();
+    pair.green
+        .connect("app")
+        .await
+        .unwrap()
+        .batch_execute("insert into plain values (-1, 'yes')")
+        .await
+        .unwrap();
     for cluster in [&pair.blue, &pair.green] {
         let count = "select count(*) from (select subname from pg_subscription union all select slot_name from pg_replication_slots) t";
-        assert_eq!(cluster.connect("app").await.unwrap().query_one(count, &[]).await.unwrap().get::<_, i64>(0), 0);
+        assert_eq!(
+            cluster
+                .connect("app")
+                .await
+                .unwrap()
+                .query_one(count, &[])
+                .await
+                .unwrap()
+                .get::<_, i64>(0),
+            0
+        );
     }
-    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize)).await.unwrap_or_else(|failure| panic!("{failure}"));
+    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize))
+        .await
+        .unwrap_or_else(|failure| panic!("{failure}"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -334,11 +485,17 @@ async fn a_slot_that_waits_says_for_whom_and_goes_on_when_they_have_ended() {
     let pair = pair(16, 18).await;
     let mut writer = pair.blue.connect("postgres").await.unwrap();
     let txn = writer.transaction().await.unwrap();
-    txn.batch_execute("set application_name = 'the one in the way'; create table t ()").await.unwrap();
+    txn.batch_execute("set application_name = 'the one in the way'; create table t ()")
+        .await
+        .unwrap();
     let op = Operation::new(Kind::ReplicationStart);
     let running = tokio::spawn(replication::start(pair.config.clone(), op.clone()));
     let began = Instant::now();
-    while !op.events_from(0).iter().any(|event| event.state == "progress" && event.message.contains("the one in the way")) {
+    while !op
+        .events_from(0)
+        .iter()
+        .any(|event| event.state == "progress" && event.message.contains("the one in the way"))
+    {
         assert!(began.elapsed() < LIMIT && !running.is_finished());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -352,9 +509,14 @@ async fn preflight_names_all_that_is_wrong_and_nothing_is_changed() {
     let pair = pair(16, 18).await;
     let blue = pair.blue.connect("app").await.unwrap();
     blue.batch_execute(include_str!("replication/wrong.sql")).await.unwrap();
-    blue.batch_execute("begin; create table p (id int primary key); prepare transaction 'left over'").await.unwrap();
+    blue.batch_execute("begin; create table p (id int primary key); prepare transaction 'left over'")
+        .await
+        .unwrap();
     let green = pair.green.connect("postgres").await.unwrap();
-    green.batch_execute("create database app template template0 encoding 'SQL_ASCII' locale 'C'").await.unwrap();
+    green
+        .batch_execute("create database app template template0 encoding 'SQL_ASCII' locale 'C'")
+        .await
+        .unwrap();
     let before = (catalog(&pair.blue, "app").await, catalog(&pair.green, "app").await);
 
     let failure = pair.start().await.unwrap_err();
@@ -373,13 +535,30 @@ async fn preflight_names_all_that_is_wrong_and_nothing_is_changed() {
     ] {
         assert!(codes.contains(&code), "{code} is not among {failure}");
     }
-    let named = failure.findings.iter().filter(|finding| finding.code == "no_replica_identity");
-    let named: Vec<_> = named.map(|finding| (finding.what.as_str(), finding.mend.as_str())).collect();
-    assert!(named.iter().any(|(what, _)| what.contains("\"public\".\"bare\"")), "{named:?}");
-    assert!(named.iter().any(|(_, mend)| mend.contains("USING INDEX nearly_x_idx")), "{named:?}");
-    assert_eq!(before, (catalog(&pair.blue, "app").await, catalog(&pair.green, "app").await));
+    let named = failure
+        .findings
+        .iter()
+        .filter(|finding| finding.code == "no_replica_identity");
+    let named: Vec<_> = named
+        .map(|finding| (finding.what.as_str(), finding.mend.as_str()))
+        .collect();
+    assert!(
+        named.iter().any(|(what, _)| what.contains("\"public\".\"bare\"")),
+        "{named:?}"
+    );
+    assert!(
+        named.iter().any(|(_, mend)| mend.contains("USING INDEX nearly_x_idx")),
+        "{named:?}"
+    );
+    assert_eq!(
+        before,
+        (catalog(&pair.blue, "app").await, catalog(&pair.green, "app").await)
+    );
     let shown = format!("{failure} {}", serde_json::to_string(&failure).unwrap());
-    assert!(!shown.contains("SCRAM-SHA-256$") && !shown.contains("secret"), "{shown}");
+    assert!(
+        !shown.contains("SCRAM-SHA-256$") && !shown.contains("secret"),
+        "{shown}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -394,5 +573,10 @@ async fn servers_that_do_not_reach_each_other_are_found_before_anything_is_chang
     assert!(apart[0].what.starts_with("blue can't subscribe to green"), "{apart:?}");
     config.blue.password = Some(Secret::new("wrong"));
     let found = preflight::for_replication(&config).await;
-    assert!(found.iter().any(|finding| finding.code == "unreachable" && finding.what.contains("28P01")), "{found:#?}");
+    assert!(
+        found
+            .iter()
+            .any(|finding| finding.code == "unreachable" && finding.what.contains("28P01")),
+        "{found:#?}"
+    );
 }
