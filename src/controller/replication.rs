@@ -28,6 +28,8 @@ use crate::pg::origin::{POOL, connect_with_origin, drop_origins};
 use crate::pg::{Client, Ident, Purpose, Side, connect};
 
 const PURPOSE: Purpose = Purpose("replication");
+/// How long links may take to come up once everything is made: a worker is started again 5 s after it failed.
+const LINKS_UP: Duration = Duration::from_secs(60);
 /// Databases that every server has, in the order in which they are tried.
 const ALWAYS_THERE: [&str; 2] = ["postgres", "template1"];
 
@@ -596,11 +598,33 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
         source_side: run.source,
         database,
     };
+    in_place(run, &ends, regime).await?;
     let (one, two) = (
         links::read(&ends).await.map_err(link)?,
         links::read(&ends.reverse()).await.map_err(link)?,
     );
     Ok(json!({"database": database, "regime": regime, "tables": published, "links": [one, two]}))
+}
+
+/// Waits until nothing about the two links would stop a flip: workers that have just been made take a moment to come up.
+async fn in_place(run: &Run, ends: &Ends<'_>, regime: Regime) -> Result<(), Failure> {
+    let began = Instant::now();
+    loop {
+        let obstacles = links::obstacles(ends, regime).await.map_err(|e| run.failed(e))?;
+        if obstacles.is_empty() {
+            return Ok(());
+        }
+        if began.elapsed() > LINKS_UP {
+            return Err(Failure {
+                findings: obstacles,
+                ..run.failed(format!(
+                    "The links of database {} are made, but not up after {LINKS_UP:?}",
+                    ends.database
+                ))
+            });
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Makes publication `pgflip` list exactly the tables that have to be carried, and the marker. Returns how many.
@@ -768,11 +792,18 @@ async fn after_copy(run: &Run, source: &Client, target: &mut Client, database: &
                 .await
                 .map_err(sql("refreshing a materialized view"))?;
             state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
-            txn.batch_execute(&format!("refresh materialized view {view}"))
-                .await
-                .map_err(|e| run.failed(query(&view)(e)))?;
-            txn.commit().await.map_err(sql("refreshing a materialized view"))?;
-            refreshed.push(view);
+            match txn.batch_execute(&format!("refresh materialized view {view}")).await {
+                Ok(()) => {
+                    txn.commit().await.map_err(sql("refreshing a materialized view"))?;
+                    refreshed.push(view);
+                }
+                // It may need what no copy brings (a foreign server, a search_path). It stops nothing else.
+                Err(error) => {
+                    txn.rollback().await.map_err(sql("refreshing a materialized view"))?;
+                    let message = format!("Materialized view {view} could not be filled: {}", describe(&error));
+                    run.info("analyze", message, json!({"database": database, "view": view}));
+                }
+            }
         }
     }
     if !analyzed {
