@@ -280,7 +280,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State) -> Result<(), T
     settings.push((b"session_authorization", &state.session_user));
     settings.push((b"role", &state.role));
     const SET: &[u8] = b"pgflip:set";
-    message::put_parse(&mut out, SET, b"select pg_catalog.set_config($1, $2, false)", &[25, 25]);
+    message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);
     for (name, value) in &settings {
         message::put_run(&mut out, PORTAL, SET, &[name, value]);
     }
