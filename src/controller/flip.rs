@@ -16,7 +16,7 @@ use super::fence::{self, Digest, DigestStatement, FenceError, OldXids};
 use super::links::{self, Ends, LinkError, Regime};
 use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
-use super::preflight::Finding;
+use super::preflight::{self, Finding};
 use super::recovery::{self, Burnt, OperatorLock, RecoveryError, go_to};
 use super::sequences::{self, SequenceError};
 use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
@@ -261,6 +261,15 @@ pub struct Flip {
     traffic: Option<Traffic>,
 }
 
+/// The last lag that was seen towards the standby, all databases together.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct LastLag {
+    /// WAL not yet applied there, in bytes.
+    pub bytes: u64,
+    /// When it was read.
+    pub at: jiff::Timestamp,
+}
+
 /// How a flip ended, for the controller.
 pub struct Ended {
     /// The operation's status.
@@ -278,7 +287,15 @@ fn failure(direction: Direction, outcome: &str, why: String, means: &str, next: 
 const UNTOUCHED: &str = "No client was touched and nothing was changed.";
 
 /// Runs one flip from beginning to end. The caller makes sure that it is the only one in this process.
-pub async fn run(config: Arc<Config>, gate: Arc<Gate>, operation: Operation, request: FlipRequest) -> Ended {
+///
+/// `last_lag` is the last that was seen of how far the standby is behind: all that can be said about a source that is dead.
+pub async fn run(
+    config: Arc<Config>,
+    gate: Arc<Gate>,
+    operation: Operation,
+    request: FlipRequest,
+    last_lag: Option<LastLag>,
+) -> Ended {
     let direction = request.direction;
     let failed = |why: String, next: String, findings: Vec<Finding>| {
         let mut result = failure(direction, "failed", why, UNTOUCHED, next);
@@ -289,7 +306,7 @@ pub async fn run(config: Arc<Config>, gate: Arc<Gate>, operation: Operation, req
         Ended { status: Status::Failed, result, traffic: None }
     };
     if request.force.is_some() {
-        return force(&config, &gate, &operation, direction).await;
+        return force(&config, &gate, &operation, direction, last_lag).await;
     }
     operation.event("preflight", "started", "looking at both sides", Value::Null);
     let began = Instant::now();
@@ -307,7 +324,13 @@ pub async fn run(config: Arc<Config>, gate: Arc<Gate>, operation: Operation, req
 
 /// Goes on without a dead side: the other one becomes active whatever the dead one had. Clients on the dead side have
 /// nothing to be drained from.
-async fn force(config: &Config, gate: &Gate, operation: &Operation, direction: Direction) -> Ended {
+async fn force(
+    config: &Config,
+    gate: &Gate,
+    operation: &Operation,
+    direction: Direction,
+    last_lag: Option<LastLag>,
+) -> Ended {
     let (dead, alive) = (direction.source(), direction.source().other());
     let refused = |why: String, next: &str| {
         let mut result = failure(direction, "failed", why, UNTOUCHED, next.to_owned());
@@ -400,9 +423,10 @@ async fn force(config: &Config, gate: &Gate, operation: &Operation, direction: D
         "sessions": { "moved": moved.moved, "ended": moved.ended, "left": moved.left },
         "means": format!(
             "What {dead} had acknowledged and {alive} had not applied is lost, and how much that is can't be read from a dead \
-             server. The last lag that was seen is in `lag`."
+             server: `may_be_lost` has the last lag that was seen, null if none was."
         ),
-        "may_be_lost": { "bytes": Value::Null, "transactions": Value::Null },
+        // What was written between that reading and the server's death is not in it.
+        "may_be_lost": { "bytes": last_lag.map(|lag| lag.bytes), "seen_at": last_lag.map(|lag| lag.at), "transactions": Value::Null },
         "next": format!("When {dead} comes back it is fenced before anything else; its link has to be rebuilt."),
     });
     Ended { status: Status::Succeeded, result, traffic: None }
@@ -610,19 +634,17 @@ impl Flip {
     // ---- reversible steps ----
 
     async fn preflight(&mut self) -> Result<(), Stop> {
+        let mut found = preflight::for_flip(&self.config, self.source).await;
         // What the guard or the server mends by itself within seconds is waited for in `settle`.
-        let (source, regime, cushion) = (self.source, self.regime, self.config.flip.sequence_cushion);
-        let (forward, target) = (&self.databases, self.target);
-        let found = try_join_all(forward.iter().map(|database| async move {
-            let mut found: Vec<Finding> = links::obstacles(&database.ends(source), regime).await?;
-            found.retain(|finding| !TRANSIENT.contains(&finding.code));
-            found.extend(
-                sequences::obstacles(&database.source, &database.target, target, &database.name, cushion).await?,
-            );
-            Ok::<_, Stop>(found)
-        }))
-        .await?
-        .concat();
+        found.retain(|finding| !TRANSIENT.contains(&finding.code));
+        let (target, cushion) = (self.target, self.config.flip.sequence_cushion);
+        let sequences = try_join_all(self.databases.iter().map(|database| {
+            sequences::obstacles(&database.source, &database.target, target, &database.name, cushion)
+        }));
+        found.extend(sequences.await?.concat());
+        for warning in found.iter().filter(|finding| !finding.stops()) {
+            self.operation.event("preflight", "info", warning.to_string(), json!(warning));
+        }
         no_findings(found)
     }
 

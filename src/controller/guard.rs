@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::Controller;
 use super::fence;
+use super::flip;
 use super::links;
 use super::marker;
 use super::recovery::{self, Burnt, Decision, Known, OperatorLock, RecoveryError};
@@ -165,6 +166,7 @@ impl Guard {
                     self.upkeep_at = Instant::now();
                 }
                 self.heartbeat(config, *active).await;
+                self.lag(config, *active).await;
                 if Instant::now() >= self.upkeep_at {
                     self.upkeep_at = Instant::now() + UPKEEP;
                     self.upkeep(config, *active, *epoch, blue, green).await;
@@ -294,6 +296,19 @@ impl Guard {
             }
         }
         drop(lock);
+    }
+
+    /// How far the standby is behind. What can't be read leaves the last reading as it is, with its time.
+    async fn lag(&mut self, config: &Config, active: Side) {
+        let mut bytes = 0;
+        for database in &config.databases {
+            let Ok(client) = self.client(config, active, database).await else { return };
+            let name = links::slot_name(active.other(), database);
+            let Ok(Ok(Some(slot))) = timeout(READ_TIMEOUT, links::slot(&**client, &name)).await else { return };
+            let Some(confirmed) = slot.confirmed_flush_lsn else { return };
+            bytes += slot.now_lsn.0.saturating_sub(confirmed.0);
+        }
+        self.controller.saw_lag(flip::LastLag { bytes, at: jiff::Timestamp::now() });
     }
 
     async fn arming(&mut self, config: &Config, database: &str, active: Side, epoch: u64) -> Result<(), RecoveryError> {

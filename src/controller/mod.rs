@@ -130,6 +130,7 @@ struct Inner {
     last_flip: Option<Value>,
     traffic: Option<traffic::Traffic>,
     warnings: Vec<String>,
+    last_lag: Option<flip::LastLag>,
     blue: Known,
     green: Known,
     guard: Option<tokio::task::JoinHandle<()>>,
@@ -150,6 +151,7 @@ impl Controller {
                 last_flip: None,
                 traffic: None,
                 warnings: Vec::new(),
+                last_lag: None,
                 blue: unread(),
                 green: unread(),
                 guard: None,
@@ -183,6 +185,10 @@ impl Controller {
         let mut inner = self.inner.lock();
         inner.blue = blue.clone();
         inner.green = green.clone();
+    }
+
+    fn saw_lag(&self, lag: flip::LastLag) {
+        self.inner.lock().last_lag = Some(lag);
     }
 
     fn warn_once(&self, warning: String) {
@@ -264,7 +270,8 @@ impl Controller {
         match request {
             Request::Flip(flip) => {
                 let direction = flip.direction;
-                let ended = flip::run(config, self.gate.clone(), operation, flip).await;
+                let last_lag = self.inner.lock().last_lag;
+                let ended = flip::run(config, self.gate.clone(), operation, flip, last_lag).await;
                 if let Some(outcome) = ended.result["outcome"].as_str() {
                     metrics::counter!("pgflip_flips_total", "direction" => direction.as_str(), "outcome" => outcome.to_owned())
                         .increment(1);
