@@ -1,15 +1,21 @@
 //! The whole of it, once, in both link regimes and with two databases: there and back under load, and nobody notices.
 
-mod common;
-
-use common::{LIMIT, Rig};
+use crate::common::{LIMIT, Rig};
 use pgflip::demo::ledger::{Load, Shape};
 use pgflip::pg::Side;
 
 async fn there_and_back(blue: u32, green: u32, databases: usize) {
-    let shape = Shape { tables: 8, rows: 20, accounts: 500 };
+    let shape = Shape {
+        tables: 8,
+        rows: 20,
+        accounts: 500,
+    };
     let rig = Rig::new(blue, green).databases(databases).shape(shape).start().await;
-    let load = Load { clients: 12, think: std::time::Duration::from_millis(10), ..Load::default() };
+    let load = Load {
+        clients: 12,
+        think: std::time::Duration::from_millis(10),
+        ..Load::default()
+    };
     let ledgers = rig.ledgers(&load);
     rig.replicate().await;
     assert_eq!(rig.writable().await, [Side::Blue]);

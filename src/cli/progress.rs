@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
+use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
@@ -23,13 +24,13 @@ pub async fn act(client: &Client, common: &Common, path: &str, body: &Value) -> 
     view
 }
 
+/// Where there are no bars, a copy says every so often how far it is.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
 enum Shown {
     Json,
-    Lines,
-    Bars {
-        all: MultiProgress,
-        steps: HashMap<String, ProgressBar>,
-    },
+    Lines { progressed: Option<Instant> },
+    Bars(Bars),
 }
 
 impl Shown {
@@ -37,74 +38,115 @@ impl Shown {
         if common.json {
             Shown::Json
         } else if std::io::stderr().is_terminal() {
-            Shown::Bars {
-                all: MultiProgress::new(),
-                steps: HashMap::new(),
-            }
+            Shown::Bars(Bars::default())
         } else {
-            Shown::Lines
+            Shown::Lines { progressed: None }
         }
     }
 
     fn event(&mut self, event: &Value) {
-        let text = |key: &str| clean(event[key].as_str().unwrap_or(""));
-        let (step, state, message, data) = (text("step"), text("state"), text("message"), &event["data"]);
-        let mark = match state.as_str() {
-            "done" => "✓",
-            "failed" => "✗",
-            "undone" => "↩",
-            "started" => "…",
-            _ => "·",
-        };
-        let took = match (state.as_str(), data["ms"].as_f64()) {
-            ("done", Some(ms)) => format!("  ({ms:.1} ms)"),
-            _ => String::new(),
-        };
         match self {
             Shown::Json => print(event),
-            Shown::Lines if state == "progress" => {}
-            Shown::Lines => eprintln!("{mark} {step:<12} {message}{took}"),
-            Shown::Bars { all, steps } => {
-                // One bar a table; what is not about a table belongs to its step.
-                let name = data["table"]
-                    .as_str()
-                    .map_or_else(|| step.clone(), |table| format!("{step} {}", clean(table)));
-                match state.as_str() {
-                    "started" | "progress" => {
-                        let bar = steps.entry(name).or_insert_with(|| all.add(ProgressBar::new_spinner()));
-                        if let Some(total) = data["total_bytes"].as_u64().filter(|total| *total > 0) {
-                            if bar.length() != Some(total) {
-                                bar.set_length(total);
-                                bar.set_style(style("  {msg:<44!} [{bar:24}] {bytes}/{total_bytes}"));
-                            }
-                            bar.set_position(data["bytes"].as_u64().unwrap_or(0).min(total));
-                        } else {
-                            bar.set_style(style("{spinner} {msg}"));
-                            bar.enable_steady_tick(std::time::Duration::from_millis(120));
-                        }
-                        bar.set_message(match data["table"].as_str() {
-                            Some(table) => clean(table),
-                            None => format!("{step:<12} {message}"),
-                        });
+            Shown::Lines { progressed } => {
+                if event["state"] == "progress" {
+                    if progressed.is_some_and(|at| at.elapsed() < LINE_EVERY) {
+                        return;
                     }
-                    _ => {
-                        if let Some(bar) = steps.remove(&name) {
-                            bar.finish_and_clear();
-                            all.remove(&bar);
-                        }
-                        // Not drawn if the terminal has gone away; the operation goes on without it.
-                        let _ = all.println(format!("{mark} {step:<12} {message}{took}"));
-                    }
+                    *progressed = Some(Instant::now());
                 }
+                eprintln!("{}", line(event));
             }
+            Shown::Bars(bars) => bars.event(event),
         }
     }
 
     fn done(&mut self) {
-        if let Shown::Bars { all, steps } = self {
-            steps.drain().for_each(|(_, bar)| bar.finish_and_clear());
-            let _ = all.clear();
+        if let Shown::Bars(bars) = self {
+            bars.live.drain().for_each(|(_, bar)| bar.finish_and_clear());
+            // Not drawn if the terminal has gone away.
+            let _ = bars.all.clear();
         }
+    }
+}
+
+/// One event as one line.
+fn line(event: &Value) -> String {
+    let text = |key: &str| clean(event[key].as_str().unwrap_or(""));
+    let mark = match event["state"].as_str() {
+        Some("done") => "✓",
+        Some("failed") => "✗",
+        Some("undone") => "↩",
+        Some("started") => "…",
+        _ => "·",
+    };
+    let took = match (event["state"].as_str(), event["data"]["ms"].as_f64()) {
+        (Some("done"), Some(ms)) => format!("  ({ms:.1} ms)"),
+        _ => String::new(),
+    };
+    format!("{mark} {:<12} {}{took}", text("step"), text("message"))
+}
+
+/// What is under way has a line of its own at the bottom: a step and, of a copy, each table that is copied just now.
+#[derive(Default)]
+struct Bars {
+    all: MultiProgress,
+    live: HashMap<String, ProgressBar>,
+}
+
+impl Bars {
+    fn event(&mut self, event: &Value) {
+        let data = &event["data"];
+        let text = |value: &Value| clean(value.as_str().unwrap_or(""));
+        // The same step runs in several databases side by side.
+        let step = format!("{} {}", text(&event["step"]), text(&data["database"]));
+        let tables = data["copying"].as_array().map_or(&[][..], Vec::as_slice);
+        let name = |table: &Value| format!("{step} table {}", text(&table["table"]));
+        let shown: Vec<String> = tables.iter().map(name).collect();
+        let below = format!("{step} table ");
+        self.live.retain(|name, bar| {
+            let stays = !name.starts_with(&below) || shown.contains(name);
+            if !stays {
+                bar.finish_and_clear();
+            }
+            stays
+        });
+        match event["state"].as_str() {
+            Some("started" | "progress") => {
+                self.bar(step.clone(), data, line(event));
+                for table in tables {
+                    let message = format!("    {} ({})", text(&table["table"]), text(&table["state"]));
+                    self.bar(name(table), table, message);
+                }
+            }
+            _ => {
+                if let Some(bar) = self.live.remove(&step) {
+                    bar.finish_and_clear();
+                }
+                let _ = self.all.println(line(event));
+            }
+        }
+    }
+
+    fn bar(&mut self, name: String, data: &Value, message: String) {
+        let bar = self
+            .live
+            .entry(name)
+            .or_insert_with(|| self.all.add(ProgressBar::new_spinner()));
+        let sizes = data["bytes"]
+            .as_u64()
+            .zip(data["total_bytes"].as_u64().filter(|total| *total > 0));
+        if let Some((bytes, total)) = sizes {
+            if bar.length() != Some(total) {
+                bar.set_length(total);
+                bar.set_style(style("{msg:<60!} [{bar:20}] {bytes}/{total_bytes}"));
+            }
+            // Text on the wire may be longer than the table on disk.
+            bar.set_position(bytes.min(total));
+        } else {
+            bar.set_style(style("{spinner} {msg}"));
+            bar.enable_steady_tick(Duration::from_millis(120));
+        }
+        bar.set_message(message);
     }
 }
 

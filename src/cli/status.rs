@@ -148,16 +148,21 @@ pub fn outcome(result: &Value) -> Vec<String> {
     let count = |key: &str| sessions[key].as_u64().map_or("unknown".to_owned(), |n| n.to_string());
     let held = format!("clients held {}, of which drain {}", ms("held_ms"), ms("drain_ms"));
     match result["outcome"].as_str() {
-        Some("completed") => vec![
-            format!("{direction} completed: {} is active, epoch {epoch}", text("active")),
-            held,
-            format!(
-                "sessions: {} moved, {} ended, {} left",
-                count("moved"),
-                count("ended"),
-                count("left")
-            ),
-        ],
+        Some("completed") => {
+            let mut lines = vec![
+                format!("{direction} completed: {} is active, epoch {epoch}", text("active")),
+                held,
+                format!(
+                    "sessions: {} moved, {} ended, {} left",
+                    count("moved"),
+                    count("ended"),
+                    count("left")
+                ),
+            ];
+            // A forced flip says what was lost.
+            lines.extend(super::progress::trouble(result));
+            lines
+        }
         Some("rehearsed") => vec![
             format!("{direction} rehearsed: everything up to the last step works; nothing was changed"),
             held,
@@ -190,13 +195,14 @@ fn next(status: &Value) -> &'static str {
         (Some("in_doubt"), ..) => {
             "it is not known whether the flip took place. Bring both servers back: pgflip settles it by itself."
         }
-        (Some("flipping"), ..) => "wait; it ends by itself.",
+        (Some("flipping" | "recovering"), ..) => "wait; it ends by itself.",
         _ if unreachable => "bring back the server that can't be reached.",
         (Some("starting" | "unknown") | None, ..) => "pgflip does not know yet which side is active; it keeps looking.",
         (_, _, Some("none")) => "pgflip check, then pgflip replication start",
         (_, _, Some("copying")) => "wait until the copy is done: pgflip replication status",
         (_, Some("green"), Some("running")) => "pgflip rollback goes back; pgflip finalize ends the migration.",
         (_, Some("blue"), Some("running")) => "pgflip cutover --rehearse, then pgflip cutover",
+        (_, _, Some("broken" | "unknown")) => "pgflip replication status says which link is not as it should be.",
         _ => "pgflip check says what is in the way.",
     }
 }

@@ -7,9 +7,9 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep};
 
 use super::links::{self, LinkError, TableName, list};
+use crate::pg::Client;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
-use crate::pg::Client;
 
 /// How often it is looked at.
 const EVERY: Duration = Duration::from_millis(300);
@@ -93,14 +93,22 @@ pub async fn progress(
     let mut running = BTreeMap::new();
     if Features::read(&**target).await?.copy_progress() {
         for row in target.query(include_str!("../pg/sql/copy_progress.sql"), &[]).await? {
-            let table = TableName { schema: row.get("schema"), name: row.get("name") };
+            let table = TableName {
+                schema: row.get("schema"),
+                name: row.get("name"),
+            };
             let count = |n: i64| u64::try_from(n).ok();
             running.insert(table, (count(row.get("bytes")), count(row.get("rows"))));
         }
     }
-    let mut progress = Progress { tables: states.len(), ..Progress::default() };
+    let mut progress = Progress {
+        tables: states.len(),
+        ..Progress::default()
+    };
     for (table, state) in states {
-        let (total_bytes, total_rows) = sizes.get(&table).map_or((None, None), |(bytes, rows)| (Some(*bytes), *rows));
+        let (total_bytes, total_rows) = sizes
+            .get(&table)
+            .map_or((None, None), |(bytes, rows)| (Some(*bytes), *rows));
         let (bytes, rows) = running.get(&table).copied().unwrap_or_default();
         let size = total_bytes.unwrap_or(0);
         progress.total_bytes += size;
@@ -120,7 +128,14 @@ pub async fn progress(
                 "catching up"
             }
         };
-        progress.each.push(Table { table: table.to_string(), state, rows, bytes, total_rows, total_bytes });
+        progress.each.push(Table {
+            table: table.to_string(),
+            state,
+            rows,
+            bytes,
+            total_rows,
+            total_bytes,
+        });
     }
     Ok(progress)
 }
@@ -128,7 +143,10 @@ pub async fn progress(
 /// Bytes and rows of the source's published tables.
 pub async fn sizes(source: &Client) -> Result<BTreeMap<TableName, (u64, Option<u64>)>, CopyError> {
     let rows = source.query(include_str!("../pg/sql/table_sizes.sql"), &[]).await?;
-    let table = |row: &tokio_postgres::Row| TableName { schema: row.get("schema"), name: row.get("name") };
+    let table = |row: &tokio_postgres::Row| TableName {
+        schema: row.get("schema"),
+        name: row.get("name"),
+    };
     let size = |row: &tokio_postgres::Row| {
         let bytes: i64 = row.get("bytes");
         let rows: i64 = row.get("rows");
@@ -171,8 +189,16 @@ pub async fn wait(
         if let (Some(before), Some(failures)) = (failures_before, failures)
             && failures >= before.saturating_add(FAILURES_MAX)
         {
-            let unfinished: Vec<_> = now.each.iter().filter(|t| t.state != "ready").map(|t| &t.table).collect();
-            return Err(CopyError::Failing { times: failures - before, tables: list(&unfinished) });
+            let unfinished: Vec<_> = now
+                .each
+                .iter()
+                .filter(|t| t.state != "ready")
+                .map(|t| &t.table)
+                .collect();
+            return Err(CopyError::Failing {
+                times: failures - before,
+                tables: list(&unfinished),
+            });
         }
         last = now;
         sleep(EVERY).await;

@@ -81,13 +81,19 @@ pub struct Limits {
 impl Default for Limits {
     /// For what is done in the background and at no particular time.
     fn default() -> Limits {
-        Limits { lock_timeout: Duration::from_millis(100), timeout: Duration::from_secs(60) }
+        Limits {
+            lock_timeout: Duration::from_millis(100),
+            timeout: Duration::from_secs(60),
+        }
     }
 }
 
 impl From<&crate::config::Flip> for Limits {
     fn from(flip: &crate::config::Flip) -> Limits {
-        Limits { lock_timeout: flip.arm_lock_timeout, timeout: flip.arm_timeout }
+        Limits {
+            lock_timeout: flip.arm_lock_timeout,
+            timeout: flip.arm_timeout,
+        }
     }
 }
 
@@ -118,12 +124,14 @@ impl Table {
             )
         };
         match (wanted, self.enabled.as_deref()) {
-            (Wanted::Present | Wanted::Disarmed, None) => {
-                Some(format!("{}; alter table only {table} disable trigger {TRIGGER}", create()))
-            }
-            (Wanted::Armed, None) => {
-                Some(format!("{}; alter table only {table} enable always trigger {TRIGGER}", create()))
-            }
+            (Wanted::Present | Wanted::Disarmed, None) => Some(format!(
+                "{}; alter table only {table} disable trigger {TRIGGER}",
+                create()
+            )),
+            (Wanted::Armed, None) => Some(format!(
+                "{}; alter table only {table} enable always trigger {TRIGGER}",
+                create()
+            )),
             (Wanted::Present, Some(_)) | (Wanted::Armed, Some("A")) | (Wanted::Disarmed, Some("D")) => None,
             (Wanted::Armed, Some(_)) => Some(format!("alter table only {table} enable always trigger {TRIGGER}")),
             (Wanted::Disarmed, Some(_)) => Some(format!("alter table only {table} disable trigger {TRIGGER}")),
@@ -146,7 +154,11 @@ async fn tables(client: &Client) -> Result<Vec<Table>, FenceError> {
     };
     let table = |row: &tokio_postgres::Row| Table {
         oid: row.get(0),
-        name: format!("{}.{}", Ident::new(row.get::<_, String>(1)), Ident::new(row.get::<_, String>(2))),
+        name: format!(
+            "{}.{}",
+            Ident::new(row.get::<_, String>(1)),
+            Ident::new(row.get::<_, String>(2))
+        ),
         enabled: row.get(3),
     };
     Ok(found.iter().map(table).collect())
@@ -230,12 +242,20 @@ fn is_moving(error: &tokio_postgres::Error) -> bool {
 async fn locked(client: &Client, left: Vec<Table>, began: Instant) -> FenceError {
     let mut holders = Vec::new();
     if let Some(first) = left.first() {
-        let asked = async { client.query(include_str!("../pg/sql/fence_holders.sql"), &[&first.oid]).await };
+        let asked = async {
+            client
+                .query(include_str!("../pg/sql/fence_holders.sql"), &[&first.oid])
+                .await
+        };
         if let Ok(Ok(rows)) = tokio::time::timeout(Duration::from_secs(2), asked).await {
             holders = rows.iter().map(|row| row.get(0)).collect();
         }
     }
-    FenceError::Locked { tables: left.into_iter().map(|table| table.name).collect(), holders, after: began.elapsed() }
+    FenceError::Locked {
+        tables: left.into_iter().map(|table| table.name).collect(),
+        holders,
+        after: began.elapsed(),
+    }
 }
 
 /// Settings of each small transaction. It gives way in a deadlock, and the application's own event triggers stay out of
@@ -253,7 +273,10 @@ async fn ease(client: &Client) -> Result<&'static str, FenceError> {
 /// is found by the comparison of tables instead of being refused.
 async fn event_trigger(client: &Client, wanted: Wanted, first: &str) -> Result<(), FenceError> {
     let enabled: Option<String> = client
-        .query_opt("select evtenabled::text from pg_event_trigger where evtname = $1", &[&EVENT_TRIGGER])
+        .query_opt(
+            "select evtenabled::text from pg_event_trigger where evtname = $1",
+            &[&EVENT_TRIGGER],
+        )
         .await?
         .map(|row| row.get(0));
     let create = format!(
@@ -272,7 +295,9 @@ async fn event_trigger(client: &Client, wanted: Wanted, first: &str) -> Result<(
     match client.batch_execute(&format!("{first} {change}")).await {
         Ok(()) => Ok(()),
         Err(e) if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-            tracing::debug!("no event trigger: pgflip is not a superuser here; DDL on a fenced side is found, not refused");
+            tracing::debug!(
+                "no event trigger: pgflip is not a superuser here; DDL on a fenced side is found, not refused"
+            );
             Ok(())
         }
         Err(e) if is_moving(&e) => Ok(()),
@@ -299,7 +324,10 @@ async fn as_it_is(client: &Client) -> Result<Expect, FenceError> {
         State::Committing => &[State::Committing],
         State::Standby => &[State::Standby],
     };
-    Ok(Expect { states, epoch: row.epoch })
+    Ok(Expect {
+        states,
+        epoch: row.epoch,
+    })
 }
 
 /// Arms every table as long as the side stays what it is now (state and epoch). On a standby side this needs a session
@@ -321,7 +349,16 @@ pub async fn disarm(client: &Client, epoch: u64) -> Result<usize, FenceError> {
 
 /// As [`disarm`], with limits.
 pub async fn disarm_within(client: &Client, epoch: u64, limits: &Limits) -> Result<usize, FenceError> {
-    make(client, Wanted::Disarmed, Some(Expect { states: &[State::Active], epoch }), limits).await
+    make(
+        client,
+        Wanted::Disarmed,
+        Some(Expect {
+            states: &[State::Active],
+            epoch,
+        }),
+        limits,
+    )
+    .await
 }
 
 /// Drops every trigger and the event trigger. The caller has made sure that nothing depends on the fence any more.
@@ -355,12 +392,19 @@ pub struct DigestStatement(Statement);
 impl DigestStatement {
     /// Prepares it.
     pub async fn new(client: &Client) -> Result<DigestStatement, FenceError> {
-        Ok(DigestStatement(client.prepare(include_str!("../pg/sql/fence_digest.sql")).await?))
+        Ok(DigestStatement(
+            client.prepare(include_str!("../pg/sql/fence_digest.sql")).await?,
+        ))
     }
     /// Runs it.
     pub async fn read(&self, client: &Client) -> Result<Digest, FenceError> {
         let row = client.query_one(&self.0, &[]).await?;
-        Ok(Digest { tables: row.get(0), armed: row.get(1), existing: row.get(2), published: row.get(3) })
+        Ok(Digest {
+            tables: row.get(0),
+            armed: row.get(1),
+            existing: row.get(2),
+            published: row.get(3),
+        })
     }
 }
 
@@ -379,8 +423,10 @@ impl OldXids {
     /// Prepares them on the source.
     pub async fn new(source: &Client) -> Result<OldXids, FenceError> {
         let snapshot = "select array(select x::text from pg_snapshot_xip(pg_current_snapshot()) as x)";
-        let (snapshot, open) =
-            tokio::try_join!(source.prepare(snapshot), source.prepare(include_str!("../pg/sql/old_xids.sql")))?;
+        let (snapshot, open) = tokio::try_join!(
+            source.prepare(snapshot),
+            source.prepare(include_str!("../pg/sql/old_xids.sql"))
+        )?;
         Ok(OldXids { snapshot, open })
     }
 
@@ -401,14 +447,20 @@ impl OldXids {
         let mut open: Vec<String> = Vec::new();
         while !old.is_empty() {
             let asked = timeout_at(deadline, source.query(&self.open, &[&old])).await;
-            let over = || FenceError::OldTransactions { open: open.clone(), after: began.elapsed() };
+            let over = || FenceError::OldTransactions {
+                open: open.clone(),
+                after: began.elapsed(),
+            };
             let rows = asked.map_err(|_| over())??;
             open = rows.iter().map(|row| row.get(0)).collect();
             if open.is_empty() {
                 break;
             }
             if Instant::now() >= deadline {
-                return Err(FenceError::OldTransactions { open, after: began.elapsed() });
+                return Err(FenceError::OldTransactions {
+                    open,
+                    after: began.elapsed(),
+                });
             }
             sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(10));
@@ -424,7 +476,11 @@ mod tests {
     use super::*;
 
     fn table(enabled: Option<&str>) -> Table {
-        Table { oid: 1, name: "\"public\".\"t\"".into(), enabled: enabled.map(str::to_owned) }
+        Table {
+            oid: 1,
+            name: "\"public\".\"t\"".into(),
+            enabled: enabled.map(str::to_owned),
+        }
     }
 
     #[test]
@@ -439,14 +495,29 @@ mod tests {
     fn an_origin_trigger_is_not_armed_enough() {
         // `ENABLE TRIGGER ALL` of pg_restore leaves 'O': a session with session_replication_role = replica would walk
         // through.
-        assert!(table(Some("O")).change(Wanted::Armed).unwrap().contains("enable always"));
-        assert!(table(Some("O")).change(Wanted::Disarmed).unwrap().contains("disable trigger"));
+        assert!(
+            table(Some("O"))
+                .change(Wanted::Armed)
+                .unwrap()
+                .contains("enable always")
+        );
+        assert!(
+            table(Some("O"))
+                .change(Wanted::Disarmed)
+                .unwrap()
+                .contains("disable trigger")
+        );
     }
 
     #[test]
     fn a_trigger_is_never_created_enabled_unless_armed() {
         for wanted in [Wanted::Present, Wanted::Disarmed] {
-            assert!(table(None).change(wanted).unwrap().contains("; alter table only \"public\".\"t\" disable trigger"));
+            assert!(
+                table(None)
+                    .change(wanted)
+                    .unwrap()
+                    .contains("; alter table only \"public\".\"t\" disable trigger")
+            );
         }
     }
 }

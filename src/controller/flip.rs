@@ -45,7 +45,11 @@ const FORWARD_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 enum Stop {
     /// A reading says no.
-    NoGo { what: String, next: String, findings: Vec<Finding> },
+    NoGo {
+        what: String,
+        next: String,
+        findings: Vec<Finding>,
+    },
     /// Somebody else moved a side on: start again from the rows.
     Superseded(String),
     /// Something broke.
@@ -54,7 +58,11 @@ enum Stop {
 
 impl Stop {
     fn no_go(what: impl Into<String>, next: impl Into<String>) -> Stop {
-        Stop::NoGo { what: what.into(), next: next.into(), findings: Vec::new() }
+        Stop::NoGo {
+            what: what.into(),
+            next: next.into(),
+            findings: Vec::new(),
+        }
     }
 }
 
@@ -71,9 +79,10 @@ impl From<FenceError> for Stop {
     fn from(error: FenceError) -> Stop {
         match error {
             FenceError::State(state) => state.into(),
-            FenceError::Locked { .. } => {
-                Stop::no_go(error.to_string(), "Let those sessions end their transactions, or raise flip.arm_timeout.")
-            }
+            FenceError::Locked { .. } => Stop::no_go(
+                error.to_string(),
+                "Let those sessions end their transactions, or raise flip.arm_timeout.",
+            ),
             FenceError::OldTransactions { .. } => {
                 Stop::no_go(error.to_string(), "Let those transactions end, then try again.")
             }
@@ -189,7 +198,10 @@ impl Database {
             connect(config.server(source.other()), name, PURPOSE, limit)
         )?;
         // Small catalog queries: compiling them would cost more than running them.
-        tokio::try_join!(on_source.batch_execute("set jit = off"), on_target.batch_execute("set jit = off"))?;
+        tokio::try_join!(
+            on_source.batch_execute("set jit = off"),
+            on_target.batch_execute("set jit = off")
+        )?;
         Ok(Database {
             name: name.to_owned(),
             source: on_source,
@@ -203,16 +215,28 @@ impl Database {
     }
 
     fn ends(&self, source_side: Side) -> Ends<'_> {
-        Ends { source: &self.source, target: &self.target, source_side, database: &self.name }
+        Ends {
+            source: &self.source,
+            target: &self.target,
+            source_side,
+            database: &self.name,
+        }
     }
 
     fn prepared(&self) -> Result<&Prepared, Stop> {
-        self.prepared.as_ref().ok_or_else(|| Stop::Broken("the window's statements were not prepared".into()))
+        self.prepared
+            .as_ref()
+            .ok_or_else(|| Stop::Broken("the window's statements were not prepared".into()))
     }
 
     async fn carried(&self, statement: &Statement, subscription: &str) -> Result<Carried, Stop> {
         let row = self.target.query_one(statement, &[&subscription]).await?;
-        Ok(Carried { tables: row.get(0), unready: row.get(1), digest: row.get(2), enabled: row.get(3) })
+        Ok(Carried {
+            tables: row.get(0),
+            unready: row.get(1),
+            digest: row.get(2),
+            enabled: row.get(3),
+        })
     }
 }
 
@@ -303,7 +327,11 @@ pub async fn run(
             result["findings"] = json!(findings);
         }
         result["failed_step"] = json!("preflight");
-        Ended { status: Status::Failed, result, traffic: None }
+        Ended {
+            status: Status::Failed,
+            result,
+            traffic: None,
+        }
     };
     if request.force.is_some() {
         return force(&config, &gate, &operation, direction, last_lag).await;
@@ -312,13 +340,18 @@ pub async fn run(
     let began = Instant::now();
     match Flip::begin(config, gate, operation, request).await {
         Ok(mut flip) => {
-            flip.timings.push(Timing { step: "begin", ms: ms(began.elapsed()) });
+            flip.timings.push(Timing {
+                step: "begin",
+                ms: ms(began.elapsed()),
+            });
             flip.go().await
         }
         Err(Stop::NoGo { what, next, findings }) => failed(what, next, findings),
-        Err(Stop::Superseded(what) | Stop::Broken(what)) => {
-            failed(what, "Mend that, then try again: `pgflip status` shows both sides.".into(), Vec::new())
-        }
+        Err(Stop::Superseded(what) | Stop::Broken(what)) => failed(
+            what,
+            "Mend that, then try again: `pgflip status` shows both sides.".into(),
+            Vec::new(),
+        ),
     }
 }
 
@@ -335,9 +368,18 @@ async fn force(
     let refused = |why: String, next: &str| {
         let mut result = failure(direction, "failed", why, UNTOUCHED, next.to_owned());
         result["failed_step"] = json!("preflight");
-        Ended { status: Status::Failed, result, traffic: None }
+        Ended {
+            status: Status::Failed,
+            result,
+            traffic: None,
+        }
     };
-    operation.event("preflight", "started", format!("making sure that {dead} can't be reached"), Value::Null);
+    operation.event(
+        "preflight",
+        "started",
+        format!("making sure that {dead} can't be reached"),
+        Value::Null,
+    );
     let why_dead = match recovery::look(config, dead, config.carrier()).await.0 {
         recovery::Known::Unreachable(why) => why,
         recovery::Known::Row(_) | recovery::Known::Absent => {
@@ -352,40 +394,67 @@ async fn force(
         match recovery::look(config, alive, database).await.0 {
             recovery::Known::Row(row) => rows.push(row),
             recovery::Known::Absent => {
-                return refused(format!("database {database} on {alive} has no schema pgflip"), "There is nothing to go to.");
+                return refused(
+                    format!("database {database} on {alive} has no schema pgflip"),
+                    "There is nothing to go to.",
+                );
             }
             recovery::Known::Unreachable(why) => {
-                return refused(format!("{alive} can't be read either: {why}"), "Make one of the two servers reachable.");
+                return refused(
+                    format!("{alive} can't be read either: {why}"),
+                    "Make one of the two servers reachable.",
+                );
             }
         }
     }
     let lock = match OperatorLock::try_take(config, &[alive]).await {
         Ok(Some(lock)) => lock,
-        Ok(None) => return refused("another pgflip is at work".into(), "Wait until it has finished: `pgflip status`."),
+        Ok(None) => {
+            return refused(
+                "another pgflip is at work".into(),
+                "Wait until it has finished: `pgflip status`.",
+            );
+        }
         Err(error) => return refused(error.to_string(), "Mend that, then try again."),
     };
     gate.hold();
     let held_since = Instant::now();
-    let attempt = Attempt { epoch: rows[0].epoch, id: state::next_id(&rows) };
+    let attempt = Attempt {
+        epoch: rows[0].epoch,
+        id: state::next_id(&rows),
+    };
     let forced = async {
         let mut epoch = None;
         for (database, row) in config.databases.iter().zip(&rows) {
-            let on = connect(config.server(alive), database, PURPOSE, config.limits.server_connect_timeout).await?;
+            let on = connect(
+                config.server(alive),
+                database,
+                PURPOSE,
+                config.limits.server_connect_timeout,
+            )
+            .await?;
             on.batch_execute("set lock_timeout = '5s'").await?;
-            let here = Attempt { epoch: row.epoch, id: attempt.id };
+            let here = Attempt {
+                epoch: row.epoch,
+                id: attempt.id,
+            };
             let (changed, to) = match row.state {
                 State::Standby => (state::pivot(&*on, here).await?, row.epoch + 1),
                 State::Fenced | State::Committing => (state::force_back(&*on, here).await?, row.epoch + 2),
                 State::Active => (true, row.epoch),
             };
             if !changed {
-                return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
+                return Err(StateError::Superseded {
+                    found: state::read(&*on).await?,
+                }
+                .into());
             }
             // The carrier's epoch is everybody's.
             let epoch = *epoch.get_or_insert(to);
             if to != epoch {
                 let statement = "update pgflip.state set epoch = $1 where state = 'active' and epoch = $2";
-                on.execute(statement, &[&state::bigint(epoch), &state::bigint(to)]).await?;
+                on.execute(statement, &[&state::bigint(epoch), &state::bigint(to)])
+                    .await?;
             }
             recovery::note(&on, Attempt { epoch, id: attempt.id }, "forced", &why_dead).await;
         }
@@ -399,7 +468,12 @@ async fn force(
         Err(_) => return refused(format!("{alive} did not answer within 30 s"), "Try again."),
     };
     tracing::warn!(from = %dead, to = %alive, epoch, because = "the operator forced it", "the active side has changed");
-    operation.event("pivot", "done", format!("{alive} is active at epoch {epoch}"), Value::Null);
+    operation.event(
+        "pivot",
+        "done",
+        format!("{alive} is active at epoch {epoch}"),
+        Value::Null,
+    );
     if let Err(error) = gate.switch(Upstream { side: alive, epoch }) {
         return refused(error.to_string(), "`pgflip status` shows how the rows stand.");
     }
@@ -429,7 +503,11 @@ async fn force(
         "may_be_lost": { "bytes": last_lag.map(|lag| lag.bytes), "seen_at": last_lag.map(|lag| lag.at), "transactions": Value::Null },
         "next": format!("When {dead} comes back it is fenced before anything else; its link has to be rebuilt."),
     });
-    Ended { status: Status::Succeeded, result, traffic: None }
+    Ended {
+        status: Status::Succeeded,
+        result,
+        traffic: None,
+    }
 }
 
 impl Flip {
@@ -441,15 +519,24 @@ impl Flip {
     ) -> Result<Flip, Stop> {
         let source = request.direction.source();
         let lock = OperatorLock::try_take(&config, &Side::BOTH).await?.ok_or_else(|| {
-            Stop::no_go("another pgflip is at work on these two servers", "Wait until it has finished: `pgflip status`.")
+            Stop::no_go(
+                "another pgflip is at work on these two servers",
+                "Wait until it has finished: `pgflip status`.",
+            )
         })?;
-        let databases =
-            try_join_all(config.databases.iter().map(|name| Database::open(&config, source, name))).await?;
+        let databases = try_join_all(
+            config
+                .databases
+                .iter()
+                .map(|name| Database::open(&config, source, name)),
+        )
+        .await?;
         let mut rows: Vec<Row> = Vec::new();
         for database in &databases {
-            for (client, side, state) in
-                [(&database.source, source, State::Active), (&database.target, source.other(), State::Standby)]
-            {
+            for (client, side, state) in [
+                (&database.source, source, State::Active),
+                (&database.target, source.other(), State::Standby),
+            ] {
                 let row = state::read(&**client).await?.ok_or_else(|| {
                     Stop::no_go(
                         format!("database {} on {side} has no schema pgflip", database.name),
@@ -479,7 +566,10 @@ impl Flip {
             ));
         }
         let regime = Regime::read(&*databases[0].source, &*databases[0].target).await?;
-        let attempt = Attempt { epoch, id: state::next_id(&rows) };
+        let attempt = Attempt {
+            epoch,
+            id: state::next_id(&rows),
+        };
         let stragglers = request.stragglers.unwrap_or(config.flip.stragglers);
         Ok(Flip {
             target: source.other(),
@@ -534,7 +624,10 @@ impl Flip {
             Err(_) => Err(Stop::Broken(format!("{name} did not end within {limit:?}"))),
         };
         let took = began.elapsed();
-        self.timings.push(Timing { step: name, ms: ms(took) });
+        self.timings.push(Timing {
+            step: name,
+            ms: ms(took),
+        });
         if step == Reversible::Drain {
             self.drain_ms = ms(took);
         }
@@ -543,7 +636,8 @@ impl Flip {
             return Err(Stop::Broken(format!("{name} failed on purpose")));
         }
         if !step.in_window() {
-            self.operation.event(name, "done", step_message(step), json!({ "ms": ms(took) }));
+            self.operation
+                .event(name, "done", step_message(step), json!({ "ms": ms(took) }));
         }
         Ok(())
     }
@@ -638,12 +732,14 @@ impl Flip {
         // What the guard or the server mends by itself within seconds is waited for in `settle`.
         found.retain(|finding| !TRANSIENT.contains(&finding.code));
         let (target, cushion) = (self.target, self.config.flip.sequence_cushion);
-        let sequences = try_join_all(self.databases.iter().map(|database| {
-            sequences::obstacles(&database.source, &database.target, target, &database.name, cushion)
-        }));
+        let sequences =
+            try_join_all(self.databases.iter().map(|database| {
+                sequences::obstacles(&database.source, &database.target, target, &database.name, cushion)
+            }));
         found.extend(sequences.await?.concat());
         for warning in found.iter().filter(|finding| !finding.stops()) {
-            self.operation.event("preflight", "info", warning.to_string(), json!(warning));
+            self.operation
+                .event("preflight", "info", warning.to_string(), json!(warning));
         }
         no_findings(found)
     }
@@ -653,13 +749,18 @@ impl Flip {
         if self.regime == Regime::Plain {
             for database in &self.databases {
                 let slot = links::slot_name(self.source, &database.name);
-                let expect = Expect { states: &[State::Standby], epoch: self.attempt.epoch };
+                let expect = Expect {
+                    states: &[State::Standby],
+                    epoch: self.attempt.epoch,
+                };
                 links::move_reverse_slot_up(&database.target, &slot, &expect).await?;
             }
         }
         loop {
             let readings = try_join_all(self.databases.iter().map(|database| self.unsettled(database))).await?;
-            let Some(reading) = readings.into_iter().flatten().next() else { return Ok(()) };
+            let Some(reading) = readings.into_iter().flatten().next() else {
+                return Ok(());
+            };
             if Instant::now() >= deadline {
                 return Err(Stop::no_go(
                     format!("not settled within {:?}: {reading}", self.config.flip.settle_timeout),
@@ -687,10 +788,16 @@ impl Flip {
             Some(_) => {}
         }
         let seconds = self.config.flip.drain_timeout.as_secs_f64();
-        let open = database.source.query(include_str!("../pg/sql/open_xids.sql"), &[&seconds]).await?;
+        let open = database
+            .source
+            .query(include_str!("../pg/sql/open_xids.sql"), &[&seconds])
+            .await?;
         if !open.is_empty() {
             let open: Vec<String> = open.iter().map(|row| row.get(0)).collect();
-            return Ok(Some(format!("database {name}: open transactions that have written: {}", open.join(", "))));
+            return Ok(Some(format!(
+                "database {name}: open transactions that have written: {}",
+                open.join(", ")
+            )));
         }
         match self.round_trip(database).await {
             Ok(()) => Ok(None),
@@ -710,11 +817,17 @@ impl Flip {
         let limits = fence::Limits::from(&self.config.flip);
         let this = &*self;
         let checked = try_join_all(this.databases.iter().map(|database| async move {
-            let expect = Expect { states: &[State::Active], epoch };
+            let expect = Expect {
+                states: &[State::Active],
+                epoch,
+            };
             // A table made while this runs is found by the second look, armed in the next round.
             for _ in 0..5 {
                 fence::arm_as(&database.source, expect, &limits).await?;
-                let statement = database.target.prepare(include_str!("../pg/sql/subscription_digest.sql")).await?;
+                let statement = database
+                    .target
+                    .prepare(include_str!("../pg/sql/subscription_digest.sql"))
+                    .await?;
                 let name = links::slot_name(source.other(), &database.name);
                 let before = fence::digest(&database.source).await?;
                 let carried = database.carried(&statement, &name).await?;
@@ -726,7 +839,10 @@ impl Flip {
                 }
             }
             Err(Stop::no_go(
-                format!("database {}: tables come and go, or are disarmed, faster than they can be checked", database.name),
+                format!(
+                    "database {}: tables come and go, or are disarmed, faster than they can be checked",
+                    database.name
+                ),
                 "Let whatever changes the schema come to its end, then try again.",
             ))
         }))
@@ -749,7 +865,10 @@ impl Flip {
                     watch: marker::Watch::new(&database.target).await?,
                     old_xids: OldXids::new(&database.source).await?,
                     digest: DigestStatement::new(&database.source).await?,
-                    carried: database.target.prepare(include_str!("../pg/sql/subscription_digest.sql")).await?,
+                    carried: database
+                        .target
+                        .prepare(include_str!("../pg/sql/subscription_digest.sql"))
+                        .await?,
                     sequences: sequences::Prepared::new(&database.source, &database.target).await?,
                 };
                 // Run once what only reads, so that the window finds the catalogs in these sessions' caches.
@@ -771,8 +890,16 @@ impl Flip {
             }
         }))
         .await?;
-        let (ready, failed) = self.gate.prepare(self.target, Instant::now() + Duration::from_secs(30)).await;
-        self.operation.event("prepare", "info", format!("{ready} sessions have a connection to {}", self.target), Value::Null);
+        let (ready, failed) = self
+            .gate
+            .prepare(self.target, Instant::now() + Duration::from_secs(30))
+            .await;
+        self.operation.event(
+            "prepare",
+            "info",
+            format!("{ready} sessions have a connection to {}", self.target),
+            Value::Null,
+        );
         match self.stragglers {
             _ if failed.is_empty() => Ok(()),
             Stragglers::Unwind => Err(obstructed("can't be moved", &failed)),
@@ -787,13 +914,20 @@ impl Flip {
         let in_the_way: Vec<Obstacle> = drained.stragglers.into_iter().chain(drained.unmovable).collect();
         if !in_the_way.is_empty() {
             match self.stragglers {
-                Stragglers::Unwind => return Err(obstructed("do not reach their boundary or can't be moved", &in_the_way)),
+                Stragglers::Unwind => {
+                    return Err(obstructed("do not reach their boundary or can't be moved", &in_the_way));
+                }
                 Stragglers::Terminate => {
                     let ids: Vec<_> = in_the_way.iter().map(|obstacle| obstacle.session).collect();
                     let deadline = Instant::now() + self.config.flip.drain_timeout;
                     let left = self.gate.terminate(&ids, deadline).await;
                     self.sessions.ended += ids.len() - left.len();
-                    self.operation.event("drain", "info", format!("{} sessions were ended", ids.len()), json!(in_the_way));
+                    self.operation.event(
+                        "drain",
+                        "info",
+                        format!("{} sessions were ended", ids.len()),
+                        json!(in_the_way),
+                    );
                     let again = self.gate.drain(deadline).await;
                     let rest: Vec<Obstacle> = again.stragglers.into_iter().chain(again.unmovable).collect();
                     if !left.is_empty() || !rest.is_empty() {
@@ -809,7 +943,8 @@ impl Flip {
     async fn no_prepared(&self, deadline: Instant) -> Result<(), Stop> {
         try_join_all(self.databases.iter().map(|database| async move {
             loop {
-                let statement = "select gid from pg_prepared_xacts where database = current_database() order by prepared limit 5";
+                let statement =
+                    "select gid from pg_prepared_xacts where database = current_database() order by prepared limit 5";
                 let rows = timeout_at(deadline, database.source.query(statement, &[]))
                     .await
                     .map_err(|_| Stop::Broken("prepared transactions could not be read in time".into()))??;
@@ -839,7 +974,10 @@ impl Flip {
         let one = async |database: &Database| -> Result<(), Stop> {
             match state::fence(&database.source, &database.prepared()?.fence, attempt, words, limit).await {
                 Err(StateError::Sql(e)) if e.code().is_some_and(|code| code.code() == "55P03") => Err(Stop::no_go(
-                    format!("database {}: direct writers did not end within {limit:?}", database.name),
+                    format!(
+                        "database {}: direct writers did not end within {limit:?}",
+                        database.name
+                    ),
                     "Sessions that go around pgflip hold transactions open: let them end, then try again.",
                 )),
                 other => Ok(other?),
@@ -857,7 +995,13 @@ impl Flip {
         }
         let deadline = self.window_deadline();
         try_join_all(self.databases.iter().map(|database| async move {
-            Ok::<_, Stop>(database.prepared()?.old_xids.wait_out(&database.source, deadline).await?)
+            Ok::<_, Stop>(
+                database
+                    .prepared()?
+                    .old_xids
+                    .wait_out(&database.source, deadline)
+                    .await?,
+            )
         }))
         .await
         .map(drop)
@@ -917,7 +1061,8 @@ impl Flip {
         match self.regime {
             Regime::OriginFilter => Ok(()),
             Regime::Plain => {
-                let (config, source, target, epoch) = (self.config.clone(), self.source, self.target, self.attempt.epoch);
+                let (config, source, target, epoch) =
+                    (self.config.clone(), self.source, self.target, self.attempt.epoch);
                 try_join_all(self.databases.iter_mut().map(|database| {
                     let config = &config;
                     async move {
@@ -929,7 +1074,10 @@ impl Flip {
                                 late.insert(origin_on(config, target, &database.name).await?)
                             }
                         };
-                        let expect = Expect { states: &[State::Standby], epoch };
+                        let expect = Expect {
+                            states: &[State::Standby],
+                            epoch,
+                        };
                         links::forward_off(origin, &links::slot_name(target, &database.name), &expect).await?;
                         let slot = links::slot_name(source, &database.name);
                         database.reverse_from = Some(links::advance_reverse_slot(&database.target, &slot).await?);
@@ -951,9 +1099,9 @@ impl Flip {
                 let fence = fault::skip("fence") || row.state == State::Fenced && row.attempt == attempt.id;
                 fence && row.epoch == attempt.epoch
             });
-            let waiting = there.as_ref().is_some_and(|row| {
-                row.state == State::Standby && row.epoch == attempt.epoch && row.burnt < attempt.id
-            });
+            let waiting = there
+                .as_ref()
+                .is_some_and(|row| row.state == State::Standby && row.epoch == attempt.epoch && row.burnt < attempt.id);
             match (fenced, waiting) {
                 (true, true) => Ok(()),
                 (false, _) => Err(Stop::from(StateError::Superseded { found: here })),
@@ -979,7 +1127,10 @@ impl Flip {
             Regime::OriginFilter => {
                 let source = &self.databases[0].source;
                 if !state::committing(&**source, attempt).await? {
-                    return Err(StateError::Superseded { found: state::read(&**source).await? }.into());
+                    return Err(StateError::Superseded {
+                        found: state::read(&**source).await?,
+                    }
+                    .into());
                 }
                 Ok(())
             }
@@ -988,7 +1139,11 @@ impl Flip {
                 for database in &self.databases {
                     match (&database.reverse_origin, database.reverse_from) {
                         (Some(origin), Some(from)) => reverse.push((origin.clone(), from)),
-                        _ => return Err(Stop::Broken("the reverse link's origin or position is not known".into())),
+                        _ => {
+                            return Err(Stop::Broken(
+                                "the reverse link's origin or position is not known".into(),
+                            ));
+                        }
                     }
                 }
                 let source = &mut self.databases[0].source;
@@ -1011,7 +1166,10 @@ impl Flip {
         let began = Instant::now();
         let limit = self.config.flip.window_timeout.max(Duration::from_secs(1));
         let answer = timeout(limit, state::pivot(&*self.databases[0].target, self.attempt)).await;
-        self.timings.push(Timing { step: PIVOT, ms: ms(began.elapsed()) });
+        self.timings.push(Timing {
+            step: PIVOT,
+            ms: ms(began.elapsed()),
+        });
         let why = match answer {
             Ok(Ok(true)) => {
                 tracing::info!(from = %self.source, to = %self.target, epoch = self.attempt.epoch + 1,
@@ -1025,7 +1183,11 @@ impl Flip {
             Err(_) => format!("the target did not answer the pivot's commit within {limit:?}"),
         };
         // Whatever was heard, only a write that waits for the pivot settles whether it has happened.
-        tracing::warn!(attempt = self.attempt.id, why, "the pivot's outcome is open: burning the attempt");
+        tracing::warn!(
+            attempt = self.attempt.id,
+            why,
+            "the pivot's outcome is open: burning the attempt"
+        );
         match recovery::burn(&self.config, self.target, self.attempt).await {
             Ok(Burnt::Yes) => {
                 self.burnt = true;
@@ -1043,16 +1205,20 @@ impl Flip {
     /// After a burn that changed no row: the target's row has moved on, committed for all to see.
     async fn has_pivoted(&self) -> Result<bool, String> {
         match recovery::look(&self.config, self.target, self.config.carrier()).await.0 {
-            recovery::Known::Row(row) => Ok(row.epoch == self.attempt.epoch + 1
-                && row.state == State::Active
-                && row.attempt == self.attempt.id),
+            recovery::Known::Row(row) => {
+                Ok(row.epoch == self.attempt.epoch + 1 && row.state == State::Active && row.attempt == self.attempt.id)
+            }
             recovery::Known::Absent => Err(format!("{} has no schema pgflip any more", self.target)),
             recovery::Known::Unreachable(why) => Err(why),
         }
     }
 
     fn in_doubt(&mut self, why: String) -> Ended {
-        tracing::error!(attempt = self.attempt.id, why, "in doubt: clients are held until the target can be asked");
+        tracing::error!(
+            attempt = self.attempt.id,
+            why,
+            "in doubt: clients are held until the target can be asked"
+        );
         let mut result = self.result("in_doubt");
         result["failed_step"] = json!(PIVOT);
         result["why"] = json!(why);
@@ -1064,7 +1230,11 @@ impl Flip {
             "Make {} reachable: pgflip goes on by itself as soon as it can ask. If it is gone for good, only `--force` goes on without it.",
             self.target
         ));
-        Ended { status: Status::InDoubt, result, traffic: None }
+        Ended {
+            status: Status::InDoubt,
+            result,
+            traffic: None,
+        }
     }
 
     // ---- back ----
@@ -1076,7 +1246,13 @@ impl Flip {
                 Stop::NoGo { what, .. } | Stop::Superseded(what) | Stop::Broken(what) => what.clone(),
             };
             self.operation.event(step, "failed", text.clone(), Value::Null);
-            tracing::warn!(step, because = text, from = "flipping", to = "unwinding", "the flip unwinds");
+            tracing::warn!(
+                step,
+                because = text,
+                from = "flipping",
+                to = "unwinding",
+                "the flip unwinds"
+            );
             if let Stop::Superseded(text) = stop {
                 return self.left_to_the_rows(step, text.clone()).await;
             }
@@ -1107,7 +1283,9 @@ impl Flip {
         if let Some((step, stop)) = why {
             let (what, next, findings) = match stop {
                 Stop::NoGo { what, next, findings } => (what, next, findings),
-                Stop::Superseded(what) | Stop::Broken(what) => (what, "Mend that, then try again.".to_owned(), Vec::new()),
+                Stop::Superseded(what) | Stop::Broken(what) => {
+                    (what, "Mend that, then try again.".to_owned(), Vec::new())
+                }
             };
             let before_anybody = self.held_since.is_none();
             result["failed_step"] = json!(step);
@@ -1122,7 +1300,11 @@ impl Flip {
                 result["findings"] = json!(findings);
             }
         }
-        Ended { status, result, traffic: None }
+        Ended {
+            status,
+            result,
+            traffic: None,
+        }
     }
 
     async fn undo(&mut self, step: Reversible) -> Result<(), Undo> {
@@ -1157,9 +1339,15 @@ impl Flip {
                 }
             }
             Reversible::Fence => {
-                let from = if self.burnt { Unwinding::Burnt } else { Unwinding::Fenced };
+                let from = if self.burnt {
+                    Unwinding::Burnt
+                } else {
+                    Unwinding::Fenced
+                };
                 let because = if self.rehearse { "rehearsal" } else { "the flip unwinds" };
-                recovery::unwind_source(&self.config, self.source, self.attempt, from, because).await.map_err(Undo::from)
+                recovery::unwind_source(&self.config, self.source, self.attempt, from, because)
+                    .await
+                    .map_err(Undo::from)
             }
             Reversible::Hold => {
                 self.released();
@@ -1171,7 +1359,9 @@ impl Flip {
             }
             Reversible::Arm => match recovery::disarm(&self.config, self.source, self.attempt.epoch).await {
                 Ok(_) => Ok(()),
-                Err(RecoveryError::State(error @ StateError::Superseded { .. })) => Err(Undo::Superseded(error.to_string())),
+                Err(RecoveryError::State(error @ StateError::Superseded { .. })) => {
+                    Err(Undo::Superseded(error.to_string()))
+                }
                 Err(error) => {
                     // Armed and active lets everybody through, at some cost: the guard disarms it later.
                     tracing::warn!(%error, "the source is not disarmed yet");
@@ -1194,14 +1384,26 @@ impl Flip {
     /// Somebody else moved a side on, or undoing does not work: the rows decide, and the guard acts on them. Clients
     /// stay held until it has found out who is active.
     async fn left_to_the_rows(&mut self, step: &'static str, why: String) -> Ended {
-        tracing::warn!(step, because = why, from = "flipping", to = "recovering", "the rows decide");
+        tracing::warn!(
+            step,
+            because = why,
+            from = "flipping",
+            to = "recovering",
+            "the rows decide"
+        );
         self.gate.forget_prepared();
         let mut result = self.result("failed");
         result["failed_step"] = json!(step);
         result["why"] = json!(why);
-        result["means"] = json!("This flip changes nothing any more. pgflip finds out from the state rows who is active; clients wait until it has.");
+        result["means"] = json!(
+            "This flip changes nothing any more. pgflip finds out from the state rows who is active; clients wait until it has."
+        );
         result["next"] = json!("`pgflip status` shows how both sides stand.");
-        Ended { status: Status::Failed, result, traffic: None }
+        Ended {
+            status: Status::Failed,
+            result,
+            traffic: None,
+        }
     }
 
     // ---- forward ----
@@ -1231,17 +1433,37 @@ impl Flip {
                     }
                 }
             }
-            self.timings.push(Timing { step: name, ms: ms(began.elapsed()) });
+            self.timings.push(Timing {
+                step: name,
+                ms: ms(began.elapsed()),
+            });
             fault::after(self.direction.as_str(), name);
-            self.operation.event(name, "done", forward_message(step), json!({ "ms": ms(began.elapsed()) }));
+            self.operation.event(
+                name,
+                "done",
+                forward_message(step),
+                json!({ "ms": ms(began.elapsed()) }),
+            );
         }
         let completed = json!({ "from": self.source, "to": self.target });
         let carrier = &self.databases[0].target;
-        if let Err(error) = state::history(&**carrier, self.attempt.epoch + 1, self.attempt.id, "flipped", completed).await {
+        if let Err(error) = state::history(
+            &**carrier,
+            self.attempt.epoch + 1,
+            self.attempt.id,
+            "flipped",
+            completed,
+        )
+        .await
+        {
             tracing::debug!(%error, "the history could not be written");
         }
         let result = self.result("completed");
-        Ended { status: Status::Succeeded, result, traffic: self.traffic.clone() }
+        Ended {
+            status: Status::Succeeded,
+            result,
+            traffic: self.traffic.clone(),
+        }
     }
 
     async fn apply_forward(&mut self, step: Forward) -> Result<(), Stop> {
@@ -1250,7 +1472,10 @@ impl Flip {
             Forward::Done => self.done().await,
             Forward::Switch => self
                 .gate
-                .switch(Upstream { side: self.target, epoch })
+                .switch(Upstream {
+                    side: self.target,
+                    epoch,
+                })
                 .map_err(|superseded| Stop::Superseded(superseded.to_string())),
             Forward::Release => {
                 self.released();
@@ -1265,7 +1490,10 @@ impl Flip {
                         async move {
                             let mut origin = origin_on(config, source, &database.name).await?;
                             let name = links::slot_name(source, &database.name);
-                            let expect = Expect { states: &[State::Standby], epoch };
+                            let expect = Expect {
+                                states: &[State::Standby],
+                                epoch,
+                            };
                             Ok::<_, Stop>(links::enable(&mut origin, &name, &expect).await?)
                         }
                     }))
@@ -1296,7 +1524,9 @@ impl Flip {
             if state::done(&*carrier.source, attempt, words).await? {
                 Ok(())
             } else {
-                Err(Stop::from(StateError::Superseded { found: state::read(&*carrier.source).await? }))
+                Err(Stop::from(StateError::Superseded {
+                    found: state::read(&*carrier.source).await?,
+                }))
             }
         };
         let others = try_join_all(others.iter().map(|database| async move {
@@ -1307,7 +1537,9 @@ impl Flip {
                 }
             }
             if !state::done(&*database.source, attempt, words).await? {
-                return Err(Stop::from(StateError::Superseded { found: state::read(&*database.source).await? }));
+                return Err(Stop::from(StateError::Superseded {
+                    found: state::read(&*database.source).await?,
+                }));
             }
             Ok(())
         }));
@@ -1336,7 +1568,10 @@ impl Flip {
             // active.
             Forward::Done => {
                 let all = recovery::all_active(&self.config, self.target, self.attempt.epoch + 1).await;
-                tracing::warn!(why, "the source could not be told that the flip is done; the guard goes on trying");
+                tracing::warn!(
+                    why,
+                    "the source could not be told that the flip is done; the guard goes on trying"
+                );
                 matches!(all, Ok(true))
             }
             Forward::Switch | Forward::Release => false,
@@ -1407,7 +1642,12 @@ fn obstructed(what: &str, obstacles: &[Obstacle]) -> Stop {
     let shown: Vec<String> = obstacles
         .iter()
         .take(5)
-        .map(|o| format!("session {} of {}@{} ({}, {}): {}", o.session.0, o.user, o.database, o.application, o.client, o.why))
+        .map(|o| {
+            format!(
+                "session {} of {}@{} ({}, {}): {}",
+                o.session.0, o.user, o.database, o.application, o.client, o.why
+            )
+        })
         .collect();
     Stop::no_go(
         format!("{} sessions {what}: {}", obstacles.len(), shown.join("; ")),
@@ -1416,8 +1656,16 @@ fn obstructed(what: &str, obstacles: &[Obstacle]) -> Stop {
 }
 
 fn origin_on<'a>(config: &'a Config, side: Side, database: &'a str) -> BoxFuture<'a, Result<Client, Stop>> {
-    async move { Ok(connect_with_origin(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await?) }
-        .boxed()
+    async move {
+        Ok(connect_with_origin(
+            config.server(side),
+            database,
+            PURPOSE,
+            config.limits.server_connect_timeout,
+        )
+        .await?)
+    }
+    .boxed()
 }
 
 fn step_message(step: Reversible) -> &'static str {

@@ -55,7 +55,12 @@ pub(super) struct Guard {
 
 impl Guard {
     pub(super) fn new(controller: Arc<Controller>) -> Guard {
-        Guard { controller, clients: HashMap::new(), upkeep_at: Instant::now(), said: None }
+        Guard {
+            controller,
+            clients: HashMap::new(),
+            upkeep_at: Instant::now(),
+            said: None,
+        }
     }
 
     /// Runs for ever. May be cancelled at any time: every act is conditional and one statement or transaction.
@@ -78,7 +83,13 @@ impl Guard {
     async fn client(&mut self, config: &Config, side: Side, database: &str) -> Result<&Client, RecoveryError> {
         let key = (side, database.to_owned());
         if self.clients.get(&key).is_none_or(|client| client.is_closed()) {
-            let client = connect(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await?;
+            let client = connect(
+                config.server(side),
+                database,
+                PURPOSE,
+                config.limits.server_connect_timeout,
+            )
+            .await?;
             client.batch_execute("set lock_timeout = '3s'; set jit = off").await?;
             self.clients.insert(key.clone(), client);
         }
@@ -139,7 +150,10 @@ impl Guard {
         let gate = self.controller.gate.clone();
         match decision {
             Decision::Fresh => {
-                self.serve(Upstream { side: Side::Blue, epoch: 0 });
+                self.serve(Upstream {
+                    side: Side::Blue,
+                    epoch: 0,
+                });
                 Ok(Phase::Serving)
             }
             Decision::Steady { active, epoch } => {
@@ -154,7 +168,9 @@ impl Guard {
                 if known.is_none_or(|now| now.epoch < *epoch) || gate.held() {
                     if !recovery::all_active(config, *active, *epoch).await? {
                         gate.hold();
-                        let Some(_lock) = self.lock(config, blue, green).await? else { return Ok(Phase::Recovering) };
+                        let Some(_lock) = self.lock(config, blue, green).await? else {
+                            return Ok(Phase::Recovering);
+                        };
                         for did in recovery::follow(config, *active, *epoch).await? {
                             tracing::info!(did, because = "the carrier's row says so", "recovered");
                         }
@@ -162,7 +178,10 @@ impl Guard {
                             return Ok(Phase::Recovering);
                         }
                     }
-                    self.serve(Upstream { side: *active, epoch: *epoch });
+                    self.serve(Upstream {
+                        side: *active,
+                        epoch: *epoch,
+                    });
                     self.upkeep_at = Instant::now();
                 }
                 self.heartbeat(config, *active).await;
@@ -175,7 +194,9 @@ impl Guard {
             }
             Decision::Unwind { source, attempt } => {
                 gate.hold();
-                let Some(_lock) = self.lock(config, blue, green).await? else { return Ok(Phase::Recovering) };
+                let Some(_lock) = self.lock(config, blue, green).await? else {
+                    return Ok(Phase::Recovering);
+                };
                 let because = "its controller is gone";
                 recovery::unwind_source(config, *source, *attempt, Unwinding::Fenced, because).await?;
                 self.again();
@@ -183,7 +204,9 @@ impl Guard {
             }
             Decision::Burn { source, attempt } => {
                 gate.hold();
-                let Some(_lock) = self.lock(config, blue, green).await? else { return Ok(Phase::Recovering) };
+                let Some(_lock) = self.lock(config, blue, green).await? else {
+                    return Ok(Phase::Recovering);
+                };
                 match recovery::burn(config, source.other(), *attempt).await {
                     Ok(Burnt::Yes) => {
                         let because = "its controller is gone; the attempt has been burnt";
@@ -199,7 +222,9 @@ impl Guard {
             }
             Decision::Forward { source, attempt } => {
                 gate.hold();
-                let Some(_lock) = self.lock(config, blue, green).await? else { return Ok(Phase::Recovering) };
+                let Some(_lock) = self.lock(config, blue, green).await? else {
+                    return Ok(Phase::Recovering);
+                };
                 recovery::go_forward(config, *source, *attempt).await?;
                 recovery::follow(config, source.other(), attempt.epoch + 1).await?;
                 self.again();
@@ -210,7 +235,9 @@ impl Guard {
                 if gate.upstream().is_none_or(|now| now.side == *stale) {
                     gate.hold();
                 }
-                let Some(_lock) = self.lock(config, blue, green).await? else { return Ok(Phase::Recovering) };
+                let Some(_lock) = self.lock(config, blue, green).await? else {
+                    return Ok(Phase::Recovering);
+                };
                 recovery::demote(config, *stale, *epoch).await?;
                 self.controller.warn_once(format!(
                     "{stale} slept through a flip to {active}: what only it had is not there, and the link to it has to be rebuilt \
@@ -241,7 +268,13 @@ impl Guard {
         match gate.switch(to) {
             Ok(()) => {
                 if from != Some(to) {
-                    tracing::info!(?from, ?to, because = "the state rows say so", "clients are led to {}", to.side);
+                    tracing::info!(
+                        ?from,
+                        ?to,
+                        because = "the state rows say so",
+                        "clients are led to {}",
+                        to.side
+                    );
                     if from.is_some_and(|from| from.side != to.side) {
                         gate.forget_prepared();
                     }
@@ -266,7 +299,9 @@ impl Guard {
     /// A marker on the active side, in every database that has been set up.
     async fn heartbeat(&mut self, config: &Arc<Config>, active: Side) {
         for database in &config.databases {
-            let Ok(client) = self.client(config, active, database).await else { continue };
+            let Ok(client) = self.client(config, active, database).await else {
+                continue;
+            };
             let written = timeout(READ_TIMEOUT, marker::write(client, active)).await;
             if let Ok(Err(error)) = written {
                 tracing::debug!(%error, database, "no heartbeat");
@@ -276,7 +311,9 @@ impl Guard {
 
     /// Links, arming and disarming. Nothing here is urgent, and every act is conditional on the rows.
     async fn upkeep(&mut self, config: &Arc<Config>, active: Side, epoch: u64, blue: &Known, green: &Known) {
-        let (Known::Row(_), Known::Row(_)) = (blue, green) else { return };
+        let (Known::Row(_), Known::Row(_)) = (blue, green) else {
+            return;
+        };
         // Somebody else's flip arms the active side and turns links: not now.
         let lock = match self.lock(config, blue, green).await {
             Ok(Some(lock)) => lock,
@@ -288,7 +325,9 @@ impl Guard {
         };
         for database in &config.databases {
             match links::repair(config, database, active, epoch).await {
-                Ok(did) => did.iter().for_each(|did| tracing::info!(did, because = "the state rows say so", "repaired")),
+                Ok(did) => did
+                    .iter()
+                    .for_each(|did| tracing::info!(did, because = "the state rows say so", "repaired")),
                 Err(error) => tracing::warn!(database, %error, "links could not be looked after"),
             }
             if let Err(error) = self.arming(config, database, active, epoch).await {
@@ -302,13 +341,22 @@ impl Guard {
     async fn lag(&mut self, config: &Config, active: Side) {
         let mut bytes = 0;
         for database in &config.databases {
-            let Ok(client) = self.client(config, active, database).await else { return };
+            let Ok(client) = self.client(config, active, database).await else {
+                return;
+            };
             let name = links::slot_name(active.other(), database);
-            let Ok(Ok(Some(slot))) = timeout(READ_TIMEOUT, links::slot(&**client, &name)).await else { return };
-            let Some(confirmed) = slot.confirmed_flush_lsn else { return };
+            let Ok(Ok(Some(slot))) = timeout(READ_TIMEOUT, links::slot(&**client, &name)).await else {
+                return;
+            };
+            let Some(confirmed) = slot.confirmed_flush_lsn else {
+                return;
+            };
             bytes += slot.now_lsn.0.saturating_sub(confirmed.0);
         }
-        self.controller.saw_lag(flip::LastLag { bytes, at: jiff::Timestamp::now() });
+        self.controller.saw_lag(flip::LastLag {
+            bytes,
+            at: jiff::Timestamp::now(),
+        });
     }
 
     async fn arming(&mut self, config: &Config, database: &str, active: Side, epoch: u64) -> Result<(), RecoveryError> {
@@ -323,7 +371,10 @@ impl Guard {
         if !there.all_armed() {
             let limit = config.limits.server_connect_timeout;
             let origin = connect_with_origin(config.server(standby), database, PURPOSE, limit).await?;
-            let expect = Expect { states: &[State::Standby], epoch };
+            let expect = Expect {
+                states: &[State::Standby],
+                epoch,
+            };
             let changed = fence::arm_as(&origin, expect, &limits).await?;
             tracing::info!(side = %standby, database, changed, because = "it is standby", "armed");
         }
@@ -334,7 +385,13 @@ impl Guard {
 /// A side's rows as status shows them.
 pub(super) fn shown(known: &Known) -> serde_json::Value {
     match known {
-        Known::Row(Row { state, epoch, attempt, burnt, .. }) => {
+        Known::Row(Row {
+            state,
+            epoch,
+            attempt,
+            burnt,
+            ..
+        }) => {
             json!({ "reachable": true, "state": state, "epoch": epoch, "attempt": attempt, "burnt": burnt })
         }
         Known::Absent => json!({ "reachable": true, "state": null }),

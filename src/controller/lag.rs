@@ -49,7 +49,9 @@ pub async fn measure(config: &Config) -> Vec<LinkLag> {
         }
         lags
     };
-    futures_util::future::join_all(config.databases.iter().map(|database| one(database))).await.concat()
+    futures_util::future::join_all(config.databases.iter().map(|database| one(database)))
+        .await
+        .concat()
 }
 
 async fn of_link(
@@ -102,11 +104,7 @@ async fn bytes(source: &Client, slot: &str) -> Result<Result<u64, String>, LinkE
     })
 }
 
-async fn seconds(
-    source: &Client,
-    target: &Client,
-    from: Side,
-) -> Result<Result<f64, String>, tokio_postgres::Error> {
+async fn seconds(source: &Client, target: &Client, from: Side) -> Result<Result<f64, String>, tokio_postgres::Error> {
     let exists = "select to_regclass('pgflip.marker') is not null";
     for client in [source, target] {
         if !client.query_one(exists, &[]).await?.get::<_, bool>(0) {
@@ -117,7 +115,9 @@ async fn seconds(
     let seen = "select n, at::text from pgflip.marker where side = $1 order by at desc, n limit 1";
     let seen = target.query_opt(seen, &[&from.as_str()]).await?;
     let (n, at): (Option<i64>, Option<String>) = seen.map_or((None, None), |row| (row.get(0), row.get(1)));
-    let row = source.query_one(include_str!("../pg/sql/lag_seconds.sql"), &[&from.as_str(), &n, &at]).await?;
+    let row = source
+        .query_one(include_str!("../pg/sql/lag_seconds.sql"), &[&from.as_str(), &n, &at])
+        .await?;
     let (newest_age, newest_seen, seen_age): (Option<f64>, Option<bool>, Option<f64>) =
         (row.get(0), row.get(1), row.get(2));
     Ok(judge(newest_age, newest_seen, seen_age))

@@ -101,7 +101,11 @@ pub enum Regime {
 impl Regime {
     /// Which one these two servers need.
     pub fn of(one: Features, other: Features) -> Regime {
-        if one.origin_filter() && other.origin_filter() { Regime::OriginFilter } else { Regime::Plain }
+        if one.origin_filter() && other.origin_filter() {
+            Regime::OriginFilter
+        } else {
+            Regime::Plain
+        }
     }
 
     /// Asks both servers.
@@ -116,7 +120,10 @@ impl Regime {
 /// subscription (on that side). 27 bytes at most; the same from every sidecar.
 pub fn slot_name(to: Side, database: &str) -> String {
     let hash = Sha256::digest(database.as_bytes());
-    format!("pgflip_to_{to}_{:02x}{:02x}{:02x}{:02x}", hash[0], hash[1], hash[2], hash[3])
+    format!(
+        "pgflip_to_{to}_{:02x}{:02x}{:02x}{:02x}",
+        hash[0], hash[1], hash[2], hash[3]
+    )
 }
 
 /// A table's name. Displaying it quotes it.
@@ -130,17 +137,28 @@ pub struct TableName {
 
 impl fmt::Display for TableName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", Ident::new(self.schema.as_str()), Ident::new(self.name.as_str()))
+        write!(
+            f,
+            "{}.{}",
+            Ident::new(self.schema.as_str()),
+            Ident::new(self.name.as_str())
+        )
     }
 }
 
 fn table_name(row: &tokio_postgres::Row) -> TableName {
-    TableName { schema: row.get("schema"), name: row.get("name") }
+    TableName {
+        schema: row.get("schema"),
+        name: row.get("name"),
+    }
 }
 
 /// pgflip's marker, which every link carries.
 pub fn marker_table() -> TableName {
-    TableName { schema: "pgflip".into(), name: "marker".into() }
+    TableName {
+        schema: "pgflip".into(),
+        name: "marker".into(),
+    }
 }
 
 /// The tables that a link from this database has to carry, the marker left out, by OID.
@@ -159,13 +177,21 @@ pub async fn tables_published<C: GenericClient>(client: &C) -> Result<Vec<(u32, 
         .await
         .map_err(sql("reading the publication"))?;
     let marker = marker_table();
-    Ok(rows.iter().map(|row| (row.get("oid"), table_name(row))).filter(|(_, name)| *name != marker).collect())
+    Ok(rows
+        .iter()
+        .map(|row| (row.get("oid"), table_name(row)))
+        .filter(|(_, name)| *name != marker)
+        .collect())
 }
 
 /// OIDs of the published tables, rising, without the marker: for a flip's digest, to be compared with the tables that
 /// are fenced and with those that exist ([`tables_to_publish`] has the same order).
 pub async fn published_oids<C: GenericClient>(client: &C) -> Result<Vec<u32>, LinkError> {
-    Ok(tables_published(client).await?.into_iter().map(|(oid, _)| oid).collect())
+    Ok(tables_published(client)
+        .await?
+        .into_iter()
+        .map(|(oid, _)| oid)
+        .collect())
 }
 
 /// Both ends of one link: source publishes, target subscribes. The clients are connected to `database`.
@@ -365,7 +391,10 @@ pub async fn read(ends: &Ends<'_>) -> Result<Reading, LinkError> {
         slot_active: slot.as_ref().map(|s| s.active),
         wal_status: slot.as_ref().and_then(|s| s.wal_status.clone()),
         // Nobody confirms anything on a slot that is not in use: its distance is no lag.
-        lag_bytes: slot.as_ref().filter(|s| s.active).and_then(|s| behind(s.confirmed_flush_lsn, s)),
+        lag_bytes: slot
+            .as_ref()
+            .filter(|s| s.active)
+            .and_then(|s| behind(s.confirmed_flush_lsn, s)),
         kept_bytes: slot.as_ref().and_then(|s| behind(s.restart_lsn, s)),
         apply_errors: errors.0,
         copy_errors: errors.1,
@@ -374,16 +403,18 @@ pub async fn read(ends: &Ends<'_>) -> Result<Reading, LinkError> {
 }
 
 /// How often applying and copying failed (15 and later; `None` before).
-pub(crate) async fn error_counts(
-    target: &Client,
-    subscription: u32,
-) -> Result<(Option<u64>, Option<u64>), LinkError> {
-    let features = Features::read(&**target).await.map_err(sql("reading the server's version"))?;
+pub(crate) async fn error_counts(target: &Client, subscription: u32) -> Result<(Option<u64>, Option<u64>), LinkError> {
+    let features = Features::read(&**target)
+        .await
+        .map_err(sql("reading the server's version"))?;
     if !features.subscription_errors() {
         return Ok((None, None));
     }
     let statement = "select apply_error_count, sync_error_count from pg_stat_subscription_stats where subid = $1";
-    let row = target.query_opt(statement, &[&subscription]).await.map_err(sql("reading the subscription's errors"))?;
+    let row = target
+        .query_opt(statement, &[&subscription])
+        .await
+        .map_err(sql("reading the subscription's errors"))?;
     let count = |n: i64| u64::try_from(n).ok();
     Ok(row.map_or((None, None), |row| (count(row.get(0)), count(row.get(1)))))
 }
@@ -406,7 +437,10 @@ pub async fn obstacles(forward: &Ends<'_>, regime: Regime) -> Result<Vec<Finding
             "table_not_replicated",
             format!("Tables on {} that no link carries: {list}.", forward.source_side),
             "What is written to them would be missing on the other side.",
-            format!("Create them on {} as well (in the same shape), then: {start_again}", forward.target_side()),
+            format!(
+                "Create them on {} as well (in the same shape), then: {start_again}",
+                forward.target_side()
+            ),
         ));
     }
     if let Some(list) = difference(&published, &mirrored) {
@@ -432,7 +466,12 @@ fn difference(of: &BTreeSet<TableName>, from: &BTreeSet<TableName>) -> Option<St
 /// The first twenty, and how many more there are.
 pub(crate) fn list<T: fmt::Display>(items: &[T]) -> String {
     const SHOWN: usize = 20;
-    let mut text = items.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let mut text = items
+        .iter()
+        .take(SHOWN)
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ");
     if items.len() > SHOWN {
         text.push_str(&format!(" and {} more", items.len() - SHOWN));
     }
@@ -463,7 +502,11 @@ async fn link_obstacles(
     let mut wrong = |code, what: String, mend: &str| found.push(Finding::blocker(code, what, means.as_str(), mend));
 
     match slot(&**ends.source, &name).await? {
-        None => wrong("slot_missing", format!("{from} has no replication slot {name}."), rebuild),
+        None => wrong(
+            "slot_missing",
+            format!("{from} has no replication slot {name}."),
+            rebuild,
+        ),
         Some(slot) if slot.wal_status.as_deref() == Some("lost") => wrong(
             "slot_lost",
             format!("Replication slot {name} on {from} has lost WAL that {to} still needs (max_slot_wal_keep_size)."),
@@ -477,7 +520,11 @@ async fn link_obstacles(
         Some(_) => {}
     }
     let Some(subscription) = subscription(&**ends.target, &name).await? else {
-        wrong("subscription_missing", format!("{to} has no subscription {name}."), if forward { rebuild } else { start });
+        wrong(
+            "subscription_missing",
+            format!("{to} has no subscription {name}."),
+            if forward { rebuild } else { start },
+        );
         return Ok(found);
     };
     if subscription.slot.as_deref() != Some(name.as_str()) {
@@ -490,7 +537,10 @@ async fn link_obstacles(
     if subscription.publications != [PUBLICATION] {
         wrong(
             "subscription_publications",
-            format!("Subscription {name} on {to} subscribes to {:?}.", subscription.publications),
+            format!(
+                "Subscription {name} on {to} subscribes to {:?}.",
+                subscription.publications
+            ),
             &format!("On {to}: ALTER SUBSCRIPTION {name} SET PUBLICATION {PUBLICATION};"),
         );
     }
@@ -514,18 +564,39 @@ async fn link_obstacles(
     }
     let states = subscription_tables(&**ends.target, subscription.oid).await?;
     let marker = marker_table();
-    let subscribed: BTreeSet<_> = states.iter().map(|(name, _)| name).filter(|name| **name != marker).cloned().collect();
+    let subscribed: BTreeSet<_> = states
+        .iter()
+        .map(|(name, _)| name)
+        .filter(|name| **name != marker)
+        .cloned()
+        .collect();
     if !states.iter().any(|(name, _)| *name == marker) {
-        wrong("marker_missing", format!("Subscription {name} on {to} does not carry pgflip's marker."), start);
+        wrong(
+            "marker_missing",
+            format!("Subscription {name} on {to} does not carry pgflip's marker."),
+            start,
+        );
     }
     if let Some(list) = difference(published, &subscribed) {
-        wrong("table_not_subscribed", format!("Tables published on {from} that {to} does not subscribe to: {list}."), start);
+        wrong(
+            "table_not_subscribed",
+            format!("Tables published on {from} that {to} does not subscribe to: {list}."),
+            start,
+        );
     }
-    let unready: Vec<_> = states.iter().filter(|(_, state)| *state != 'r').map(|(name, _)| name).collect();
+    let unready: Vec<_> = states
+        .iter()
+        .filter(|(_, state)| *state != 'r')
+        .map(|(name, _)| name)
+        .collect();
     if !unready.is_empty() {
         wrong(
             "copy_unfinished",
-            format!("The initial copy of {} tables is not finished: {}.", unready.len(), list(&unready)),
+            format!(
+                "The initial copy of {} tables is not finished: {}.",
+                unready.len(),
+                list(&unready)
+            ),
             "Wait for it: `pgflip replication status` shows how far it is.",
         );
     }
@@ -538,13 +609,20 @@ async fn link_obstacles(
 ///
 /// Writes a standby snapshot (a checkpoint before 16) first, because decoding starts from the last one.
 pub async fn move_reverse_slot_up(on: &Client, slot: &str, expect: &Expect) -> Result<Lsn, LinkError> {
-    let features = Features::read(&**on).await.map_err(sql("reading the server's version"))?;
+    let features = Features::read(&**on)
+        .await
+        .map_err(sql("reading the server's version"))?;
     if features.log_standby_snapshot() {
-        on.execute("select pg_log_standby_snapshot()", &[]).await.map_err(sql("pg_log_standby_snapshot()"))?;
+        on.execute("select pg_log_standby_snapshot()", &[])
+            .await
+            .map_err(sql("pg_log_standby_snapshot()"))?;
     } else {
         on.batch_execute("checkpoint").await.map_err(sql("CHECKPOINT"))?;
     }
-    move_slot(on, slot, |row| row.epoch == expect.epoch && expect.states.contains(&row.state)).await
+    move_slot(on, slot, |row| {
+        row.epoch == expect.epoch && expect.states.contains(&row.state)
+    })
+    .await
 }
 
 /// In the window, before the pivot: moves the waiting slot to the very end of the WAL, so that the reverse link begins
@@ -562,18 +640,28 @@ pub async fn advance_reverse_slot(target: &Client, slot: &str) -> Result<Lsn, Li
 async fn move_slot(on: &Client, slot: &str, expected: impl Fn(&Row) -> bool) -> Result<Lsn, LinkError> {
     let emit = "select pg_logical_emit_message(true, 'pgflip', '')";
     let emitted: PgLsn = on.query_one(emit, &[]).await.map_err(sql("writing to the WAL"))?.get(0);
-    let end: PgLsn =
-        on.query_one("select pg_current_wal_flush_lsn()", &[]).await.map_err(sql("reading the end of the WAL"))?.get(0);
+    let end: PgLsn = on
+        .query_one("select pg_current_wal_flush_lsn()", &[])
+        .await
+        .map_err(sql("reading the end of the WAL"))?
+        .get(0);
     match state::read(&**on).await? {
         Some(row) if expected(&row) => {}
         found => return Err(StateError::Superseded { found }.into()),
     }
     let statement = "select end_lsn from pg_replication_slot_advance($1, $2)";
-    let reached: PgLsn =
-        on.query_one(statement, &[&slot, &end]).await.map_err(sql(format!("moving slot {slot} up")))?.get(0);
+    let reached: PgLsn = on
+        .query_one(statement, &[&slot, &end])
+        .await
+        .map_err(sql(format!("moving slot {slot} up")))?
+        .get(0);
     let (asked, got) = (lsn(end), lsn(reached));
     if end < emitted || got < asked {
-        return Err(LinkError::Short { slot: slot.to_owned(), asked: asked.max(lsn(emitted)), got });
+        return Err(LinkError::Short {
+            slot: slot.to_owned(),
+            asked: asked.max(lsn(emitted)),
+            got,
+        });
     }
     Ok(got)
 }
@@ -610,7 +698,10 @@ async fn set_enabled(on: &mut Client, name: &str, enabled: bool, expect: &Expect
 async fn end_workers(on: &Client, subscription: &str) -> Result<(), LinkError> {
     let doing = || sql(format!("ending the workers of {subscription}"));
     let began = Instant::now();
-    let statement = on.prepare(include_str!("../pg/sql/subscription_workers.sql")).await.map_err(doing())?;
+    let statement = on
+        .prepare(include_str!("../pg/sql/subscription_workers.sql"))
+        .await
+        .map_err(doing())?;
     let mut told = BTreeSet::new();
     loop {
         let rows = on.query(&statement, &[&subscription]).await.map_err(doing())?;
@@ -619,12 +710,18 @@ async fn end_workers(on: &Client, subscription: &str) -> Result<(), LinkError> {
         for pid in &pids {
             // A worker that was just being started when its subscription was disabled shows up later.
             if told.insert(*pid) {
-                on.execute("select pg_terminate_backend($1)", &[pid]).await.map_err(doing())?;
+                on.execute("select pg_terminate_backend($1)", &[pid])
+                    .await
+                    .map_err(doing())?;
             }
         }
         if began.elapsed() > WORKER_GONE {
             let (subscription, pid, after) = (subscription.to_owned(), *first, began.elapsed());
-            return Err(LinkError::WorkerLeft { subscription, pid, after });
+            return Err(LinkError::WorkerLeft {
+                subscription,
+                pid,
+                after,
+            });
         }
         sleep(Duration::from_millis(1)).await;
     }
@@ -643,10 +740,13 @@ pub async fn origin_name<C: GenericClient>(client: &C, name: &str) -> Result<Str
 /// the transaction's WAL, though the note itself is not undone by a rollback, which does no harm: what lies before `to`
 /// came from this side). Origins are cluster-wide: pass what [`origin_name`] gave, in whichever database.
 pub async fn advance_reverse_origin(txn: &Transaction<'_>, origin: &str, to: Lsn) -> Result<(), LinkError> {
-    txn.execute("select pg_replication_origin_advance($1, $2)", &[&origin, &PgLsn::from(to.0)])
-        .await
-        .map(drop)
-        .map_err(sql(format!("advancing replication origin {origin}")))
+    txn.execute(
+        "select pg_replication_origin_advance($1, $2)",
+        &[&origin, &PgLsn::from(to.0)],
+    )
+    .await
+    .map(drop)
+    .map_err(sql(format!("advancing replication origin {origin}")))
 }
 
 /// What the guard does: makes both links of a database as they should be when `active` is active at `epoch`, and says
@@ -666,8 +766,16 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         }
     }
     let regime = Regime::read(&*on_active, &*reading).await?;
-    let (expect_active, expect_standby) =
-        (Expect { states: &[State::Active], epoch }, Expect { states: &[State::Standby], epoch });
+    let (expect_active, expect_standby) = (
+        Expect {
+            states: &[State::Active],
+            epoch,
+        },
+        Expect {
+            states: &[State::Standby],
+            epoch,
+        },
+    );
     let (forward, reverse) = (slot_name(standby, database), slot_name(active, database));
     let mut did = Vec::new();
 
@@ -676,7 +784,9 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         enable(&mut on_standby, &forward, &expect_standby).await?;
         did.push(format!("{database}: enabled {forward} on {standby}"));
     }
-    let Some(back) = subscription(&*on_active, &reverse).await? else { return Ok(did) };
+    let Some(back) = subscription(&*on_active, &reverse).await? else {
+        return Ok(did);
+    };
     match (regime, back.enabled) {
         (Regime::OriginFilter, false) => {
             enable(&mut on_active, &reverse, &expect_active).await?;
@@ -694,20 +804,29 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         Some(slot) if slot.wal_status.as_deref() == Some("lost") => {
             drop_slot(&reading, &reverse).await?;
             create_slot(&reading, &reverse).await?;
-            did.push(format!("{database}: made slot {reverse} on {standby} again: it had lost its WAL"));
+            did.push(format!(
+                "{database}: made slot {reverse} on {standby} again: it had lost its WAL"
+            ));
         }
         Some(slot) if regime == Regime::Plain && !slot.active => {
-            let behind = slot.confirmed_flush_lsn.map_or(u64::MAX, |at| slot.now_lsn.0.saturating_sub(at.0));
+            let behind = slot
+                .confirmed_flush_lsn
+                .map_or(u64::MAX, |at| slot.now_lsn.0.saturating_sub(at.0));
             if behind > SLOT_BEHIND_MAX {
                 // Without a snapshot or checkpoint first: the server writes one every 15 s when there is work, and this
                 // runs again and again.
-                move_slot(&reading, &reverse, |row| row.epoch == epoch && row.state == State::Standby).await?;
+                move_slot(&reading, &reverse, |row| {
+                    row.epoch == epoch && row.state == State::Standby
+                })
+                .await?;
             }
         }
         Some(_) => {}
         None => {
             create_slot(&reading, &reverse).await?;
-            did.push(format!("{database}: made slot {reverse} on {standby} again: it was gone"));
+            did.push(format!(
+                "{database}: made slot {reverse} on {standby} again: it was gone"
+            ));
         }
     }
     Ok(did)
@@ -727,9 +846,13 @@ pub(crate) async fn drop_slot(on: &Client, name: &str) -> Result<bool, LinkError
     let doing = || sql(format!("dropping slot {name}"));
     let began = Instant::now();
     loop {
-        let Some(found) = slot(&**on, name).await? else { return Ok(false) };
+        let Some(found) = slot(&**on, name).await? else {
+            return Ok(false);
+        };
         if let Some(pid) = found.active_pid {
-            on.execute("select pg_terminate_backend($1)", &[&pid]).await.map_err(doing())?;
+            on.execute("select pg_terminate_backend($1)", &[&pid])
+                .await
+                .map_err(doing())?;
             if began.elapsed() < WORKER_GONE {
                 sleep(Duration::from_millis(10)).await;
                 continue;
@@ -740,7 +863,8 @@ pub(crate) async fn drop_slot(on: &Client, name: &str) -> Result<bool, LinkError
             Ok(_) => return Ok(true),
             // Somebody took it in between: end them as well.
             Err(e)
-                if e.code() == Some(&tokio_postgres::error::SqlState::OBJECT_IN_USE) && began.elapsed() < WORKER_GONE => {}
+                if e.code() == Some(&tokio_postgres::error::SqlState::OBJECT_IN_USE)
+                    && began.elapsed() < WORKER_GONE => {}
             Err(e) => return Err(doing()(e)),
         }
     }
@@ -877,7 +1001,12 @@ mod tests {
         assert_ne!(name, slot_name(Side::Blue, "app"));
         assert_ne!(name, slot_name(Side::Green, "App"));
         let long = slot_name(Side::Green, &"ü\"'".repeat(300));
-        assert!(long.len() <= 63 && long.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_'));
+        assert!(
+            long.len() <= 63
+                && long
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+        );
     }
 
     #[test]

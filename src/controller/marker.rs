@@ -91,7 +91,10 @@ impl Watch {
     /// As [`wait()`].
     pub async fn wait(&self, target: &Client, side: Side, n: i64, deadline: Instant) -> Result<(), MarkerError> {
         let began = Instant::now();
-        let not_seen = || MarkerError::NotSeen { side, after: began.elapsed() };
+        let not_seen = || MarkerError::NotSeen {
+            side,
+            after: began.elapsed(),
+        };
         let mut pause = Duration::from_millis(1);
         loop {
             let asked = async { target.query_one(&self.0, &[&side.as_str(), &n]).await };

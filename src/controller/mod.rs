@@ -209,8 +209,14 @@ impl Controller {
             Request::ReplicationStart => Kind::ReplicationStart,
             Request::ReplicationStop => Kind::ReplicationStop,
             Request::Finalize => Kind::Finalize,
-            Request::Flip(FlipRequest { direction: Direction::Cutover, .. }) => Kind::Cutover,
-            Request::Flip(FlipRequest { direction: Direction::Rollback, .. }) => Kind::Rollback,
+            Request::Flip(FlipRequest {
+                direction: Direction::Cutover,
+                ..
+            }) => Kind::Cutover,
+            Request::Flip(FlipRequest {
+                direction: Direction::Rollback,
+                ..
+            }) => Kind::Rollback,
         };
         let mut inner = self.inner.lock();
         if inner.leaving {
@@ -296,7 +302,12 @@ impl Controller {
 
     /// An operation by its id, the newest fifty.
     pub fn operation(&self, id: u64) -> Option<Operation> {
-        self.inner.lock().operations.iter().find(|operation| operation.id() == id).cloned()
+        self.inner
+            .lock()
+            .operations
+            .iter()
+            .find(|operation| operation.id() == id)
+            .cloned()
     }
 
     /// Whether clients can be served: for `/readyz`.
@@ -371,7 +382,9 @@ impl Controller {
         let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
         let inner = self.inner.lock();
         let running = inner.running.as_ref().map(Operation::view);
-        let flipping = running.as_ref().is_some_and(|view| matches!(view.kind, Kind::Cutover | Kind::Rollback));
+        let flipping = running
+            .as_ref()
+            .is_some_and(|view| matches!(view.kind, Kind::Cutover | Kind::Rollback));
         let (phase, why) = match (&inner.phase, flipping) {
             (Phase::InDoubt(why), _) => ("in_doubt", Some(why.clone())),
             (_, true) => ("flipping", None),
@@ -404,8 +417,10 @@ impl Controller {
 /// One word for all links: `none`, `copying`, `running`, or `broken` (a link that ought to be on is not).
 fn replication_state(status: &Value) -> &'static str {
     let databases = status["databases"].as_array().map_or(&[][..], Vec::as_slice);
-    let links: Vec<&Value> =
-        databases.iter().flat_map(|database| database["links"].as_array().map_or(&[][..], Vec::as_slice)).collect();
+    let links: Vec<&Value> = databases
+        .iter()
+        .flat_map(|database| database["links"].as_array().map_or(&[][..], Vec::as_slice))
+        .collect();
     let forward: Vec<&Value> = databases
         .iter()
         .filter_map(|database| {
@@ -422,7 +437,9 @@ fn replication_state(status: &Value) -> &'static str {
         return "none";
     }
     let unready = |link: &&Value| {
-        ["waiting", "copying", "catching_up"].iter().any(|state| link["tables"][state].as_u64().is_none_or(|n| n > 0))
+        ["waiting", "copying", "catching_up"]
+            .iter()
+            .any(|state| link["tables"][state].as_u64().is_none_or(|n| n > 0))
     };
     if forward.iter().any(unready) {
         return "copying";

@@ -114,7 +114,11 @@ impl Operation {
             result: Value::Null,
         };
         Operation {
-            inner: Arc::new(Mutex::new(Inner { view, events: VecDeque::new(), next_seq: 0 })),
+            inner: Arc::new(Mutex::new(Inner {
+                view,
+                events: VecDeque::new(),
+                next_seq: 0,
+            })),
             changed: watch::Sender::new(0),
         }
     }
@@ -142,7 +146,14 @@ impl Operation {
         if inner.events.len() == KEEP {
             inner.events.pop_front();
         }
-        inner.events.push_back(Event { seq, at: Timestamp::now(), step: step.to_owned(), state, message, data });
+        inner.events.push_back(Event {
+            seq,
+            at: Timestamp::now(),
+            step: step.to_owned(),
+            state,
+            message,
+            data,
+        });
         drop(inner);
         self.changed.send_modify(|n| *n += 1);
     }
@@ -160,7 +171,13 @@ impl Operation {
 
     /// Events from `seq` on.
     pub fn events_from(&self, seq: u64) -> Vec<Event> {
-        self.inner.lock().events.iter().filter(|event| event.seq >= seq).cloned().collect()
+        self.inner
+            .lock()
+            .events
+            .iter()
+            .filter(|event| event.seq >= seq)
+            .cloned()
+            .collect()
     }
 
     /// Changes with every event and at the end.

@@ -70,7 +70,10 @@ impl Finding {
         means: impl Into<String>,
         mend: impl Into<String>,
     ) -> Finding {
-        Finding { severity: Severity::Warning, ..Finding::blocker(code, what, means, mend) }
+        Finding {
+            severity: Severity::Warning,
+            ..Finding::blocker(code, what, means, mend)
+        }
     }
 
     /// It is about this database.
@@ -116,7 +119,12 @@ pub struct Failure {
 impl Failure {
     /// A failure that preflight did not find.
     pub fn new(what: impl Into<String>, means: impl Into<String>, next: impl Into<String>) -> Failure {
-        Failure { what: what.into(), means: means.into(), next: next.into(), findings: Vec::new() }
+        Failure {
+            what: what.into(),
+            means: means.into(),
+            next: next.into(),
+            findings: Vec::new(),
+        }
     }
 }
 
@@ -164,7 +172,14 @@ async fn rows<C: GenericClient>(
 
 /// A session in a database. `Ok(None)`: the database does not exist.
 async fn open(config: &Config, side: Side, database: &str) -> Result<Option<Client>, Finding> {
-    match connect(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await {
+    match connect(
+        config.server(side),
+        database,
+        PURPOSE,
+        config.limits.server_connect_timeout,
+    )
+    .await
+    {
         Ok(client) => Ok(Some(client)),
         Err(ConnectError::Login { source, .. })
             if source.code() == Some(&tokio_postgres::error::SqlState::INVALID_CATALOG_NAME) =>
@@ -236,7 +251,10 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
         if spare.is_none() {
             found.push(Finding::blocker(
                 "unreachable",
-                format!("Neither database {carrier} nor postgres nor template1 can be reached on {}.", source.other()),
+                format!(
+                    "Neither database {carrier} nor postgres nor template1 can be reached on {}.",
+                    source.other()
+                ),
                 format!("pgflip can't create database {carrier} there."),
                 format!("Create it by hand, with the encoding and locale that it has on {source}."),
             ));
@@ -281,12 +299,18 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 "pg_dump_missing",
                 format!("{error}."),
                 "The schema can't be copied.",
-                format!("Install the client programs of PostgreSQL {} to {}, or set pg_bin in the config.", from.major(), to.major()),
+                format!(
+                    "Install the client programs of PostgreSQL {} to {}, or set pg_bin in the config.",
+                    from.major(),
+                    to.major()
+                ),
             ));
         }
         for database in &config.databases {
             if let Some(Some(client)) = clients.get(&(source, database.as_str())) {
-                let there = clients.get(&(source.other(), database.as_str())).and_then(Option::as_ref);
+                let there = clients
+                    .get(&(source.other(), database.as_str()))
+                    .and_then(Option::as_ref);
                 let server = there.or(on(source.other()).map(|(_, client)| client));
                 let mut of_this = Vec::new();
                 contents(config, source, database, client, &mut of_this).await;
@@ -354,7 +378,14 @@ async fn server(
 ) {
     let statement = include_str!("../pg/sql/preflight_server.sql");
     let what = format!("What {side} has room for");
-    let read = rows(&**client, statement, &[&config.databases, &facts.origins_setting()], &what, found).await;
+    let read = rows(
+        &**client,
+        statement,
+        &[&config.databases, &facts.origins_setting()],
+        &what,
+        found,
+    )
+    .await;
     let statement = include_str!("../pg/sql/preflight_rights.sql");
     let rights = rows(&**client, statement, &[], &format!("pgflip's rights on {side}"), found).await;
     if let Some(rights) = rights.first() {
@@ -388,27 +419,73 @@ async fn server(
         if free < wanted {
             found.push(Finding::blocker(
                 code,
-                format!("{setting} is {max} on {side}; {} of them are taken by others, pgflip needs {wanted}.", taken - mine),
+                format!(
+                    "{setting} is {max} on {side}; {} of them are taken by others, pgflip needs {wanted}.",
+                    taken - mine
+                ),
                 format!("There would be no {what} for every link."),
                 format!("On {side}: {}", alter_system(setting, max + wanted - free)),
             ));
         }
     };
     let slots = databases + if from { copies } else { 0 };
-    room("replication_slots", "max_replication_slots", number("slots_max"), number("slots"), number("slots_mine"), slots, "replication slot");
-    room("wal_senders", "max_wal_senders", number("senders_max"), number("senders"), number("senders_mine"), slots, "WAL sender");
+    room(
+        "replication_slots",
+        "max_replication_slots",
+        number("slots_max"),
+        number("slots"),
+        number("slots_mine"),
+        slots,
+        "replication slot",
+    );
+    room(
+        "wal_senders",
+        "max_wal_senders",
+        number("senders_max"),
+        number("senders"),
+        number("senders_mine"),
+        slots,
+        "WAL sender",
+    );
     // One worker more for a link that is switched on while another one is being switched off.
     let appliers = if to || both { databases } else { 1 } + if to { copies } else { 0 };
-    room("replication_workers", "max_logical_replication_workers", number("appliers_max"), number("appliers"), number("appliers_mine"), appliers, "apply worker");
-    room("worker_processes", "max_worker_processes", number("workers_max"), number("workers"), number("appliers_mine"), appliers, "apply worker's process");
+    room(
+        "replication_workers",
+        "max_logical_replication_workers",
+        number("appliers_max"),
+        number("appliers"),
+        number("appliers_mine"),
+        appliers,
+        "apply worker",
+    );
+    room(
+        "worker_processes",
+        "max_worker_processes",
+        number("workers_max"),
+        number("workers"),
+        number("appliers_mine"),
+        appliers,
+        "apply worker's process",
+    );
     let own = i32::try_from(origin::POOL.len()).expect("the pool is small");
     let origins = databases + own + if to { copies } else { 0 };
-    room("origins", facts.origins_setting(), number("origins_max"), number("origins"), number("origins_mine"), origins, "replication origin");
+    room(
+        "origins",
+        facts.origins_setting(),
+        number("origins_max"),
+        number("origins"),
+        number("origins_mine"),
+        origins,
+        "replication origin",
+    );
 
     if row.get::<_, String>("wal_keep") != "-1" {
         found.push(Finding::warning(
             "wal_keep_size",
-            format!("max_slot_wal_keep_size is {} on {side}.", row.get::<_, String>("wal_keep")),
+            format!(
+                "max_slot_wal_keep_size is {} on {side}.",
+                row.get::<_, String>("wal_keep")
+            ),
             "A link that is further behind than this is lost and has to be built anew.",
             format!("On {side}: ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf();"),
         ));
@@ -416,7 +493,10 @@ async fn server(
     if row.get::<_, String>("idle_slot_timeout") != "0" && !both {
         found.push(Finding::blocker(
             "idle_slot_timeout",
-            format!("idle_replication_slot_timeout is {} on {side}.", row.get::<_, String>("idle_slot_timeout")),
+            format!(
+                "idle_replication_slot_timeout is {} on {side}.",
+                row.get::<_, String>("idle_slot_timeout")
+            ),
             "The link back waits in an idle slot, which the server would throw away.",
             format!("On {side}: ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf();"),
         ));
@@ -448,8 +528,16 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
         return;
     }
     for (right, what, mend) in [
-        ("create_subscription", "create subscriptions", format!("GRANT pg_create_subscription TO {user};")),
-        ("replication", "use replication slots", format!("ALTER ROLE {user} REPLICATION;")),
+        (
+            "create_subscription",
+            "create subscriptions",
+            format!("GRANT pg_create_subscription TO {user};"),
+        ),
+        (
+            "replication",
+            "use replication slots",
+            format!("ALTER ROLE {user} REPLICATION;"),
+        ),
         ("createrole", "create roles", format!("ALTER ROLE {user} CREATEROLE;")),
         ("createdb", "create databases", format!("ALTER ROLE {user} CREATEDB;")),
         (
@@ -457,14 +545,28 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
             "create schema pgflip and a publication",
             format!("GRANT CREATE ON DATABASE … TO {user}; in each database of the config."),
         ),
-        ("read_verifiers", "read the roles' verifiers", format!("GRANT SELECT ON pg_catalog.pg_authid TO {user}; in each database.")),
+        (
+            "read_verifiers",
+            "read the roles' verifiers",
+            format!("GRANT SELECT ON pg_catalog.pg_authid TO {user}; in each database."),
+        ),
         (
             "origins",
             "use replication origins",
-            format!("GRANT EXECUTE ON the functions pg_replication_origin_* and pg_show_replication_origin_status TO {user};"),
+            format!(
+                "GRANT EXECUTE ON the functions pg_replication_origin_* and pg_show_replication_origin_status TO {user};"
+            ),
         ),
-        ("signal", "end replication's workers", format!("GRANT pg_signal_backend TO {user};")),
-        ("owns_tables", "publish and fence every table", format!("GRANT every table owner's role TO {user};")),
+        (
+            "signal",
+            "end replication's workers",
+            format!("GRANT pg_signal_backend TO {user};"),
+        ),
+        (
+            "owns_tables",
+            "publish and fence every table",
+            format!("GRANT every table owner's role TO {user};"),
+        ),
     ] {
         if !may(right) {
             found.push(Finding::blocker(
@@ -482,7 +584,10 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
 async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<bool>, found: &mut Vec<Finding>) {
     let statement = include_str!("../pg/sql/preflight_tables.sql");
     for row in rows(&**client, statement, &[], &format!("The tables of {side}"), found).await {
-        let table = links::TableName { schema: row.get("schema"), name: row.get("name") };
+        let table = links::TableName {
+            schema: row.get("schema"),
+            name: row.get("name"),
+        };
         let candidate: Option<String> = row.get("candidate");
         let better = candidate.map(|index| format!("ALTER TABLE {table} REPLICA IDENTITY USING INDEX {index};"));
         match row.get::<_, &str>("wrong") {
@@ -580,7 +685,12 @@ async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<b
                     },
                     "COMMIT PREPARED …; or ROLLBACK PREPARED …;",
                 );
-                found.push(Finding::blocker("prepared_transaction", format!("Prepared transactions: {named}."), means, mend));
+                found.push(Finding::blocker(
+                    "prepared_transaction",
+                    format!("Prepared transactions: {named}."),
+                    means,
+                    mend,
+                ));
             }
             "all_tables_publication" => found.push(Finding::blocker(
                 "foreign_publication",
@@ -637,7 +747,10 @@ async fn target_database(
     found: &mut Vec<Finding>,
 ) {
     let target = source.other();
-    match (schema::Database::read(&**from, database).await, schema::Database::read(&**server, database).await) {
+    match (
+        schema::Database::read(&**from, database).await,
+        schema::Database::read(&**server, database).await,
+    ) {
         (Ok(Some(wanted)), Ok(Some(now))) => {
             if let Some(what) = wanted.difference(&now) {
                 found.push(Finding::blocker(
@@ -652,11 +765,17 @@ async fn target_database(
         (Err(error), _) | (_, Err(error)) => found.push(unread("The database's encoding", describe(&error))),
     }
     let available = "select name::text from pg_available_extensions";
-    let available: Vec<String> =
-        rows(&**server, available, &[], &format!("{target}'s extensions"), found).await.iter().map(|row| row.get(0)).collect();
+    let available: Vec<String> = rows(&**server, available, &[], &format!("{target}'s extensions"), found)
+        .await
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
     let spaces = "select spcname::text from pg_tablespace";
-    let spaces: Vec<String> =
-        rows(&**server, spaces, &[], &format!("{target}'s tablespaces"), found).await.iter().map(|row| row.get(0)).collect();
+    let spaces: Vec<String> = rows(&**server, spaces, &[], &format!("{target}'s tablespaces"), found)
+        .await
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
     let statement = include_str!("../pg/sql/preflight_contents.sql");
     for row in rows(&**from, statement, &[], "The database's contents", found).await {
         let (kind, name): (String, String) = (row.get("kind"), row.get("name"));
@@ -673,7 +792,10 @@ async fn target_database(
                 "tablespace_missing",
                 format!("Tablespace {name} does not exist on {target}."),
                 "The schema can't be made there.",
-                format!("On {target}: CREATE TABLESPACE {} LOCATION '…';", crate::pg::Ident::new(name.as_str())),
+                format!(
+                    "On {target}: CREATE TABLESPACE {} LOCATION '…';",
+                    crate::pg::Ident::new(name.as_str())
+                ),
             ));
         }
     }
@@ -685,8 +807,10 @@ async fn target_database(
                 if !now.is_empty() {
                     // Tables that are only missing are added by `replication start`.
                     let missing = |line: &String| line.ends_with(" is missing") && !line.contains(": column");
-                    let differences: Vec<_> =
-                        schema::compare(&wanted, &now).into_iter().filter(|line| !missing(line)).collect();
+                    let differences: Vec<_> = schema::compare(&wanted, &now)
+                        .into_iter()
+                        .filter(|line| !missing(line))
+                        .collect();
                     if !differences.is_empty() {
                         found.push(Finding::blocker(
                             "schema_differs",
@@ -715,9 +839,14 @@ async fn target_database(
             if wanted > room {
                 found.push(Finding::blocker(
                     "locks",
-                    format!("{target} has room for about {room} locks; making the schema in one transaction takes {wanted}."),
+                    format!(
+                        "{target} has room for about {room} locks; making the schema in one transaction takes {wanted}."
+                    ),
                     "It would fail with \"out of shared memory\".",
-                    format!("On {target}: {}", alter_system("max_locks_per_transaction", 64 * (wanted / room.max(1) + 2))),
+                    format!(
+                        "On {target}: {}",
+                        alter_system("max_locks_per_transaction", 64 * (wanted / room.max(1) + 2))
+                    ),
                 ));
             }
         }
@@ -738,9 +867,13 @@ async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &s
     let standby = matches!(state::read(&**client).await, Ok(Some(row)) if row.state != State::Active);
     let limit = config.limits.server_connect_timeout;
     let session = if standby {
-        connect_with_origin(config.server(to), here, PURPOSE, limit).await.map_err(|e| e.to_string())
+        connect_with_origin(config.server(to), here, PURPOSE, limit)
+            .await
+            .map_err(|e| e.to_string())
     } else {
-        connect(config.server(to), here, PURPOSE, limit).await.map_err(|e| e.to_string())
+        connect(config.server(to), here, PURPOSE, limit)
+            .await
+            .map_err(|e| e.to_string())
     };
     let mut session = match session {
         Ok(session) => session,
@@ -764,7 +897,10 @@ async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &s
     };
     Some(Finding::blocker(
         "servers_apart",
-        format!("{to} can't subscribe to {from} at {}:{}: {error}.", publisher.link_host, publisher.link_port),
+        format!(
+            "{to} can't subscribe to {from} at {}:{}: {error}.",
+            publisher.link_host, publisher.link_port
+        ),
         "Links go both ways: each server connects to the other one.",
         format!(
             "Set link_host and link_port of [{from}] to where {to} reaches it; let user {} in from there in {from}'s pg_hba.conf.",
@@ -819,7 +955,12 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
         standing(source, &from, &to, &mut of_this).await;
         match Regime::read(&*from, &*to).await {
             Ok(regime) => {
-                let ends = Ends { source: &from, target: &to, source_side: source, database };
+                let ends = Ends {
+                    source: &from,
+                    target: &to,
+                    source_side: source,
+                    database,
+                };
                 match links::obstacles(&ends, regime).await {
                     Ok(obstacles) => of_this.extend(obstacles),
                     Err(error) => of_this.push(unread("The links", error)),
@@ -837,7 +978,14 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
                 Err(error) => of_this.push(unread("The roles", error)),
             }
             let statement = include_str!("../pg/sql/old_transactions.sql");
-            let old = rows(&*from, statement, &[&config.databases], "The open transactions", &mut of_this).await;
+            let old = rows(
+                &*from,
+                statement,
+                &[&config.databases],
+                "The open transactions",
+                &mut of_this,
+            )
+            .await;
             let old: Vec<String> = old.iter().map(|row| row.get(0)).collect();
             if !old.is_empty() {
                 of_this.push(Finding::warning(
@@ -871,7 +1019,10 @@ async fn standing(source: Side, from: &Client, to: &Client, found: &mut Vec<Find
         found.push(Finding::blocker(
             "not_standing",
             format!("The state rows say: {}; {}.", said(&from), said(&to)),
-            format!("A flip needs {source} active and {} standby at the same epoch.", source.other()),
+            format!(
+                "A flip needs {source} active and {} standby at the same epoch.",
+                source.other()
+            ),
             "If replication was never started: `pgflip replication start`. If a flip is under way: wait for it.",
         ));
     }
@@ -885,7 +1036,11 @@ async fn types(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding
         rows.iter().map(|row| (row.get("name"), row.get("oid"))).collect()
     };
     let (here, there) = (read(from).await, read(to).await);
-    let differ: Vec<_> = here.iter().filter(|(name, oid)| there.get(*name) != Some(oid)).map(|(name, _)| name).collect();
+    let differ: Vec<_> = here
+        .iter()
+        .filter(|(name, oid)| there.get(*name) != Some(oid))
+        .map(|(name, _)| name)
+        .collect();
     if !differ.is_empty() {
         found.push(Finding::warning(
             "type_oids",
@@ -902,9 +1057,13 @@ async fn felt(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding>
     let files = include_str!("../pg/sql/preflight_file_settings.sql");
     let mut read = async |client: &Client| -> BTreeMap<String, String> {
         let of = |rows: Vec<tokio_postgres::Row>| {
-            rows.iter().map(|row| (row.get(0), row.get::<_, Option<String>>(1).unwrap_or_default())).collect::<Vec<_>>()
+            rows.iter()
+                .map(|row| (row.get(0), row.get::<_, Option<String>>(1).unwrap_or_default()))
+                .collect::<Vec<_>>()
         };
-        let mut settings: BTreeMap<_, _> = of(rows(&**client, statement, &[], "The settings", found).await).into_iter().collect();
+        let mut settings: BTreeMap<_, _> = of(rows(&**client, statement, &[], "The settings", found).await)
+            .into_iter()
+            .collect();
         // Who may not read the files sees less; that stops nothing.
         if let Ok(rows) = client.query(files, &[]).await {
             settings.extend(of(rows));
@@ -912,23 +1071,34 @@ async fn felt(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding>
         settings
     };
     let (here, there) = (read(from).await, read(to).await);
-    let number = |settings: &BTreeMap<String, String>, name: &str| settings.get(name).and_then(|value| value.parse::<i64>().ok());
+    let number = |settings: &BTreeMap<String, String>, name: &str| {
+        settings.get(name).and_then(|value| value.parse::<i64>().ok())
+    };
     let mut differ = Vec::new();
     for (name, value) in &here {
         let other = there.get(name);
         let limit = name == "max_connections" || name == "max_prepared_transactions";
         if limit {
             if number(&there, name) < number(&here, name) {
-                differ.push(format!("{name} ({value}, {} there)", other.map_or("unset", String::as_str)));
+                differ.push(format!(
+                    "{name} ({value}, {} there)",
+                    other.map_or("unset", String::as_str)
+                ));
             }
         } else if other.is_some_and(|other| other != value) {
-            differ.push(format!("{name} ({value}, {} there)", other.map_or("unset", String::as_str)));
+            differ.push(format!(
+                "{name} ({value}, {} there)",
+                other.map_or("unset", String::as_str)
+            ));
         }
     }
     if !differ.is_empty() {
         found.push(Finding::warning(
             "settings_differ",
-            format!("Server settings that clients feel differ on {target}: {}.", differ.join(", ")),
+            format!(
+                "Server settings that clients feel differ on {target}: {}.",
+                differ.join(", ")
+            ),
             "Sessions may behave differently after the flip.",
             format!("On {target}: ALTER SYSTEM SET … = …; where it is not intended."),
         ));
@@ -948,7 +1118,13 @@ mod tests {
         found.sort_by_key(|finding| finding.severity);
         assert!(found[0].stops() && !found[1].stops());
         assert_eq!(found[1].to_string(), "warning b (database app): W. M. Do.");
-        let failure = Failure { findings: found, ..Failure::new("What.", "Means.", "Next.") };
-        assert_eq!(failure.to_string(), "What. Means. Next.\n- blocker a: B. M. Do.\n- warning b (database app): W. M. Do.");
+        let failure = Failure {
+            findings: found,
+            ..Failure::new("What.", "Means.", "Next.")
+        };
+        assert_eq!(
+            failure.to_string(),
+            "What. Means. Next.\n- blocker a: B. M. Do.\n- warning b (database app): W. M. Do."
+        );
     }
 }

@@ -133,22 +133,34 @@ pub fn decide(blue: &Known, green: &Known) -> Decision {
         // `replication start` begins with the standby: as long as blue has no row, nothing has begun.
         (Absent, Is(green)) if green.state == State::Standby => Decision::Fresh,
         (Is(row), Absent) | (Absent, Is(row)) => match row.state {
-            State::Active => Decision::Steady { active: row.side, epoch: row.epoch },
+            State::Active => Decision::Steady {
+                active: row.side,
+                epoch: row.epoch,
+            },
             State::Fenced => unwind(row),
-            State::Committing | State::Standby => in_doubt(format!("{row}, and {} has no schema pgflip", row.side.other())),
+            State::Committing | State::Standby => {
+                in_doubt(format!("{row}, and {} has no schema pgflip", row.side.other()))
+            }
         },
         // Without its own word, blue is only taken for fresh when it has been read.
         (Absent, Unreachable(_)) => Decision::Fresh,
         (Unreachable(why), Absent) => Decision::Unknown { why: why.clone() },
         (Is(row), Unreachable(why)) | (Unreachable(why), Is(row)) => match row.state {
             // The other side can only be active at a higher epoch if this one was fenced first.
-            State::Active => Decision::Steady { active: row.side, epoch: row.epoch },
+            State::Active => Decision::Steady {
+                active: row.side,
+                epoch: row.epoch,
+            },
             // The pivot needs `committing` on this side first.
             State::Fenced => unwind(row),
             State::Committing => in_doubt(format!("{row}, and {} can't be read: {why}", row.side.other())),
-            State::Standby => Decision::Unknown { why: format!("{row}; {why}") },
+            State::Standby => Decision::Unknown {
+                why: format!("{row}; {why}"),
+            },
         },
-        (Unreachable(one), Unreachable(other)) => Decision::Unknown { why: format!("{one}; {other}") },
+        (Unreachable(one), Unreachable(other)) => Decision::Unknown {
+            why: format!("{one}; {other}"),
+        },
         (Is(blue), Is(green)) => both(blue, green),
     }
 }
@@ -158,21 +170,46 @@ fn in_doubt(why: String) -> Decision {
 }
 
 fn unwind(row: &Row) -> Decision {
-    Decision::Unwind { source: row.side, attempt: Attempt { epoch: row.epoch, id: row.attempt } }
+    Decision::Unwind {
+        source: row.side,
+        attempt: Attempt {
+            epoch: row.epoch,
+            id: row.attempt,
+        },
+    }
 }
 
 fn both(blue: &Row, green: &Row) -> Decision {
     let doubt = || in_doubt(format!("{blue}, {green}"));
-    let (high, low) = if blue.epoch >= green.epoch { (blue, green) } else { (green, blue) };
-    let source = |row: &Row| (row.side, Attempt { epoch: row.epoch, id: row.attempt });
+    let (high, low) = if blue.epoch >= green.epoch {
+        (blue, green)
+    } else {
+        (green, blue)
+    };
+    let source = |row: &Row| {
+        (
+            row.side,
+            Attempt {
+                epoch: row.epoch,
+                id: row.attempt,
+            },
+        )
+    };
     if high.epoch == low.epoch {
         // Which one is `low` says nothing here: look at both ways round.
-        let (other, standby) = if high.state == State::Standby { (low, high) } else { (high, low) };
+        let (other, standby) = if high.state == State::Standby {
+            (low, high)
+        } else {
+            (high, low)
+        };
         if standby.state != State::Standby {
             return doubt();
         }
         return match other.state {
-            State::Active => Decision::Steady { active: other.side, epoch: other.epoch },
+            State::Active => Decision::Steady {
+                active: other.side,
+                epoch: other.epoch,
+            },
             State::Fenced => unwind(other),
             State::Committing => {
                 let (source, attempt) = source(other);
@@ -187,7 +224,11 @@ fn both(blue: &Row, green: &Row) -> Decision {
             let (source, attempt) = source(low);
             Decision::Forward { source, attempt }
         }
-        (State::Active, _) => Decision::Demote { stale: low.side, active: high.side, epoch: high.epoch },
+        (State::Active, _) => Decision::Demote {
+            stale: low.side,
+            active: high.side,
+            epoch: high.epoch,
+        },
         // Source done, target below: the target lost the pivot. Never unwound.
         (State::Standby | State::Fenced | State::Committing, _) => doubt(),
     }
@@ -196,8 +237,16 @@ fn both(blue: &Row, green: &Row) -> Decision {
 /// Connects for recovery, with the wait for rows bounded. The bound is a lock_timeout and not a statement_timeout: that
 /// would also end the wait for a synchronous standby, and the commit would count as done without it.
 async fn client(config: &Config, side: Side, database: &str) -> Result<Client, RecoveryError> {
-    let client = connect(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await?;
-    client.batch_execute(&format!("set lock_timeout = {}", ROW_LOCK_TIMEOUT.as_millis())).await?;
+    let client = connect(
+        config.server(side),
+        database,
+        PURPOSE,
+        config.limits.server_connect_timeout,
+    )
+    .await?;
+    client
+        .batch_execute(&format!("set lock_timeout = {}", ROW_LOCK_TIMEOUT.as_millis()))
+        .await?;
     Ok(client)
 }
 
@@ -257,12 +306,20 @@ impl OperatorLock {
             let limit = config.limits.server_connect_timeout;
             let client = connect(config.server(side), config.carrier(), Purpose("operator"), limit).await?;
             let take = async || {
-                let taken = client.query_one("select pg_try_advisory_lock($1)", &[&LOCK_KEY]).await?;
+                let taken = client
+                    .query_one("select pg_try_advisory_lock($1)", &[&LOCK_KEY])
+                    .await?;
                 Ok::<bool, tokio_postgres::Error>(taken.get(0))
             };
             if !answer(side, "taking the operator's lock", take()).await? {
-                let asleep = async || client.query(include_str!("../pg/sql/operator_asleep.sql"), &[&LOCK_KEY]).await;
-                let ended = answer(side, "looking who holds the operator's lock", asleep()).await?.len();
+                let asleep = async || {
+                    client
+                        .query(include_str!("../pg/sql/operator_asleep.sql"), &[&LOCK_KEY])
+                        .await
+                };
+                let ended = answer(side, "looking who holds the operator's lock", asleep())
+                    .await?
+                    .len();
                 if ended == 0 {
                     return Ok(None);
                 }
@@ -301,7 +358,11 @@ pub enum Burnt {
 /// Burns an attempt on its target. An error means that the outcome is still open.
 pub async fn burn(config: &Config, target: Side, attempt: Attempt) -> Result<Burnt, RecoveryError> {
     let on = client(config, target, config.carrier()).await?;
-    let burnt = answer(target, "burning the attempt (a pivot in flight has not been answered)", state::burn(&*on, attempt));
+    let burnt = answer(
+        target,
+        "burning the attempt (a pivot in flight has not been answered)",
+        state::burn(&*on, attempt),
+    );
     Ok(if burnt.await? { Burnt::Yes } else { Burnt::No })
 }
 
@@ -316,7 +377,10 @@ pub async fn unwind_source(
 ) -> Result<(), RecoveryError> {
     let on = client(config, source, config.carrier()).await?;
     if !answer(source, "unwinding", state::unwind(&*on, attempt, from)).await? {
-        return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
+        return Err(StateError::Superseded {
+            found: state::read(&*on).await?,
+        }
+        .into());
     }
     tracing::info!(side = %source, epoch = attempt.epoch, attempt = attempt.id, from = "fenced", to = "active", because, "unwound");
     note(&on, attempt, "unwound", because).await;
@@ -325,7 +389,9 @@ pub async fn unwind_source(
         if answer(source, "unwinding", state::unwind(&*on, attempt, Unwinding::Burnt)).await? {
             Ok(())
         } else {
-            Err(RecoveryError::from(StateError::Superseded { found: state::read(&*on).await? }))
+            Err(RecoveryError::from(StateError::Superseded {
+                found: state::read(&*on).await?,
+            }))
         }
     }))
     .await?;
@@ -346,7 +412,15 @@ async fn forward_on(config: &Config, source: Side, epoch: u64) -> Result<(), Rec
             }
             let limit = config.limits.server_connect_timeout;
             let mut origin = connect_with_origin(config.server(target), database, PURPOSE, limit).await?;
-            Ok(links::enable(&mut origin, &name, &Expect { states: &[State::Standby], epoch }).await?)
+            Ok(links::enable(
+                &mut origin,
+                &name,
+                &Expect {
+                    states: &[State::Standby],
+                    epoch,
+                },
+            )
+            .await?)
         };
         if let Err(error) = mended.await {
             tracing::warn!(database, %error, "the link towards {target} is not on yet; the guard goes on trying");
@@ -376,8 +450,17 @@ pub fn go_to(config: &Config, active: Side) -> String {
 pub async fn go_forward(config: &Config, source: Side, attempt: Attempt) -> Result<(), RecoveryError> {
     let on = client(config, source, config.carrier()).await?;
     let words = go_to(config, source.other());
-    if !answer(source, "noting that the flip is done", state::done(&*on, attempt, &words)).await? {
-        return Err(StateError::Superseded { found: state::read(&*on).await? }.into());
+    if !answer(
+        source,
+        "noting that the flip is done",
+        state::done(&*on, attempt, &words),
+    )
+    .await?
+    {
+        return Err(StateError::Superseded {
+            found: state::read(&*on).await?,
+        }
+        .into());
     }
     tracing::info!(side = %source, epoch = attempt.epoch + 1, attempt = attempt.id, from = "committing", to = "standby",
         because = "the pivot has been committed", "done");
@@ -391,7 +474,9 @@ pub async fn demote(config: &Config, stale: Side, epoch: u64) -> Result<(), Reco
         let words = &words;
         async move {
             let mut on = client(config, stale, database).await?;
-            let Some(row) = state::read(&*on).await? else { return Ok(()) };
+            let Some(row) = state::read(&*on).await? else {
+                return Ok(());
+            };
             if row.epoch >= epoch {
                 return Ok(());
             }
@@ -405,7 +490,13 @@ pub async fn demote(config: &Config, stale: Side, epoch: u64) -> Result<(), Reco
             tracing::warn!(side = %stale, database, from = %row, to = "standby", because = "it slept through a flip",
                 "demoted: its link has to be rebuilt");
             let attempt = Attempt { epoch, id: row.attempt };
-            note(&on, attempt, "demoted", "it slept through a flip; what it had and the other side had not is not carried over").await;
+            note(
+                &on,
+                attempt,
+                "demoted",
+                "it slept through a flip; what it had and the other side had not is not carried over",
+            )
+            .await;
             Ok::<_, RecoveryError>(())
         }
     }))
@@ -420,8 +511,10 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
     let changes = try_join_all(config.databases[1..].iter().map(|database| {
         let words = &words;
         async move {
-            let (here, there) =
-                tokio::try_join!(client(config, active, database), client(config, active.other(), database))?;
+            let (here, there) = tokio::try_join!(
+                client(config, active, database),
+                client(config, active.other(), database)
+            )?;
             let (Some(now), Some(old)) = (state::read(&*here).await?, state::read(&*there).await?) else {
                 return Ok(Vec::new());
             };
@@ -436,14 +529,23 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
             }
             match now.state {
                 State::Standby if now.epoch + 1 == epoch => {
-                    let attempt = Attempt { epoch: now.epoch, id: now.burnt.max(now.attempt).max(old.attempt) + 1 };
+                    let attempt = Attempt {
+                        epoch: now.epoch,
+                        id: now.burnt.max(now.attempt).max(old.attempt) + 1,
+                    };
                     if answer(active, "following the carrier", state::pivot(&*here, attempt)).await? {
                         did.push(format!("{database}: {active} active at epoch {epoch}"));
                     }
                 }
                 State::Fenced | State::Committing if now.epoch == epoch => {
                     let attempt = Attempt { epoch, id: now.attempt };
-                    if answer(active, "following the carrier", state::unwind(&*here, attempt, Unwinding::Burnt)).await? {
+                    if answer(
+                        active,
+                        "following the carrier",
+                        state::unwind(&*here, attempt, Unwinding::Burnt),
+                    )
+                    .await?
+                    {
                         did.push(format!("{database}: {active} unwound"));
                     }
                 }
@@ -455,7 +557,10 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
                 }
             }
             if old.epoch + 1 == epoch && matches!(old.state, State::Fenced | State::Committing) {
-                let attempt = Attempt { epoch: old.epoch, id: old.attempt };
+                let attempt = Attempt {
+                    epoch: old.epoch,
+                    id: old.attempt,
+                };
                 if answer(old.side, "following the carrier", state::done(&*there, attempt, words)).await? {
                     did.push(format!("{database}: {} standby at epoch {epoch}", old.side));
                 }
@@ -504,7 +609,14 @@ mod tests {
     const STATES: [State; 4] = [State::Active, State::Fenced, State::Committing, State::Standby];
 
     fn row(side: Side, state: State, epoch: u64) -> Row {
-        Row { side, carrier: "app".into(), epoch, state, attempt: 7, burnt: 0 }
+        Row {
+            side,
+            carrier: "app".into(),
+            epoch,
+            state,
+            attempt: 7,
+            burnt: 0,
+        }
     }
 
     fn known(row: &Row) -> Known {
@@ -520,13 +632,27 @@ mod tests {
                     let here = decide(&known(&row(Side::Blue, b, be)), &known(&row(Side::Green, g, ge)));
                     let there = decide(&known(&row(Side::Blue, g, ge)), &known(&row(Side::Green, b, be)));
                     let expected = match here {
-                        Decision::Steady { active, epoch } => Decision::Steady { active: mirrored(active), epoch },
-                        Decision::Unwind { source, attempt } => Decision::Unwind { source: mirrored(source), attempt },
-                        Decision::Burn { source, attempt } => Decision::Burn { source: mirrored(source), attempt },
-                        Decision::Forward { source, attempt } => Decision::Forward { source: mirrored(source), attempt },
-                        Decision::Demote { stale, active, epoch } => {
-                            Decision::Demote { stale: mirrored(stale), active: mirrored(active), epoch }
-                        }
+                        Decision::Steady { active, epoch } => Decision::Steady {
+                            active: mirrored(active),
+                            epoch,
+                        },
+                        Decision::Unwind { source, attempt } => Decision::Unwind {
+                            source: mirrored(source),
+                            attempt,
+                        },
+                        Decision::Burn { source, attempt } => Decision::Burn {
+                            source: mirrored(source),
+                            attempt,
+                        },
+                        Decision::Forward { source, attempt } => Decision::Forward {
+                            source: mirrored(source),
+                            attempt,
+                        },
+                        Decision::Demote { stale, active, epoch } => Decision::Demote {
+                            stale: mirrored(stale),
+                            active: mirrored(active),
+                            epoch,
+                        },
                         Decision::InDoubt { .. } => {
                             assert!(matches!(there, Decision::InDoubt { .. }), "{b} {be} {g} {ge}");
                             continue;
@@ -549,21 +675,47 @@ mod tests {
                 for epoch in [3, 4, 5] {
                     let decision = decide(&known(&row(Side::Blue, b, 3)), &known(&row(Side::Green, g, epoch)));
                     let expected = match (b, g, epoch) {
-                        (Active, Standby, 3) => Some(Decision::Steady { active: Side::Blue, epoch: 3 }),
-                        (Standby, Active, 3) => Some(Decision::Steady { active: Side::Green, epoch: 3 }),
-                        (Fenced, Standby, 3) => Some(Decision::Unwind { source: Side::Blue, attempt }),
-                        (Standby, Fenced, 3) => Some(Decision::Unwind { source: Side::Green, attempt }),
-                        (Committing, Standby, 3) => Some(Decision::Burn { source: Side::Blue, attempt }),
-                        (Standby, Committing, 3) => Some(Decision::Burn { source: Side::Green, attempt }),
-                        (Fenced | Committing, Active, 4) => Some(Decision::Forward { source: Side::Blue, attempt }),
-                        (_, Active, 4 | 5) => {
-                            Some(Decision::Demote { stale: Side::Blue, active: Side::Green, epoch })
-                        }
+                        (Active, Standby, 3) => Some(Decision::Steady {
+                            active: Side::Blue,
+                            epoch: 3,
+                        }),
+                        (Standby, Active, 3) => Some(Decision::Steady {
+                            active: Side::Green,
+                            epoch: 3,
+                        }),
+                        (Fenced, Standby, 3) => Some(Decision::Unwind {
+                            source: Side::Blue,
+                            attempt,
+                        }),
+                        (Standby, Fenced, 3) => Some(Decision::Unwind {
+                            source: Side::Green,
+                            attempt,
+                        }),
+                        (Committing, Standby, 3) => Some(Decision::Burn {
+                            source: Side::Blue,
+                            attempt,
+                        }),
+                        (Standby, Committing, 3) => Some(Decision::Burn {
+                            source: Side::Green,
+                            attempt,
+                        }),
+                        (Fenced | Committing, Active, 4) => Some(Decision::Forward {
+                            source: Side::Blue,
+                            attempt,
+                        }),
+                        (_, Active, 4 | 5) => Some(Decision::Demote {
+                            stale: Side::Blue,
+                            active: Side::Green,
+                            epoch,
+                        }),
                         _ => None,
                     };
                     match expected {
                         Some(expected) => assert_eq!(decision, expected, "{b} 3, {g} {epoch}"),
-                        None => assert!(matches!(decision, Decision::InDoubt { .. }), "{b} 3, {g} {epoch}: {decision:?}"),
+                        None => assert!(
+                            matches!(decision, Decision::InDoubt { .. }),
+                            "{b} 3, {g} {epoch}: {decision:?}"
+                        ),
                     }
                 }
             }
@@ -572,7 +724,10 @@ mod tests {
 
     #[test]
     fn two_sides_that_both_claim_to_be_active_are_never_settled_by_guessing() {
-        let decision = decide(&known(&row(Side::Blue, State::Active, 3)), &known(&row(Side::Green, State::Active, 3)));
+        let decision = decide(
+            &known(&row(Side::Blue, State::Active, 3)),
+            &known(&row(Side::Green, State::Active, 3)),
+        );
         assert!(matches!(decision, Decision::InDoubt { .. }));
     }
 
@@ -583,13 +738,22 @@ mod tests {
         assert!(matches!(decision, Decision::InDoubt { .. }));
         let attempt = Attempt { epoch: 3, id: 7 };
         let fenced = decide(&known(&row(Side::Blue, State::Fenced, 3)), &gone);
-        assert_eq!(fenced, Decision::Unwind { source: Side::Blue, attempt });
+        assert_eq!(
+            fenced,
+            Decision::Unwind {
+                source: Side::Blue,
+                attempt
+            }
+        );
     }
 
     #[test]
     fn a_standby_alone_says_nothing_about_who_is_active() {
         let gone = Known::Unreachable("no route".into());
-        assert!(matches!(decide(&known(&row(Side::Blue, State::Standby, 3)), &gone), Decision::Unknown { .. }));
+        assert!(matches!(
+            decide(&known(&row(Side::Blue, State::Standby, 3)), &gone),
+            Decision::Unknown { .. }
+        ));
         assert!(matches!(decide(&gone, &gone), Decision::Unknown { .. }));
         assert!(matches!(decide(&gone, &Known::Absent), Decision::Unknown { .. }));
     }
@@ -597,7 +761,13 @@ mod tests {
     #[test]
     fn before_replication_begins_blue_serves() {
         assert_eq!(decide(&Known::Absent, &Known::Absent), Decision::Fresh);
-        assert_eq!(decide(&Known::Absent, &Known::Unreachable("not up yet".into())), Decision::Fresh);
-        assert_eq!(decide(&Known::Absent, &known(&row(Side::Green, State::Standby, 1))), Decision::Fresh);
+        assert_eq!(
+            decide(&Known::Absent, &Known::Unreachable("not up yet".into())),
+            Decision::Fresh
+        );
+        assert_eq!(
+            decide(&Known::Absent, &known(&row(Side::Green, State::Standby, 1))),
+            Decision::Fresh
+        );
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::links::{
     self, Ends, LinkError, Make, PUBLICATION, Regime, TableName, list, marker_table, slot_name, tables_published,
@@ -24,10 +24,12 @@ use super::{copy, fence, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
-use crate::pg::origin::{connect_with_origin, drop_origins};
+use crate::pg::origin::{POOL, connect_with_origin, drop_origins};
 use crate::pg::{Client, Ident, Purpose, Side, connect};
 
 const PURPOSE: Purpose = Purpose("replication");
+/// How long links may take to come up once everything is made: a worker is started again 5 s after it failed.
+const LINKS_UP: Duration = Duration::from_secs(60);
 /// Databases that every server has, in the order in which they are tried.
 const ALWAYS_THERE: [&str; 2] = ["postgres", "template1"];
 
@@ -48,13 +50,21 @@ impl Run {
         self.config.limits.server_connect_timeout
     }
     fn active(&self) -> Expect {
-        Expect { states: &[State::Active], epoch: self.epoch }
+        Expect {
+            states: &[State::Active],
+            epoch: self.epoch,
+        }
     }
     fn standby(&self) -> Expect {
-        Expect { states: &[State::Standby], epoch: self.epoch }
+        Expect {
+            states: &[State::Standby],
+            epoch: self.epoch,
+        }
     }
     async fn on_source(&self, database: &str) -> Result<Client, Failure> {
-        connect(self.config.server(self.source), database, PURPOSE, self.limit()).await.map_err(|e| self.failed(e))
+        connect(self.config.server(self.source), database, PURPOSE, self.limit())
+            .await
+            .map_err(|e| self.failed(e))
     }
     /// Always with an origin.
     async fn on_target(&self, database: &str) -> Result<Client, Failure> {
@@ -86,7 +96,13 @@ fn query(doing: &str) -> impl Fn(tokio_postgres::Error) -> String + '_ {
 
 /// The rows of one database, unread (`Err`), none (`Ok(None)`) or as found.
 async fn row_of(config: &Config, side: Side, database: &str) -> Result<Option<Row>, String> {
-    let client = connect(config.server(side), database, PURPOSE, config.limits.server_connect_timeout).await;
+    let client = connect(
+        config.server(side),
+        database,
+        PURPOSE,
+        config.limits.server_connect_timeout,
+    )
+    .await;
     let client = match client {
         Ok(client) => client,
         // The target's database may not have been created yet.
@@ -115,7 +131,9 @@ async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> 
     };
     let rows = [blue.map_err(unread)?, green.map_err(unread)?];
     let rows: Vec<Row> = rows.into_iter().flatten().collect();
-    let under_way = rows.iter().find(|row| matches!(row.state, State::Fenced | State::Committing));
+    let under_way = rows
+        .iter()
+        .find(|row| matches!(row.state, State::Fenced | State::Committing));
     if let Some(row) = under_way {
         return Err(Failure::new(
             format!("A flip is under way: {row}."),
@@ -140,7 +158,12 @@ async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> 
 /// Brings the standby to life as a copy of the active side and both links into place. May be run again after any
 /// failure, and whenever tables or roles were added.
 pub async fn start(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
-    op.event("preflight", "started", "Looking for everything that could stop it", Value::Null);
+    op.event(
+        "preflight",
+        "started",
+        "Looking for everything that could stop it",
+        Value::Null,
+    );
     let findings = preflight::for_replication(&config).await;
     if findings.iter().any(preflight::Finding::stops) {
         let blockers = findings.iter().filter(|finding| finding.stops()).count();
@@ -154,10 +177,20 @@ pub async fn start(config: Arc<Config>, op: Operation) -> Result<Value, Failure>
         });
     }
     let warnings = findings.len();
-    op.event("preflight", "done", format!("Nothing stands in the way ({warnings} warnings)"), json!({"findings": findings}));
+    op.event(
+        "preflight",
+        "done",
+        format!("Nothing stands in the way ({warnings} warnings)"),
+        json!({"findings": findings}),
+    );
 
     let (source, epoch) = who_is_active(&config).await?.unwrap_or((Side::Blue, 1));
-    let run = Run { config, op, source, epoch };
+    let run = Run {
+        config,
+        op,
+        source,
+        epoch,
+    };
     databases(&run).await?;
     install(&run).await?;
     mirror_roles(&run).await?;
@@ -183,11 +216,18 @@ async fn databases(run: &Run) -> Result<(), Failure> {
     let mut created = Vec::new();
     for database in &run.config.databases {
         let source = run.on_source(database).await?;
-        if schema::create_database(&source, &target, run.target(), database).await.map_err(|e| run.failed(e))? {
+        if schema::create_database(&source, &target, run.target(), database)
+            .await
+            .map_err(|e| run.failed(e))?
+        {
             created.push(database.clone());
         }
     }
-    let message = if created.is_empty() { "All there".to_owned() } else { format!("Created {}", created.join(", ")) };
+    let message = if created.is_empty() {
+        "All there".to_owned()
+    } else {
+        format!("Created {}", created.join(", "))
+    };
     run.done("databases", message, json!({"created": created}));
     Ok(())
 }
@@ -196,7 +236,10 @@ async fn databases(run: &Run) -> Result<(), Failure> {
 async fn maintenance(run: &Run) -> Result<Client, Failure> {
     let server = run.config.server(run.target());
     let mut last = None;
-    for database in ALWAYS_THERE.into_iter().chain(run.config.databases.iter().map(String::as_str)) {
+    for database in ALWAYS_THERE
+        .into_iter()
+        .chain(run.config.databases.iter().map(String::as_str))
+    {
         match connect(server, database, PURPOSE, run.limit()).await {
             Ok(client) => return Ok(client),
             Err(error) => last = Some(error),
@@ -214,7 +257,11 @@ async fn install(run: &Run) -> Result<(), Failure> {
         let target = run.on_target(database).await?;
         install_row(run, &target, run.target(), database, State::Standby).await?;
     }
-    run.done("install", format!("{} is active at epoch {}", run.source, run.epoch), Value::Null);
+    run.done(
+        "install",
+        format!("{} is active at epoch {}", run.source, run.epoch),
+        Value::Null,
+    );
     Ok(())
 }
 
@@ -227,7 +274,9 @@ async fn install_row(run: &Run, on: &Client, side: Side, database: &str, wanted:
         attempt: 0,
         burnt: 0,
     };
-    state::install(on, &first).await.map_err(|e| run.failed(format!("installing schema pgflip on {side}: {e}")))?;
+    state::install(on, &first)
+        .await
+        .map_err(|e| run.failed(format!("installing schema pgflip on {side}: {e}")))?;
     let found = state::read(&**on).await.map_err(|e| run.failed(e))?;
     match found {
         Some(row)
@@ -238,7 +287,10 @@ async fn install_row(run: &Run, on: &Client, side: Side, database: &str, wanted:
         found => {
             let found = found.map_or("nothing".to_owned(), |row| format!("{row}, carrier {}", row.carrier));
             Err(Failure::new(
-                format!("Database {database} on {side} says: {found}; expected {wanted} at epoch {}, carrier {}.", run.epoch, first.carrier),
+                format!(
+                    "Database {database} on {side} says: {found}; expected {wanted} at epoch {}, carrier {}.",
+                    run.epoch, first.carrier
+                ),
                 "Nothing else was changed; the row belongs to another set of databases, to a flip, or to an earlier migration.",
                 "If an earlier migration left it: `pgflip replication stop` with that migration's config removes it.",
             ))
@@ -253,19 +305,33 @@ async fn mirror_roles(run: &Run) -> Result<(), Failure> {
     let source = run.on_source(config.carrier()).await?;
     let mut target = run.on_target(config.carrier()).await?;
     let server = config.server(run.target());
-    let done = roles::mirror(&source, run.source, &mut target, server, &config.databases, &run.standby())
-        .await
-        .map_err(|e| run.failed(e))?;
+    let done = roles::mirror(
+        &source,
+        run.source,
+        &mut target,
+        server,
+        &config.databases,
+        &run.standby(),
+    )
+    .await
+    .map_err(|e| run.failed(e))?;
     let txn = target.transaction().await.map_err(|e| run.failed(describe(&e)))?;
     state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
     for database in &config.databases {
         let statements = schema::database_properties(&source, database, &txn).await;
         for statement in statements.map_err(|e| run.failed(describe(&e)))? {
-            txn.batch_execute(&statement).await.map_err(|e| run.failed(query(&statement)(e)))?;
+            txn.batch_execute(&statement)
+                .await
+                .map_err(|e| run.failed(query(&statement)(e)))?;
         }
     }
     txn.commit().await.map_err(|e| run.failed(describe(&e)))?;
-    let message = format!("{} created, {} changed, {} skipped", done.created.len(), done.changed.len(), done.skipped.len());
+    let message = format!(
+        "{} created, {} changed, {} skipped",
+        done.created.len(),
+        done.changed.len(),
+        done.skipped.len()
+    );
     run.done("roles", message, json!(done));
     Ok(())
 }
@@ -276,26 +342,49 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
     let source = run.on_source(database).await?;
     let mut target = run.on_target(database).await?;
     let read = |e: tokio_postgres::Error| run.failed(query("reading the tables")(e));
-    let (here, there) = (schema::columns(&*source).await.map_err(read)?, schema::columns(&*target).await.map_err(read)?);
+    let (here, there) = (
+        schema::columns(&*source).await.map_err(read)?,
+        schema::columns(&*target).await.map_err(read)?,
+    );
     let applied: bool = target
         .query_one("select exists (select from pgflip.history where event = 'schema')", &[])
         .await
         .map_err(read)?
         .get(0);
-    let missing: Vec<TableName> = here.keys().filter(|table| !there.contains_key(*table)).cloned().collect();
+    let missing: Vec<TableName> = here
+        .keys()
+        .filter(|table| !there.contains_key(*table))
+        .cloned()
+        .collect();
     let empty = there.is_empty() && !applied;
     if empty || !missing.is_empty() {
         let features = |client| Features::read(client);
-        let (source_features, target_features) =
-            (features(&*source).await.map_err(read)?, features(&*target).await.map_err(read)?);
-        let pg_dump = schema::find_pg_dump(&run.config, source_features, target_features).await.map_err(|e| run.failed(e))?;
-        let part = if empty { schema::Part::Everything } else { schema::Part::Tables(&missing) };
+        let (source_features, target_features) = (
+            features(&*source).await.map_err(read)?,
+            features(&*target).await.map_err(read)?,
+        );
+        let pg_dump = schema::find_pg_dump(&run.config, source_features, target_features)
+            .await
+            .map_err(|e| run.failed(e))?;
+        let part = if empty {
+            schema::Part::Everything
+        } else {
+            schema::Part::Tables(&missing)
+        };
         let dump = schema::dump(&pg_dump, run.config.server(run.source), database, part, target_features)
             .await
             .map_err(|e| run.failed(e))?;
         apply(run, &mut target, database, &dump).await?;
-        let what = if empty { "Copied".to_owned() } else { format!("Added {}", list(&missing)) };
-        run.info("schema", format!("{what} with pg_dump {}", pg_dump.major), json!({"database": database}));
+        let what = if empty {
+            "Copied".to_owned()
+        } else {
+            format!("Added {}", list(&missing))
+        };
+        run.info(
+            "schema",
+            format!("{what} with pg_dump {}", pg_dump.major),
+            json!({"database": database}),
+        );
     }
     let there = schema::columns(&*target).await.map_err(read)?;
     let differences = schema::compare(&here, &there);
@@ -303,10 +392,20 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
         return Err(Failure::new(
             format!("Database {database} on {}: {}.", run.target(), list(&differences)),
             "Nothing was copied into it. Clients are not affected.",
-            format!("Make them the same, or empty the database on {} and let pgflip copy the schema; then run `pgflip replication start` again.", run.target()),
+            format!(
+                "Make them the same, or empty the database on {} and let pgflip copy the schema; then run `pgflip replication start` again.",
+                run.target()
+            ),
         ));
     }
-    run.done("schema", format!("{} tables in database {database} are the same on both sides", here.len()), json!({"database": database, "tables": here.len()}));
+    run.done(
+        "schema",
+        format!(
+            "{} tables in database {database} are the same on both sides",
+            here.len()
+        ),
+        json!({"database": database, "tables": here.len()}),
+    );
     Ok(())
 }
 
@@ -314,11 +413,18 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
 /// says of pgflip's own event trigger is dropped: the fence makes its own.
 async fn apply(run: &Run, target: &mut Client, database: &str, dump: &str) -> Result<(), Failure> {
     let failed = |e: tokio_postgres::Error| {
-        let at = e.as_db_error().and_then(|db| db.position()).map_or(String::new(), |position| match position {
-            tokio_postgres::error::ErrorPosition::Original(at) => near(dump, *at as usize),
-            tokio_postgres::error::ErrorPosition::Internal { query, .. } => format!(" in {query}"),
-        });
-        run.failed(format!("applying the schema to database {database} on {}: {}{at}", run.target(), describe(&e)))
+        let at = e
+            .as_db_error()
+            .and_then(|db| db.position())
+            .map_or(String::new(), |position| match position {
+                tokio_postgres::error::ErrorPosition::Original(at) => near(dump, *at as usize),
+                tokio_postgres::error::ErrorPosition::Internal { query, .. } => format!(" in {query}"),
+            });
+        run.failed(format!(
+            "applying the schema to database {database} on {}: {}{at}",
+            run.target(),
+            describe(&e)
+        ))
     };
     let drop_trigger = format!("drop event trigger if exists {}", fence::EVENT_TRIGGER);
     let txn = target.transaction().await.map_err(failed)?;
@@ -326,9 +432,13 @@ async fn apply(run: &Run, target: &mut Client, database: &str, dump: &str) -> Re
     txn.batch_execute(&drop_trigger).await.map_err(failed)?;
     // A dump sets what it needs for the whole session: only for this transaction, please.
     txn.batch_execute(dump).await.map_err(failed)?;
-    txn.batch_execute("set local search_path = pg_catalog; set local row_security = on").await.map_err(failed)?;
+    txn.batch_execute("set local search_path = pg_catalog; set local row_security = on")
+        .await
+        .map_err(failed)?;
     txn.batch_execute(&drop_trigger).await.map_err(failed)?;
-    state::history(&txn, run.epoch, 0, "schema", json!({})).await.map_err(|e| run.failed(e))?;
+    state::history(&txn, run.epoch, 0, "schema", json!({}))
+        .await
+        .map_err(|e| run.failed(e))?;
     txn.commit().await.map_err(failed)?;
     // What the dump has SET holds for the rest of the session.
     target.batch_execute("reset all").await.map_err(failed)
@@ -352,12 +462,19 @@ async fn fences(run: &Run, database: &str) -> Result<(), Failure> {
     if features.copy_has_origin() {
         arm(run, &target).await?;
     }
-    run.done("fence", format!("{made} tables got theirs on {}; {} is armed", run.source, run.target()), json!({"database": database}));
+    run.done(
+        "fence",
+        format!("{made} tables got theirs on {}; {} is armed", run.source, run.target()),
+        json!({"database": database}),
+    );
     Ok(())
 }
 
 async fn arm(run: &Run, target: &Client) -> Result<(), Failure> {
-    fence::arm_as(target, run.standby(), &fence::Limits::default()).await.map(drop).map_err(|e| run.failed(e))
+    fence::arm_as(target, run.standby(), &fence::Limits::default())
+        .await
+        .map(drop)
+        .map_err(|e| run.failed(e))
 }
 
 /// Publications, the link towards the standby with its initial copy, and the link back.
@@ -369,49 +486,90 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     run.started("publication", format!("Publications in database {database}"));
     publish(run, &mut target, &run.standby()).await?;
     let published = publish(run, &mut source, &run.active()).await?;
-    run.done("publication", format!("{published} tables in database {database}"), json!({"database": database, "tables": published}));
+    run.done(
+        "publication",
+        format!("{published} tables in database {database}"),
+        json!({"database": database, "tables": published}),
+    );
 
     let forward = slot_name(run.target(), database);
-    run.started("link", format!("Link {} → {} of database {database}", run.source, run.target()));
+    run.started(
+        "link",
+        format!("Link {} → {} of database {database}", run.source, run.target()),
+    );
     let there = links::subscription(&*target, &forward).await.map_err(link)?;
     match there {
         Some(subscription) => {
             if !subscription.enabled {
-                links::enable(&mut target, &forward, &run.standby()).await.map_err(link)?;
+                links::enable(&mut target, &forward, &run.standby())
+                    .await
+                    .map_err(link)?;
             }
             refresh(run, &target, &forward, true, &run.standby()).await?;
         }
         None => {
             if let Some((table, ..)) = not_empty(run, &target).await?.first() {
                 return Err(Failure::new(
-                    format!("Database {database} on {} holds rows already ({table}), and no link to it exists.", run.target()),
+                    format!(
+                        "Database {database} on {} holds rows already ({table}), and no link to it exists.",
+                        run.target()
+                    ),
                     "Copying on top of them would fail or double them. Nothing was copied.",
-                    format!("Empty its tables (or drop the database on {}), then run `pgflip replication start` again.", run.target()),
+                    format!(
+                        "Empty its tables (or drop the database on {}), then run `pgflip replication start` again.",
+                        run.target()
+                    ),
                 ));
             }
             clear_marker(run, &mut target).await?;
             make_slot(run, &source, &forward).await?;
-            let make = Make { copy: true, on: true, regime };
+            let make = Make {
+                copy: true,
+                on: true,
+                regime,
+            };
             let publisher = run.config.server(run.source);
-            links::create_subscription(&mut target, publisher, database, make, &run.standby()).await.map_err(link)?;
+            links::create_subscription(&mut target, publisher, database, make, &run.standby())
+                .await
+                .map_err(link)?;
         }
     }
-    run.done("link", format!("{forward} is on"), json!({"database": database, "link": forward}));
+    run.done(
+        "link",
+        format!("{forward} is on"),
+        json!({"database": database, "link": forward}),
+    );
 
     run.started("copy", format!("Initial copy of database {database}"));
     let op = run.op.clone();
     let copied = copy::wait(&source, &target, &forward, |now| {
         let percent = now.share() * 100.0;
-        let message = format!("{database}: {} of {} tables ready, {percent:.0} %", now.ready, now.tables);
-        let moving: Vec<_> = now.each.iter().filter(|table| table.state == "copying" || table.state == "catching up").collect();
-        op.event("copy", "progress", message, json!({
-            "database": database, "ready": now.ready, "tables": now.tables, "bytes": now.bytes,
-            "total_bytes": now.total_bytes, "share": now.share(), "copying": moving,
-        }));
+        let message = format!(
+            "{database}: {} of {} tables ready, {percent:.0} %",
+            now.ready, now.tables
+        );
+        let moving: Vec<_> = now
+            .each
+            .iter()
+            .filter(|table| table.state == "copying" || table.state == "catching up")
+            .collect();
+        op.event(
+            "copy",
+            "progress",
+            message,
+            json!({
+                "database": database, "ready": now.ready, "tables": now.tables, "bytes": now.bytes,
+                "total_bytes": now.total_bytes, "share": now.share(), "copying": moving,
+            }),
+        );
     })
     .await
     .map_err(|e| run.failed(format!("{e}; {}'s log says why", run.target())))?;
-    run.done("copy", format!("{} tables of database {database} are in step", copied.tables), json!({"database": database, "tables": copied.tables}));
+    run.done(
+        "copy",
+        format!("{} tables of database {database} are in step", copied.tables),
+        json!({"database": database, "tables": copied.tables}),
+    );
 
     let features = Features::read(&*target).await.map_err(|e| run.failed(describe(&e)))?;
     if !features.copy_has_origin() {
@@ -420,16 +578,53 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     after_copy(run, &source, &mut target, database).await?;
 
     let back = slot_name(run.source, database);
-    run.started("link_back", format!("Link {} → {} of database {database}", run.target(), run.source));
+    run.started(
+        "link_back",
+        format!("Link {} → {} of database {database}", run.target(), run.source),
+    );
     link_back(run, &mut source, &target, database, regime).await?;
-    run.done("link_back", match regime {
-        Regime::OriginFilter => format!("{back} is on"),
-        Regime::Plain => format!("{back} waits: it is switched on by a flip"),
-    }, json!({"database": database, "link": back, "regime": regime}));
+    run.done(
+        "link_back",
+        match regime {
+            Regime::OriginFilter => format!("{back} is on"),
+            Regime::Plain => format!("{back} waits: it is switched on by a flip"),
+        },
+        json!({"database": database, "link": back, "regime": regime}),
+    );
 
-    let ends = Ends { source: &source, target: &target, source_side: run.source, database };
-    let (one, two) = (links::read(&ends).await.map_err(link)?, links::read(&ends.reverse()).await.map_err(link)?);
+    let ends = Ends {
+        source: &source,
+        target: &target,
+        source_side: run.source,
+        database,
+    };
+    in_place(run, &ends, regime).await?;
+    let (one, two) = (
+        links::read(&ends).await.map_err(link)?,
+        links::read(&ends.reverse()).await.map_err(link)?,
+    );
     Ok(json!({"database": database, "regime": regime, "tables": published, "links": [one, two]}))
+}
+
+/// Waits until nothing about the two links would stop a flip: workers that have just been made take a moment to come up.
+async fn in_place(run: &Run, ends: &Ends<'_>, regime: Regime) -> Result<(), Failure> {
+    let began = Instant::now();
+    loop {
+        let obstacles = links::obstacles(ends, regime).await.map_err(|e| run.failed(e))?;
+        if obstacles.is_empty() {
+            return Ok(());
+        }
+        if began.elapsed() > LINKS_UP {
+            return Err(Failure {
+                findings: obstacles,
+                ..run.failed(format!(
+                    "The links of database {} are made, but not up after {LINKS_UP:?}",
+                    ends.database
+                ))
+            });
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Makes publication `pgflip` list exactly the tables that have to be carried, and the marker. Returns how many.
@@ -440,7 +635,10 @@ async fn publish(run: &Run, on: &mut Client, expect: &Expect) -> Result<usize, F
     state::lock(&txn, expect).await.map_err(|e| run.failed(e))?;
     let publication = Ident::new(PUBLICATION);
     let exists: bool = txn
-        .query_one("select exists (select from pg_publication where pubname = $1)", &[&PUBLICATION])
+        .query_one(
+            "select exists (select from pg_publication where pubname = $1)",
+            &[&PUBLICATION],
+        )
         .await
         .map_err(sql)?
         .get(0);
@@ -473,7 +671,10 @@ async fn not_empty(run: &Run, target: &Client) -> Result<Vec<(TableName, ())>, F
     let mut found = Vec::new();
     for (_, table) in tables_to_publish(&**target).await.map_err(|e| run.failed(e))? {
         let statement = format!("select exists (select from only {table})");
-        let row = target.query_one(&statement, &[]).await.map_err(|e| run.failed(query("looking for rows")(e)))?;
+        let row = target
+            .query_one(&statement, &[])
+            .await
+            .map_err(|e| run.failed(query("looking for rows")(e)))?;
         if row.get(0) {
             found.push((table, ()));
         }
@@ -495,10 +696,17 @@ async fn clear_marker(run: &Run, target: &mut Client) -> Result<(), Failure> {
 async fn make_slot(run: &Run, on: &Client, name: &str) -> Result<(), Failure> {
     let link = |e: LinkError| run.failed(e);
     if links::drop_slot(on, name).await.map_err(link)? {
-        run.info("link", format!("Dropped slot {name}, left over from an earlier try"), Value::Null);
+        run.info(
+            "link",
+            format!("Dropped slot {name}, left over from an earlier try"),
+            Value::Null,
+        );
     }
-    let creator: i32 =
-        on.query_one("select pg_backend_pid()", &[]).await.map_err(|e| run.failed(describe(&e)))?.get(0);
+    let creator: i32 = on
+        .query_one("select pg_backend_pid()", &[])
+        .await
+        .map_err(|e| run.failed(describe(&e)))?
+        .get(0);
     let side = side_of(run, name);
     let observer = connect(run.config.server(side), run.config.carrier(), PURPOSE, run.limit())
         .await
@@ -527,7 +735,11 @@ async fn make_slot(run: &Run, on: &Client, name: &str) -> Result<(), Failure> {
 
 /// The side that a link's slot is on: the one that it doesn't lead to.
 fn side_of(run: &Run, name: &str) -> Side {
-    let to_target = run.config.databases.iter().any(|database| slot_name(run.target(), database) == name);
+    let to_target = run
+        .config
+        .databases
+        .iter()
+        .any(|database| slot_name(run.target(), database) == name);
     if to_target { run.source } else { run.target() }
 }
 
@@ -538,8 +750,13 @@ async fn refresh(run: &Run, on: &Client, name: &str, copy: bool, expect: &Expect
         Some(row) if row.epoch == expect.epoch && expect.states.contains(&row.state) => {}
         found => return Err(run.failed(StateError::Superseded { found })),
     }
-    let statement = format!("alter subscription {} refresh publication with (copy_data = {copy})", Ident::new(name));
-    on.batch_execute(&statement).await.map_err(|e| run.failed(query(&statement)(e)))
+    let statement = format!(
+        "alter subscription {} refresh publication with (copy_data = {copy})",
+        Ident::new(name)
+    );
+    on.batch_execute(&statement)
+        .await
+        .map_err(|e| run.failed(query(&statement)(e)))
 }
 
 /// Statistics and materialized views, which no link carries.
@@ -547,41 +764,81 @@ async fn after_copy(run: &Run, source: &Client, target: &mut Client, database: &
     run.started("analyze", format!("Statistics of database {database}"));
     let sql = |doing: &'static str| move |e: tokio_postgres::Error| run.failed(query(doing)(e));
     let analyzed: bool = target
-        .query_one("select exists (select from pgflip.history where event = 'analyze')", &[])
+        .query_one(
+            "select exists (select from pgflip.history where event = 'analyze')",
+            &[],
+        )
         .await
         .map_err(sql("reading the history"))?
         .get(0);
-    let views = "select format('%I.%I', n.nspname, c.relname) from pg_class c join pg_namespace n on n.oid = c.relnamespace
+    let views =
+        "select format('%I.%I', n.nspname, c.relname) from pg_class c join pg_namespace n on n.oid = c.relnamespace
                  where c.relkind = 'm' and c.relispopulated = $1 order by c.oid";
-    let filled = source.query(views, &[&true]).await.map_err(sql("reading the materialized views"))?;
+    let filled = source
+        .query(views, &[&true])
+        .await
+        .map_err(sql("reading the materialized views"))?;
     let filled: BTreeSet<String> = filled.iter().map(|row| row.get(0)).collect();
     let mut refreshed = Vec::new();
-    for row in target.query(views, &[&false]).await.map_err(sql("reading the materialized views"))? {
+    for row in target
+        .query(views, &[&false])
+        .await
+        .map_err(sql("reading the materialized views"))?
+    {
         let view: String = row.get(0);
         if filled.contains(&view) {
-            let txn = target.transaction().await.map_err(sql("refreshing a materialized view"))?;
-            state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
-            txn.batch_execute(&format!("refresh materialized view {view}"))
+            let txn = target
+                .transaction()
                 .await
-                .map_err(|e| run.failed(query(&view)(e)))?;
-            txn.commit().await.map_err(sql("refreshing a materialized view"))?;
-            refreshed.push(view);
+                .map_err(sql("refreshing a materialized view"))?;
+            state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
+            match txn.batch_execute(&format!("refresh materialized view {view}")).await {
+                Ok(()) => {
+                    txn.commit().await.map_err(sql("refreshing a materialized view"))?;
+                    refreshed.push(view);
+                }
+                // It may need what no copy brings (a foreign server, a search_path). It stops nothing else.
+                Err(error) => {
+                    txn.rollback().await.map_err(sql("refreshing a materialized view"))?;
+                    let message = format!("Materialized view {view} could not be filled: {}", describe(&error));
+                    run.info("analyze", message, json!({"database": database, "view": view}));
+                }
+            }
         }
     }
     if !analyzed {
         target.batch_execute("analyze").await.map_err(sql("ANALYZE"))?;
-        state::history(&**target, run.epoch, 0, "analyze", json!({})).await.map_err(|e| run.failed(e))?;
+        state::history(&**target, run.epoch, 0, "analyze", json!({}))
+            .await
+            .map_err(|e| run.failed(e))?;
     }
-    run.done("analyze", format!("Database {database} has statistics; {} materialized views filled", refreshed.len()), json!({"database": database, "refreshed": refreshed}));
+    run.done(
+        "analyze",
+        format!(
+            "Database {database} has statistics; {} materialized views filled",
+            refreshed.len()
+        ),
+        json!({"database": database, "refreshed": refreshed}),
+    );
     Ok(())
 }
 
 /// The link from the standby back to the active side: its slot, then its subscription, without a copy. On with an
 /// origin filter; otherwise it waits, switched off.
-async fn link_back(run: &Run, source: &mut Client, target: &Client, database: &str, regime: Regime) -> Result<(), Failure> {
+async fn link_back(
+    run: &Run,
+    source: &mut Client,
+    target: &Client,
+    database: &str,
+    regime: Regime,
+) -> Result<(), Failure> {
     let link = |e: LinkError| run.failed(e);
     let name = slot_name(run.source, database);
-    let make = Make { copy: false, on: regime == Regime::OriginFilter, regime };
+    let make = Make {
+        copy: false,
+        on: regime == Regime::OriginFilter,
+        regime,
+    };
     let publisher = run.config.server(run.target());
     if let Some(subscription) = links::subscription(&**source, &name).await.map_err(link)? {
         let carried: BTreeSet<_> = links::subscription_tables(&**source, subscription.oid)
@@ -607,10 +864,14 @@ async fn link_back(run: &Run, source: &mut Client, target: &Client, database: &s
         }
         // A subscription that is off can't be refreshed. Nothing has been written on the standby that this link would
         // have to carry: it is made again.
-        drop_subscription(source, &name, Some(&run.active())).await.map_err(|e| run.failed(e))?;
+        drop_subscription(source, &name, Some(&run.active()))
+            .await
+            .map_err(|e| run.failed(e))?;
     }
     make_slot(run, target, &name).await?;
-    links::create_subscription(source, publisher, database, make, &run.active()).await.map_err(link)
+    links::create_subscription(source, publisher, database, make, &run.active())
+        .await
+        .map_err(link)
 }
 
 /// Drops a subscription without asking its other side: its slots there are dropped separately. True if there was one.
@@ -621,7 +882,9 @@ async fn drop_subscription(on: &mut Client, name: &str, expect: Option<&Expect>)
     if let Some(expect) = expect {
         state::lock(&txn, expect).await.map_err(|e| e.to_string())?;
     }
-    let Some(found) = links::subscription(&txn, name).await.map_err(|e| e.to_string())? else { return Ok(None) };
+    let Some(found) = links::subscription(&txn, name).await.map_err(|e| e.to_string())? else {
+        return Ok(None);
+    };
     let quoted = Ident::new(name);
     txn.batch_execute(&format!(
         "alter subscription {quoted} disable; alter subscription {quoted} set (slot_name = none); drop subscription {quoted}"
@@ -725,7 +988,12 @@ pub async fn finalize(config: Arc<Config>, op: Operation) -> Result<Value, Failu
     let mut left = Vec::new();
     for side in [active, active.other()] {
         for database in &config.databases {
-            op.event("finalize", "started", format!("Database {database} on {side}"), Value::Null);
+            op.event(
+                "finalize",
+                "started",
+                format!("Database {database} on {side}"),
+                Value::Null,
+            );
             let down = async {
                 // On the standby the fence is armed first: from here on nothing would notice a write there.
                 if side != active {
@@ -733,8 +1001,13 @@ pub async fn finalize(config: Arc<Config>, op: Operation) -> Result<Value, Failu
                     let client = connect_with_origin(config.server(side), database, PURPOSE, limit)
                         .await
                         .map_err(|e| e.to_string())?;
-                    let expect = Expect { states: &[State::Standby], epoch };
-                    fence::arm_as(&client, expect, &fence::Limits::default()).await.map_err(|e| e.to_string())?;
+                    let expect = Expect {
+                        states: &[State::Standby],
+                        epoch,
+                    };
+                    fence::arm_as(&client, expect, &fence::Limits::default())
+                        .await
+                        .map_err(|e| e.to_string())?;
                 }
                 links_down(&config, side, database, Some(epoch), false).await
             };
@@ -751,12 +1024,20 @@ pub async fn finalize(config: Arc<Config>, op: Operation) -> Result<Value, Failu
         }
     }
     if left.is_empty() {
-        op.event("finalize", "done", format!("{active} stands alone, {} is fenced", active.other()), Value::Null);
+        op.event(
+            "finalize",
+            "done",
+            format!("{active} stands alone, {} is fenced", active.other()),
+            Value::Null,
+        );
         return Ok(json!({"active": active, "epoch": epoch, "fenced": active.other()}));
     }
     Err(Failure::new(
         format!("Not everything could be taken down: {}.", left.join("; ")),
-        format!("Clients are not affected: {active} goes on serving them. There is no way back to {} any more.", active.other()),
+        format!(
+            "Clients are not affected: {active} goes on serving them. There is no way back to {} any more.",
+            active.other()
+        ),
         "Mend what it says, then run `pgflip finalize` again.",
     ))
 }
@@ -787,14 +1068,20 @@ async fn links_down(
         (Some(row), Some(epoch)) if row.epoch != epoch => {
             return Err(format!("its row says {row}, expected epoch {epoch}"));
         }
-        (Some(_), Some(epoch)) => Some(Expect { states: if active { &[State::Active] } else { &[State::Standby] }, epoch }),
-        (Some(row), None) => {
-            Some(Expect { states: if active { &[State::Active] } else { &[State::Standby] }, epoch: row.epoch })
-        }
+        (Some(_), Some(epoch)) => Some(Expect {
+            states: if active { &[State::Active] } else { &[State::Standby] },
+            epoch,
+        }),
+        (Some(row), None) => Some(Expect {
+            states: if active { &[State::Active] } else { &[State::Standby] },
+            epoch: row.epoch,
+        }),
         (None, _) => None,
     };
     let mut on = if row.is_some() && !active {
-        connect_with_origin(server, database, PURPOSE, limit).await.map_err(|e| e.to_string())?
+        connect_with_origin(server, database, PURPOSE, limit)
+            .await
+            .map_err(|e| e.to_string())?
     } else {
         plain
     };
@@ -809,7 +1096,11 @@ async fn links_down(
         if let Ok(other) = other {
             let statement = "select slot_name::text from pg_replication_slots where slot_name like $1";
             let pattern = format!("pg\\_{oid}\\_sync\\_%");
-            for row in other.query(statement, &[&pattern]).await.map_err(query("reading the slots"))? {
+            for row in other
+                .query(statement, &[&pattern])
+                .await
+                .map_err(query("reading the slots"))?
+            {
                 links::drop_slot(&other, row.get(0)).await.map_err(|e| e.to_string())?;
             }
         }
@@ -819,17 +1110,20 @@ async fn links_down(
         done.push(format!("{side}: slot {slot}"));
     }
 
+    // Without a row the publication of this name, if there is one, is somebody else's.
+    if row.is_none() {
+        return Ok(done);
+    }
     let sql = query("dropping the publication");
     let txn = on.transaction().await.map_err(&sql)?;
     if let Some(expect) = &expect {
         state::lock(&txn, expect).await.map_err(|e| e.to_string())?;
     }
-    txn.batch_execute(&format!("drop publication if exists {}", Ident::new(PUBLICATION))).await.map_err(&sql)?;
+    txn.batch_execute(&format!("drop publication if exists {}", Ident::new(PUBLICATION)))
+        .await
+        .map_err(&sql)?;
     txn.commit().await.map_err(&sql)?;
 
-    if row.is_none() {
-        return Ok(done);
-    }
     if everything || active {
         fence::remove(on).await.map_err(|e| e.to_string())?;
         done.push(format!("{side}: fence of database {database}"));
@@ -840,24 +1134,50 @@ async fn links_down(
         if let Some(expect) = &expect {
             state::lock(&txn, expect).await.map_err(|e| e.to_string())?;
         }
-        txn.batch_execute("drop schema if exists pgflip cascade").await.map_err(&sql)?;
+        txn.batch_execute("drop schema if exists pgflip cascade")
+            .await
+            .map_err(&sql)?;
         txn.commit().await.map_err(&sql)?;
         done.push(format!("{side}: schema pgflip in database {database}"));
     }
     Ok(done)
 }
 
-/// What pgflip has in a whole server: its own replication origins, and slots whose database is gone from the config.
+/// What pgflip has in a whole server: its own replication origins.
 async fn cluster_down(config: &Config, side: Side) -> Result<(), String> {
     let limit = config.limits.server_connect_timeout;
     let mut last = String::new();
     for database in config.databases.iter().map(String::as_str).chain(ALWAYS_THERE) {
         match connect(config.server(side), database, PURPOSE, limit).await {
-            Ok(client) => return drop_origins(&client).await.map_err(|e| e.to_string()),
+            Ok(client) => return origins_down(&client).await,
             Err(error) => last = error.to_string(),
         }
     }
     Err(last)
+}
+
+/// Sessions that have just been closed may still hold theirs for a moment.
+async fn origins_down(client: &Client) -> Result<(), String> {
+    let began = Instant::now();
+    let names: Vec<&str> = POOL.to_vec();
+    loop {
+        drop_origins(client).await.map_err(|e| e.to_string())?;
+        let left = "select count(*) from pg_replication_origin where roname = any ($1)";
+        let left: i64 = client
+            .query_one(left, &[&names])
+            .await
+            .map_err(query("reading the origins"))?
+            .get(0);
+        if left == 0 {
+            return Ok(());
+        }
+        if began.elapsed() > Duration::from_secs(10) {
+            return Err(format!(
+                "{left} replication origins of pgflip's are in use by another session of pgflip's"
+            ));
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// How replication stands: every database, both links, every table that is not in step yet. What can't be read is said
@@ -872,7 +1192,11 @@ pub async fn status(config: Arc<Config>) -> Value {
         let (blue, green) = match (blue, green) {
             (Ok(blue), Ok(green)) => (blue, green),
             (blue, green) => {
-                let errors: Vec<String> = [blue.err(), green.err()].into_iter().flatten().map(|e| e.to_string()).collect();
+                let errors: Vec<String> = [blue.err(), green.err()]
+                    .into_iter()
+                    .flatten()
+                    .map(|e| e.to_string())
+                    .collect();
                 return json!({"database": database, "error": errors.join("; ")});
             }
         };
@@ -882,8 +1206,17 @@ pub async fn status(config: Arc<Config>) -> Value {
             _ => None,
         });
         let source_side = active.unwrap_or(Side::Blue);
-        let (source, target) = if source_side == Side::Blue { (&blue, &green) } else { (&green, &blue) };
-        let ends = Ends { source, target, source_side, database };
+        let (source, target) = if source_side == Side::Blue {
+            (&blue, &green)
+        } else {
+            (&green, &blue)
+        };
+        let ends = Ends {
+            source,
+            target,
+            source_side,
+            database,
+        };
         let mut shown = Vec::new();
         for ends in [ends, ends.reverse()] {
             match links::read(&ends).await {
@@ -895,7 +1228,9 @@ pub async fn status(config: Arc<Config>) -> Value {
         }
         let progress = async {
             let name = ends.name();
-            let Some(found) = links::subscription(&**target, &name).await? else { return Ok(None) };
+            let Some(found) = links::subscription(&**target, &name).await? else {
+                return Ok(None);
+            };
             let sizes = copy::sizes(source).await?;
             copy::progress(target, found.oid, &sizes).await.map(Some)
         };

@@ -83,9 +83,18 @@ struct Roles {
 
 async fn read<C: GenericClient>(client: &C, side: Side, databases: &[String]) -> Result<Roles, RolesError> {
     let failed = |source| RolesError::Read { side, source };
-    let roles = client.query(include_str!("../pg/sql/roles.sql"), &[]).await.map_err(failed)?;
-    let memberships = client.query(include_str!("../pg/sql/memberships.sql"), &[]).await.map_err(failed)?;
-    let settings = client.query(include_str!("../pg/sql/role_settings.sql"), &[&databases]).await.map_err(failed)?;
+    let roles = client
+        .query(include_str!("../pg/sql/roles.sql"), &[])
+        .await
+        .map_err(failed)?;
+    let memberships = client
+        .query(include_str!("../pg/sql/memberships.sql"), &[])
+        .await
+        .map_err(failed)?;
+    let settings = client
+        .query(include_str!("../pg/sql/role_settings.sql"), &[&databases])
+        .await
+        .map_err(failed)?;
     let role = |row: &tokio_postgres::Row| Role {
         name: row.get("name"),
         bootstrap: row.get("bootstrap"),
@@ -108,7 +117,10 @@ async fn read<C: GenericClient>(client: &C, side: Side, databases: &[String]) ->
     };
     Ok(Roles {
         roles: roles.iter().map(|row| (row.get("name"), role(row))).collect(),
-        memberships: memberships.iter().map(|row| ((row.get("role"), row.get("member")), options(row))).collect(),
+        memberships: memberships
+            .iter()
+            .map(|row| ((row.get("role"), row.get("member")), options(row)))
+            .collect(),
         settings: settings
             .iter()
             .map(|row| ((row.get("database"), row.get("role")), row.get("settings")))
@@ -147,7 +159,10 @@ pub async fn mirror(
 ) -> Result<Mirrored, RolesError> {
     let wanted = read(&**source, source_side, databases).await?;
     hush(target).await;
-    let read_failed = |source| RolesError::Read { side: target_server.side, source };
+    let read_failed = |source| RolesError::Read {
+        side: target_server.side,
+        source,
+    };
     let features = Features::read(&**target).await.map_err(read_failed)?;
     let known: BTreeSet<String> = target
         .query("select lower(name) from pg_settings", &[])
@@ -165,7 +180,10 @@ pub async fn mirror(
         let now = found.roles.get(&role.name);
         let plan = plan(role, now, target_server);
         done.skipped.extend(plan.skipped);
-        let failed = |source| RolesError::Write { role: role.name.clone(), source };
+        let failed = |source| RolesError::Write {
+            role: role.name.clone(),
+            source,
+        };
         for statement in &plan.statements {
             txn.batch_execute(statement.expose()).await.map_err(failed)?;
         }
@@ -181,7 +199,10 @@ pub async fn mirror(
         if now.is_some_and(|now| same_options(*options, *now)) || *member == target_server.user {
             continue;
         }
-        let failed = |source| RolesError::Write { role: member.clone(), source };
+        let failed = |source| RolesError::Write {
+            role: member.clone(),
+            source,
+        };
         let mut statement = format!("grant {} to {}", Ident::new(role.as_str()), Ident::new(member.as_str()));
         if features.membership_options() {
             let mut with = vec![format!("admin {}", options.admin)];
@@ -195,13 +216,21 @@ pub async fn mirror(
         note(&mut done, member);
     }
     for (role, member) in found.memberships.keys() {
-        let both_known = wanted.roles.contains_key(member) && (wanted.roles.contains_key(role) || role.starts_with("pg_"));
+        let both_known =
+            wanted.roles.contains_key(member) && (wanted.roles.contains_key(role) || role.starts_with("pg_"));
         let only_there = !wanted.memberships.contains_key(&(role.clone(), member.clone()));
         // A predefined role that the older server doesn't know can only have been granted on the newer one, on purpose.
         let old_enough = !role.starts_with("pg_") || source_knows(source, role).await.map_err(read_failed)?;
         if both_known && only_there && old_enough && *member != target_server.user {
-            let statement = format!("revoke {} from {}", Ident::new(role.as_str()), Ident::new(member.as_str()));
-            let failed = |source| RolesError::Write { role: member.clone(), source };
+            let statement = format!(
+                "revoke {} from {}",
+                Ident::new(role.as_str()),
+                Ident::new(member.as_str())
+            );
+            let failed = |source| RolesError::Write {
+                role: member.clone(),
+                source,
+            };
             txn.batch_execute(&statement).await.map_err(failed)?;
             note(&mut done, member);
         }
@@ -224,16 +253,34 @@ pub async fn mirror(
             ("", role) => format!("role {}", Ident::new(role)),
             (database, role) => format!("role {} in database {}", Ident::new(role), Ident::new(database)),
         };
-        let whom = if role.is_empty() && database.is_empty() { "role all".to_owned() } else { whom };
-        let failed = |source| RolesError::Write { role: whom.clone(), source };
-        txn.batch_execute(&format!("alter {whom} reset all")).await.map_err(failed)?;
+        let whom = if role.is_empty() && database.is_empty() {
+            "role all".to_owned()
+        } else {
+            whom
+        };
+        let failed = |source| RolesError::Write {
+            role: whom.clone(),
+            source,
+        };
+        txn.batch_execute(&format!("alter {whom} reset all"))
+            .await
+            .map_err(failed)?;
         for setting in wanted_here {
-            let Some((name, value)) = setting.split_once('=') else { continue };
+            let Some((name, value)) = setting.split_once('=') else {
+                continue;
+            };
             if !name.contains('.') && !known.contains(&name.to_ascii_lowercase()) {
-                done.skipped.push(format!("{whom}: setting {name}, which {} does not know", target_server.side));
+                done.skipped.push(format!(
+                    "{whom}: setting {name}, which {} does not know",
+                    target_server.side
+                ));
                 continue;
             }
-            let statement = format!("alter {whom} set {} to {}", Ident::new(name), setting_value(name, value));
+            let statement = format!(
+                "alter {whom} set {} to {}",
+                Ident::new(name),
+                setting_value(name, value)
+            );
             txn.batch_execute(&statement).await.map_err(failed)?;
         }
         note(&mut done, &whom);
@@ -249,7 +296,10 @@ fn note(done: &mut Mirrored, name: &str) {
 }
 
 async fn source_knows(source: &Client, role: &str) -> Result<bool, tokio_postgres::Error> {
-    Ok(source.query_one("select exists (select from pg_roles where rolname = $1)", &[&role]).await?.get(0))
+    Ok(source
+        .query_one("select exists (select from pg_roles where rolname = $1)", &[&role])
+        .await?
+        .get(0))
 }
 
 fn same_options(wanted: Options, now: Options) -> bool {
@@ -265,7 +315,10 @@ struct Plan {
 
 /// The statements that make a role of the target (`now`) like `role`. None: it is.
 fn plan(role: &Role, now: Option<&Role>, server: &Server) -> Plan {
-    let mut plan = Plan { statements: Vec::new(), skipped: Vec::new() };
+    let mut plan = Plan {
+        statements: Vec::new(),
+        skipped: Vec::new(),
+    };
     let own = role.name == server.user;
     let mut wanted = role.clone();
     if let Some(now) = now {
@@ -307,7 +360,9 @@ fn plan(role: &Role, now: Option<&Role>, server: &Server) -> Plan {
     }
     match &wanted.valid_until {
         Some(until) => attributes.push(format!("valid until {}", Literal(until))),
-        None if now.is_some_and(|now| now.valid_until.is_some()) => attributes.push("valid until 'infinity'".to_owned()),
+        None if now.is_some_and(|now| now.valid_until.is_some()) => {
+            attributes.push("valid until 'infinity'".to_owned())
+        }
         None => {}
     }
     if now.is_none_or(|now| now.verifier != wanted.verifier) {
@@ -318,10 +373,15 @@ fn plan(role: &Role, now: Option<&Role>, server: &Server) -> Plan {
     }
     let act = if now.is_some() { "alter" } else { "create" };
     let name = Ident::new(role.name.as_str());
-    plan.statements.push(Secret::new(format!("{act} role {name} {}", attributes.join(" "))));
+    plan.statements
+        .push(Secret::new(format!("{act} role {name} {}", attributes.join(" "))));
     if now.and_then(|now| now.comment.clone()) != wanted.comment {
-        let comment = wanted.comment.as_deref().map_or("null".to_owned(), |text| Literal(text).to_string());
-        plan.statements.push(Secret::new(format!("comment on role {name} is {comment}")));
+        let comment = wanted
+            .comment
+            .as_deref()
+            .map_or("null".to_owned(), |text| Literal(text).to_string());
+        plan.statements
+            .push(Secret::new(format!("comment on role {name} is {comment}")));
     }
     plan
 }
@@ -377,8 +437,15 @@ fn setting_value(name: &str, value: &str) -> String {
     if !LISTS.contains(&name.to_ascii_lowercase().as_str()) {
         return Literal(value).to_string();
     }
-    let elements: Vec<_> = split_names(value).iter().map(|element| Literal(element).to_string()).collect();
-    if elements.is_empty() { "''".to_owned() } else { elements.join(", ") }
+    let elements: Vec<_> = split_names(value)
+        .iter()
+        .map(|element| Literal(element).to_string())
+        .collect();
+    if elements.is_empty() {
+        "''".to_owned()
+    } else {
+        elements.join(", ")
+    }
 }
 
 /// `"$user", public` → `$user`, `public`.
@@ -423,8 +490,10 @@ pub async fn differences(
     target_user: &str,
     databases: &[String],
 ) -> Result<Vec<Finding>, RolesError> {
-    let (wanted, found) =
-        (read(&**source, source_side, databases).await?, read(&**target, target_side, databases).await?);
+    let (wanted, found) = (
+        read(&**source, source_side, databases).await?,
+        read(&**target, target_side, databases).await?,
+    );
     let mut findings = Vec::new();
     let mirrored = "pgflip mirrors roles by itself; `pgflip replication start` does it at once.";
     for role in wanted.roles.values().filter(|role| role.login) {
@@ -463,7 +532,12 @@ pub async fn differences(
                 "Let clients use another role, or give it the same password on both servers.",
             ));
         } else {
-            findings.push(Finding::blocker("role_differs", what, "Its clients could not be moved.", mirrored));
+            findings.push(Finding::blocker(
+                "role_differs",
+                what,
+                "Its clients could not be moved.",
+                mirrored,
+            ));
         }
     }
     Ok(findings)
@@ -479,7 +553,10 @@ pub(crate) async fn without_scram(client: &Client, side: Side) -> Result<(Vec<St
             .map(|role| role.name.clone())
             .collect::<Vec<_>>()
     };
-    Ok((of(|verifier| verifier.is_some_and(|v| !v.starts_with("SCRAM-SHA-256$"))), of(|verifier| verifier.is_none())))
+    Ok((
+        of(|verifier| verifier.is_some_and(|v| !v.starts_with("SCRAM-SHA-256$"))),
+        of(|verifier| verifier.is_none()),
+    ))
 }
 
 #[cfg(test)]
@@ -533,17 +610,28 @@ mod tests {
 
     #[test]
     fn a_role_that_is_the_same_is_left_alone_and_a_new_one_carries_its_verifier_verbatim() {
-        assert!(plan(&role("app"), Some(&role("app")), &server(None)).statements.is_empty());
+        assert!(
+            plan(&role("app"), Some(&role("app")), &server(None))
+                .statements
+                .is_empty()
+        );
         let plan = plan(&role("app"), None, &server(None));
         assert_eq!(plan.statements.len(), 1);
         let statement = plan.statements[0].expose();
-        assert!(statement.starts_with("create role \"app\" inherit nocreaterole"), "{statement}");
+        assert!(
+            statement.starts_with("create role \"app\" inherit nocreaterole"),
+            "{statement}"
+        );
         assert!(statement.contains(&format!("password '{PENCIL}'")), "{statement}");
     }
 
     #[test]
     fn pgflip_does_not_lock_itself_out() {
-        let there = Role { verifier: Some(Secret::new("SCRAM-SHA-256$other")), superuser: true, ..role("admin") };
+        let there = Role {
+            verifier: Some(Secret::new("SCRAM-SHA-256$other")),
+            superuser: true,
+            ..role("admin")
+        };
         let locked = plan(&role("admin"), Some(&there), &server(Some("another")));
         assert!(locked.statements.is_empty());
         assert_eq!(locked.skipped.len(), 1);
@@ -554,14 +642,20 @@ mod tests {
 
     #[test]
     fn a_validity_that_was_lifted_is_lifted_there_too() {
-        let there = Role { valid_until: Some("2020-01-01 00:00:00+00".into()), ..role("app") };
+        let there = Role {
+            valid_until: Some("2020-01-01 00:00:00+00".into()),
+            ..role("app")
+        };
         let plan = plan(&role("app"), Some(&there), &server(None));
         assert!(plan.statements[0].expose().contains("valid until 'infinity'"));
     }
 
     #[test]
     fn a_list_setting_is_set_again_element_by_element() {
-        assert_eq!(setting_value("search_path", "\"$user\", public, \"a\"\"b, c\""), "'$user', 'public', 'a\"b, c'");
+        assert_eq!(
+            setting_value("search_path", "\"$user\", public, \"a\"\"b, c\""),
+            "'$user', 'public', 'a\"b, c'"
+        );
         assert_eq!(setting_value("search_path", "\"\""), "''");
         assert_eq!(setting_value("search_path", ""), "''");
         assert_eq!(setting_value("DateStyle", "ISO, MDY"), "'ISO, MDY'");

@@ -82,13 +82,22 @@ pub async fn find_pg_dump(config: &Config, source: Features, target: Features) -
     }
     best(found, source.major(), target.major()).ok_or_else(|| SchemaError::NoPgDump {
         needed: source.major(),
-        looked: directories.iter().map(|directory| directory.display().to_string()).collect(),
+        looked: directories
+            .iter()
+            .map(|directory| directory.display().to_string())
+            .collect(),
     })
 }
 
 fn best(found: Vec<PgDump>, source: i32, target: i32) -> Option<PgDump> {
     let usable = found.into_iter().filter(|one| one.major >= source);
-    usable.min_by_key(|one| if one.major <= target { (0, target - one.major) } else { (1, one.major - target) })
+    usable.min_by_key(|one| {
+        if one.major <= target {
+            (0, target - one.major)
+        } else {
+            (1, one.major - target)
+        }
+    })
 }
 
 /// The configured directory alone, or PATH and where distributions keep PostgreSQL's programs.
@@ -96,8 +105,9 @@ async fn directories(config: &Config) -> Vec<PathBuf> {
     if let Some(directory) = &config.pg_bin {
         return vec![directory.clone()];
     }
-    let mut directories: Vec<PathBuf> =
-        std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
+    let mut directories: Vec<PathBuf> = std::env::var_os("PATH")
+        .map(|path| std::env::split_paths(&path).collect())
+        .unwrap_or_default();
     for (parent, below) in [
         ("/usr/lib/postgresql", "bin"),
         ("/usr", "bin"),
@@ -107,7 +117,9 @@ async fn directories(config: &Config) -> Vec<PathBuf> {
         ("/Library/PostgreSQL", "bin"),
         ("/Applications/Postgres.app/Contents/Versions", "bin"),
     ] {
-        let Ok(mut entries) = tokio::fs::read_dir(parent).await else { continue };
+        let Ok(mut entries) = tokio::fs::read_dir(parent).await else {
+            continue;
+        };
         while let Ok(Some(entry)) = entries.next_entry().await {
             directories.push(entry.path().join(below));
         }
@@ -118,10 +130,20 @@ async fn directories(config: &Config) -> Vec<PathBuf> {
 
 async fn try_pg_dump(program: &Path) -> Option<PgDump> {
     tokio::fs::metadata(program).await.ok()?;
-    let output = Command::new(program).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = tokio::time::timeout(std::time::Duration::from_secs(10), output).await.ok()?.ok()?;
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(std::time::Duration::from_secs(10), output)
+        .await
+        .ok()?
+        .ok()?;
     let major = version(&String::from_utf8_lossy(&output.stdout))?;
-    Some(PgDump { program: program.to_owned(), major })
+    Some(PgDump {
+        program: program.to_owned(),
+        major,
+    })
 }
 
 /// `pg_dump (PostgreSQL) 16.14 (Debian …)` → 16.
@@ -175,14 +197,17 @@ pub async fn dump(
         .env("PGDATABASE", database)
         .env("PGAPPNAME", "pgflip: schema")
         .env("PGCONNECT_TIMEOUT", "10")
-        .env("PGSSLMODE", match server.sslmode {
-            SslMode::Disable => "disable",
-            SslMode::Allow => "allow",
-            SslMode::Prefer => "prefer",
-            SslMode::Require => "require",
-            SslMode::VerifyCa => "verify-ca",
-            SslMode::VerifyFull => "verify-full",
-        })
+        .env(
+            "PGSSLMODE",
+            match server.sslmode {
+                SslMode::Disable => "disable",
+                SslMode::Allow => "allow",
+                SslMode::Prefer => "prefer",
+                SslMode::Require => "require",
+                SslMode::VerifyCa => "verify-ca",
+                SslMode::VerifyFull => "verify-full",
+            },
+        )
         // Neither a password file nor a service file of this user may lead elsewhere.
         .env("PGPASSFILE", "/dev/null")
         .env("LC_ALL", "C");
@@ -192,8 +217,15 @@ pub async fn dump(
     if let Some(path) = &server.sslrootcert {
         command.env("PGSSLROOTCERT", path);
     }
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    let failed = |reason: String| SchemaError::PgDump { program: pg_dump.program.display().to_string(), reason };
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let failed = |reason: String| SchemaError::PgDump {
+        program: pg_dump.program.display().to_string(),
+        reason,
+    };
     let output = command.output().await.map_err(|e| failed(e.to_string()))?;
     if !output.status.success() {
         return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
@@ -247,7 +279,9 @@ pub struct Database {
 impl Database {
     /// Reads one of the client's server. `None`: it does not exist.
     pub async fn read<C: GenericClient>(client: &C, name: &str) -> Result<Option<Database>, tokio_postgres::Error> {
-        let row = client.query_opt(include_str!("../pg/sql/database.sql"), &[&name]).await?;
+        let row = client
+            .query_opt(include_str!("../pg/sql/database.sql"), &[&name])
+            .await?;
         Ok(row.map(|row| Database {
             encoding: row.get("encoding"),
             collate: row.get("collate"),
@@ -273,7 +307,11 @@ impl Database {
         compare("LC_COLLATE", &self.collate, &other.collate);
         compare("LC_CTYPE", &self.ctype, &other.ctype);
         compare("locale provider", &self.provider, &other.provider);
-        compare("locale", self.locale.as_deref().unwrap_or(""), other.locale.as_deref().unwrap_or(""));
+        compare(
+            "locale",
+            self.locale.as_deref().unwrap_or(""),
+            other.locale.as_deref().unwrap_or(""),
+        );
         (!differs.is_empty()).then(|| differs.join(", "))
     }
 
@@ -314,15 +352,27 @@ pub async fn create_database(
         .await
         .map_err(sql(target_side.other(), "reading the database"))?
         .expect("the client is connected to it");
-    let features = Features::read(&**target).await.map_err(sql(target_side, "reading the server's version"))?;
-    match Database::read(&**target, name).await.map_err(sql(target_side, "reading the database"))? {
+    let features = Features::read(&**target)
+        .await
+        .map_err(sql(target_side, "reading the server's version"))?;
+    match Database::read(&**target, name)
+        .await
+        .map_err(sql(target_side, "reading the database"))?
+    {
         Some(found) => match wanted.difference(&found) {
-            Some(what) => Err(SchemaError::Differs { database: name.to_owned(), side: target_side, what }),
+            Some(what) => Err(SchemaError::Differs {
+                database: name.to_owned(),
+                side: target_side,
+                what,
+            }),
             None => Ok(false),
         },
         None => {
             let statement = wanted.create(name, features);
-            target.batch_execute(&statement).await.map_err(sql(target_side, format!("creating database {name}")))?;
+            target
+                .batch_execute(&statement)
+                .await
+                .map_err(sql(target_side, format!("creating database {name}")))?;
             Ok(true)
         }
     }
@@ -330,30 +380,54 @@ pub async fn create_database(
 
 /// Owner, connection limit, comment and rights of a database, when the roles are there. `target` may be connected to
 /// any database of its server; the statements are for the caller's transaction.
-pub async fn database_properties<C: GenericClient>(source: &Client, name: &str, on: &C) -> Result<Vec<String>, tokio_postgres::Error> {
+pub async fn database_properties<C: GenericClient>(
+    source: &Client,
+    name: &str,
+    on: &C,
+) -> Result<Vec<String>, tokio_postgres::Error> {
     let quoted = Ident::new(name);
-    let Some(wanted) = Database::read(&**source, name).await? else { return Ok(Vec::new()) };
+    let Some(wanted) = Database::read(&**source, name).await? else {
+        return Ok(Vec::new());
+    };
     let now = Database::read(on, name).await?;
     let mut statements = Vec::new();
     if now.as_ref().is_none_or(|now| now.owner != wanted.owner) {
-        statements.push(format!("alter database {quoted} owner to {}", Ident::new(wanted.owner.as_str())));
+        statements.push(format!(
+            "alter database {quoted} owner to {}",
+            Ident::new(wanted.owner.as_str())
+        ));
     }
-    if now.as_ref().is_none_or(|now| now.connection_limit != wanted.connection_limit) {
-        statements.push(format!("alter database {quoted} connection limit {}", wanted.connection_limit));
+    if now
+        .as_ref()
+        .is_none_or(|now| now.connection_limit != wanted.connection_limit)
+    {
+        statements.push(format!(
+            "alter database {quoted} connection limit {}",
+            wanted.connection_limit
+        ));
     }
     if now.as_ref().is_none_or(|now| now.comment != wanted.comment) {
-        let comment = wanted.comment.as_deref().map_or("null".to_owned(), |text| Literal(text).to_string());
+        let comment = wanted
+            .comment
+            .as_deref()
+            .map_or("null".to_owned(), |text| Literal(text).to_string());
         statements.push(format!("comment on database {quoted} is {comment}"));
     }
     let acl = include_str!("../pg/sql/database_acl.sql");
     let read = |rows: Vec<tokio_postgres::Row>| {
         let mut rights: BTreeMap<String, Vec<(String, bool)>> = BTreeMap::new();
         for row in rows {
-            rights.entry(row.get("grantee")).or_default().push((row.get("privilege"), row.get("grantable")));
+            rights
+                .entry(row.get("grantee"))
+                .or_default()
+                .push((row.get("privilege"), row.get("grantable")));
         }
         rights
     };
-    let (wanted_acl, now_acl) = (read(source.query(acl, &[&name]).await?), read(on.query(acl, &[&name]).await?));
+    let (wanted_acl, now_acl) = (
+        read(source.query(acl, &[&name]).await?),
+        read(on.query(acl, &[&name]).await?),
+    );
     if wanted_acl != now_acl && !wanted_acl.is_empty() {
         let whom = |grantee: &str| match grantee {
             "" => "public".to_owned(),
@@ -365,10 +439,20 @@ pub async fn database_properties<C: GenericClient>(source: &Client, name: &str, 
         }
         for (grantee, rights) in &wanted_acl {
             for (privilege, grantable) in rights {
-                let option = if *grantable && !grantee.is_empty() { " with grant option" } else { "" };
+                let option = if *grantable && !grantee.is_empty() {
+                    " with grant option"
+                } else {
+                    ""
+                };
                 // From the server's own list of words, never from a user.
-                let privilege: String = privilege.chars().filter(|c| c.is_ascii_alphabetic() || *c == ' ').collect();
-                statements.push(format!("grant {privilege} on database {quoted} to {}{option}", whom(grantee)));
+                let privilege: String = privilege
+                    .chars()
+                    .filter(|c| c.is_ascii_alphabetic() || *c == ' ')
+                    .collect();
+                statements.push(format!(
+                    "grant {privilege} on database {quoted} to {}{option}",
+                    whom(grantee)
+                ));
             }
         }
     }
@@ -382,8 +466,14 @@ pub type Columns = Vec<(String, String, bool)>;
 pub async fn columns<C: GenericClient>(client: &C) -> Result<BTreeMap<TableName, Columns>, tokio_postgres::Error> {
     let mut tables: BTreeMap<TableName, Columns> = BTreeMap::new();
     for row in client.query(include_str!("../pg/sql/columns.sql"), &[]).await? {
-        let table = TableName { schema: row.get("schema"), name: row.get("name") };
-        tables.entry(table).or_default().push((row.get("column"), row.get("type"), row.get("generated")));
+        let table = TableName {
+            schema: row.get("schema"),
+            name: row.get("name"),
+        };
+        tables
+            .entry(table)
+            .or_default()
+            .push((row.get("column"), row.get("type"), row.get("generated")));
     }
     Ok(tables)
 }
@@ -402,22 +492,36 @@ pub fn compare(here: &BTreeMap<TableName, Columns>, there: &BTreeMap<TableName, 
             match others.iter().find(|(other, ..)| other == name) {
                 None => words.push(format!("column {} is missing", Ident::new(name.as_str()))),
                 Some((_, other, _)) if other != kind => {
-                    words.push(format!("column {} is {other} instead of {kind}", Ident::new(name.as_str())));
+                    words.push(format!(
+                        "column {} is {other} instead of {kind}",
+                        Ident::new(name.as_str())
+                    ));
                 }
                 Some((.., other)) if other != generated => {
-                    words.push(format!("column {} is generated on one side only", Ident::new(name.as_str())));
+                    words.push(format!(
+                        "column {} is generated on one side only",
+                        Ident::new(name.as_str())
+                    ));
                 }
                 Some(_) => {}
             }
         }
-        for (name, ..) in others.iter().filter(|(name, ..)| !columns.iter().any(|(here, ..)| here == name)) {
+        for (name, ..) in others
+            .iter()
+            .filter(|(name, ..)| !columns.iter().any(|(here, ..)| here == name))
+        {
             words.push(format!("column {} is there only", Ident::new(name.as_str())));
         }
         if !words.is_empty() {
             differences.push(format!("{table}: {}", words.join(", ")));
         }
     }
-    differences.extend(there.keys().filter(|table| !here.contains_key(*table)).map(|table| format!("{table} is there only")));
+    differences.extend(
+        there
+            .keys()
+            .filter(|table| !here.contains_key(*table))
+            .map(|table| format!("{table} is there only")),
+    );
     differences
 }
 
@@ -426,7 +530,9 @@ mod tests {
     use super::*;
 
     fn features(major: i32) -> Features {
-        Features { version_num: major * 10_000 }
+        Features {
+            version_num: major * 10_000,
+        }
     }
 
     #[test]
@@ -443,7 +549,10 @@ mod tests {
     #[test]
     fn the_pg_dump_that_is_used_can_read_the_source_and_is_closest_to_the_target() {
         let of = |majors: &[i32]| {
-            let found = majors.iter().map(|major| PgDump { program: format!("/{major}").into(), major: *major });
+            let found = majors.iter().map(|major| PgDump {
+                program: format!("/{major}").into(),
+                major: *major,
+            });
             best(found.collect(), 15, 17).map(|one| one.major)
         };
         assert_eq!(of(&[14]), None);
@@ -461,21 +570,30 @@ mod tests {
 
     #[test]
     fn tables_that_differ_are_named_with_what_differs() {
-        let table = |name: &str| TableName { schema: "public".into(), name: name.into() };
+        let table = |name: &str| TableName {
+            schema: "public".into(),
+            name: name.into(),
+        };
         let column = |name: &str, kind: &str| (name.to_owned(), kind.to_owned(), false);
         let here = BTreeMap::from([
             (table("a"), vec![column("id", "integer"), column("x", "text")]),
             (table("b"), vec![column("id", "integer")]),
         ]);
         let there = BTreeMap::from([
-            (table("a"), vec![column("x", "text"), column("id", "bigint"), column("y", "text")]),
+            (
+                table("a"),
+                vec![column("x", "text"), column("id", "bigint"), column("y", "text")],
+            ),
             (table("c"), vec![]),
         ]);
-        assert_eq!(compare(&here, &there), [
-            "\"public\".\"a\": column \"id\" is bigint instead of integer, column \"y\" is there only",
-            "\"public\".\"b\" is missing",
-            "\"public\".\"c\" is there only",
-        ]);
+        assert_eq!(
+            compare(&here, &there),
+            [
+                "\"public\".\"a\": column \"id\" is bigint instead of integer, column \"y\" is there only",
+                "\"public\".\"b\" is missing",
+                "\"public\".\"c\" is there only",
+            ]
+        );
         assert!(compare(&here, &here).is_empty());
     }
 }

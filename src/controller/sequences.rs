@@ -53,7 +53,11 @@ pub struct Sequence {
 
 impl Sequence {
     fn shown(&self) -> String {
-        format!("{}.{}", Ident::new(self.schema.as_str()), Ident::new(self.name.as_str()))
+        format!(
+            "{}.{}",
+            Ident::new(self.schema.as_str()),
+            Ident::new(self.name.as_str())
+        )
     }
 }
 
@@ -102,7 +106,10 @@ async fn read(client: &Client, statement: &Statement) -> Result<Vec<Sequence>, S
             max: row.get("seqmax"),
             cycles: row.get("seqcycle"),
             kind: row.get(7),
-            at: Position { value: last.unwrap_or(0), called: last.is_some() },
+            at: Position {
+                value: last.unwrap_or(0),
+                called: last.is_some(),
+            },
         });
     }
     // Never called, or set by setval(…, false): only the relation says where they will begin. A few hundred to a
@@ -115,7 +122,10 @@ async fn read(client: &Client, statement: &Statement) -> Result<Vec<Sequence>, S
         for row in client.query(&parts.join(" union all "), &[]).await? {
             let i: i64 = row.get(0);
             let i = usize::try_from(i).expect("it is one of ours");
-            found[i].at = Position { value: row.get(1), called: row.get(2) };
+            found[i].at = Position {
+                value: row.get(1),
+                called: row.get(2),
+            };
         }
     }
     Ok(found)
@@ -127,7 +137,11 @@ fn next(source: &Sequence, target: &Sequence, cushion: i64) -> Result<Option<Pos
     let mut to = source.at;
     if !source.cycles && to.called {
         // At most half of what is left: a cushion must not be what exhausts a sequence.
-        let bound = if up { source.max.min(target.max) } else { source.min.max(target.min) };
+        let bound = if up {
+            source.max.min(target.max)
+        } else {
+            source.min.max(target.min)
+        };
         let left = (i128::from(bound) - i128::from(to.value)) / i128::from(source.increment);
         let jump = i128::from(cushion).clamp(0, (left / 2).max(0)) * i128::from(source.increment);
         to.value = i64::try_from(i128::from(to.value) + jump).expect("it lies between two i64");
@@ -147,7 +161,11 @@ fn next(source: &Sequence, target: &Sequence, cushion: i64) -> Result<Option<Pos
     }
     // What has been given out last, or would have been: comparable whether called or not.
     let given = |at: Position| i128::from(at.value) - if at.called { 0 } else { i128::from(source.increment) };
-    let ahead = if up { given(to) > given(target.at) } else { given(to) < given(target.at) };
+    let ahead = if up {
+        given(to) > given(target.at)
+    } else {
+        given(to) < given(target.at)
+    };
     let never_used = !to.called && !target.at.called && to != target.at;
     Ok((ahead || never_used).then_some(to))
 }
@@ -162,8 +180,10 @@ struct Plan {
 }
 
 fn plan(source: &[Sequence], target: &[Sequence], cushion: i64) -> Plan {
-    let there: HashMap<(&str, &str), &Sequence> =
-        target.iter().map(|s| ((s.schema.as_str(), s.name.as_str()), s)).collect();
+    let there: HashMap<(&str, &str), &Sequence> = target
+        .iter()
+        .map(|s| ((s.schema.as_str(), s.name.as_str()), s))
+        .collect();
     let mut plan = Plan {
         oids: Vec::new(),
         values: Vec::new(),
@@ -174,7 +194,10 @@ fn plan(source: &[Sequence], target: &[Sequence], cushion: i64) -> Plan {
     };
     for sequence in source {
         let Some(twin) = there.get(&(sequence.schema.as_str(), sequence.name.as_str())) else {
-            plan.problems.push(format!("sequence {} does not exist on the other side", sequence.shown()));
+            plan.problems.push(format!(
+                "sequence {} does not exist on the other side",
+                sequence.shown()
+            ));
             continue;
         };
         match next(sequence, twin, cushion) {
@@ -222,7 +245,10 @@ pub async fn copy(
         .await?;
     let (claimed, moved): (i64, i64) = (row.get(0), row.get(1));
     if claimed != 1 {
-        return Err(StateError::Superseded { found: super::state::read(target).await? }.into());
+        return Err(StateError::Superseded {
+            found: super::state::read(target).await?,
+        }
+        .into());
     }
     Ok(moved.unsigned_abs())
 }
@@ -279,28 +305,43 @@ mod tests {
     #[test]
     fn a_sequence_that_was_never_used_begins_where_it_was_told_to() {
         assert_eq!(next(&sequence(1, false), &sequence(1, false), 32), Ok(None));
-        assert_eq!(next(&sequence(1000, false), &sequence(1, false), 32), Ok(at(1000, false)));
+        assert_eq!(
+            next(&sequence(1000, false), &sequence(1, false), 32),
+            Ok(at(1000, false))
+        );
     }
 
     #[test]
     fn a_sequence_never_goes_backward_whichever_way_it_counts() {
         assert_eq!(next(&sequence(10, true), &sequence(50, true), 32), Ok(None));
         assert_eq!(next(&sequence(1, false), &sequence(50, true), 32), Ok(None));
-        let down = |value, called| Sequence { increment: -1, min: -1000, max: -1, ..sequence(value, called) };
+        let down = |value, called| Sequence {
+            increment: -1,
+            min: -1000,
+            max: -1,
+            ..sequence(value, called)
+        };
         assert_eq!(next(&down(-10, true), &down(-1, false), 2), Ok(at(-12, true)));
         assert_eq!(next(&down(-10, true), &down(-50, true), 2), Ok(None));
     }
 
     #[test]
     fn a_cycle_is_copied_exactly_even_backward() {
-        let cycle = |value, called| Sequence { cycles: true, max: 5, ..sequence(value, called) };
+        let cycle = |value, called| Sequence {
+            cycles: true,
+            max: 5,
+            ..sequence(value, called)
+        };
         assert_eq!(next(&cycle(2, true), &cycle(5, true), 32), Ok(at(2, true)));
         assert_eq!(next(&cycle(2, true), &cycle(2, true), 32), Ok(None));
     }
 
     #[test]
     fn the_cushion_never_exhausts_a_sequence() {
-        let small = |value, called| Sequence { max: 100, ..sequence(value, called) };
+        let small = |value, called| Sequence {
+            max: 100,
+            ..sequence(value, called)
+        };
         assert_eq!(next(&small(90, true), &small(1, false), 32), Ok(at(95, true)));
         assert_eq!(next(&small(100, true), &small(1, false), 32), Ok(at(100, true)));
         let wide = sequence(i64::MAX - 1, true);
@@ -309,7 +350,11 @@ mod tests {
 
     #[test]
     fn a_value_that_the_target_cannot_hold_is_a_problem_and_not_a_guess() {
-        let int = Sequence { max: i64::from(i32::MAX), kind: "integer".into(), ..sequence(1, true) };
+        let int = Sequence {
+            max: i64::from(i32::MAX),
+            kind: "integer".into(),
+            ..sequence(1, true)
+        };
         assert!(next(&sequence(3_000_000_000, true), &int, 32).is_err());
         assert_eq!(next(&int, &sequence(1, false), 0), Ok(at(1, true)));
     }

@@ -135,10 +135,14 @@ pub(crate) fn row(found: &tokio_postgres::Row) -> Result<Row, StateError> {
     let side: String = found.try_get("side")?;
     let state: String = found.try_get("state")?;
     Ok(Row {
-        side: side.parse().map_err(|_| StateError::Garbled(format!("side is {side:?}")))?,
+        side: side
+            .parse()
+            .map_err(|_| StateError::Garbled(format!("side is {side:?}")))?,
         carrier: found.try_get("carrier")?,
         epoch: number("epoch")?,
-        state: state.parse().map_err(|()| StateError::Garbled(format!("state is {state:?}")))?,
+        state: state
+            .parse()
+            .map_err(|()| StateError::Garbled(format!("state is {state:?}")))?,
         attempt: number("attempt")?,
         burnt: number("burnt")?,
     })
@@ -184,7 +188,9 @@ impl Expect {
 /// First statement of every transaction that changes a side: locks its row (FOR UPDATE) and checks it. Whatever else
 /// wants to change this side waits until the transaction ends.
 pub async fn lock(txn: &Transaction<'_>, expect: &Expect) -> Result<Row, StateError> {
-    let found = txn.query_opt(&format!("select {COLUMNS} from pgflip.state for update"), &[]).await?;
+    let found = txn
+        .query_opt(&format!("select {COLUMNS} from pgflip.state for update"), &[])
+        .await?;
     match found.as_ref().map(row).transpose()? {
         Some(row) if expect.met(&row) => Ok(row),
         found => Err(StateError::Superseded { found }),
@@ -239,7 +245,11 @@ pub struct Attempt {
 
 /// The next attempt's id: higher than every id in every row of both sides.
 pub fn next_id<'a>(rows: impl IntoIterator<Item = &'a Row>) -> u64 {
-    rows.into_iter().map(|row| row.attempt.max(row.burnt)).max().unwrap_or(0) + 1
+    rows.into_iter()
+        .map(|row| row.attempt.max(row.burnt))
+        .max()
+        .unwrap_or(0)
+        + 1
 }
 
 async fn changed<C: GenericClient>(
@@ -267,7 +277,9 @@ pub struct Prepared {
 impl Prepared {
     /// Prepares them on the source's connection.
     pub async fn new(source: &Client) -> Result<Prepared, StateError> {
-        Ok(Prepared { fence: source.prepare(FENCE).await? })
+        Ok(Prepared {
+            fence: source.prepare(FENCE).await?,
+        })
     }
 }
 
@@ -297,7 +309,11 @@ pub async fn fence(
     locked?;
     let fenced = fenced?;
     committed?;
-    if fenced == 1 { Ok(()) } else { Err(superseded(source).await) }
+    if fenced == 1 {
+        Ok(())
+    } else {
+        Err(superseded(source).await)
+    }
 }
 
 /// Source, carrier only: fenced(id) → committing(id). To be called inside a transaction; what has to be in it (origins
@@ -342,7 +358,12 @@ pub enum Unwinding {
 pub async fn unwind<C: GenericClient>(source: &C, attempt: Attempt, from: Unwinding) -> Result<bool, StateError> {
     let (id, epoch) = (bigint(attempt.id), bigint(attempt.epoch));
     let committing = from == Unwinding::Burnt;
-    changed(source, include_str!("../pg/sql/state_unwind.sql"), &[&epoch, &id, &committing]).await
+    changed(
+        source,
+        include_str!("../pg/sql/state_unwind.sql"),
+        &[&epoch, &id, &committing],
+    )
+    .await
 }
 
 /// The operator's force, on a side that is fenced as source of an attempt whose target can't be asked: active again, two
@@ -367,7 +388,12 @@ pub async fn demote(
         lock_timeout.as_millis().max(1)
     ))
     .await?;
-    let changed = changed(&txn, include_str!("../pg/sql/state_demote.sql"), &[&bigint(epoch), &go_to]).await?;
+    let changed = changed(
+        &txn,
+        include_str!("../pg/sql/state_demote.sql"),
+        &[&bigint(epoch), &go_to],
+    )
+    .await?;
     txn.commit().await?;
     Ok(changed)
 }
@@ -377,7 +403,14 @@ mod tests {
     use super::*;
 
     fn row(attempt: u64, burnt: u64) -> Row {
-        Row { side: Side::Blue, carrier: "app".into(), epoch: 1, state: State::Active, attempt, burnt }
+        Row {
+            side: Side::Blue,
+            carrier: "app".into(),
+            epoch: 1,
+            state: State::Active,
+            attempt,
+            burnt,
+        }
     }
 
     #[test]
@@ -397,10 +430,16 @@ mod tests {
 
     #[test]
     fn an_expectation_is_met_only_by_its_epoch_and_its_states() {
-        let expect = Expect { states: &[State::Active, State::Fenced], epoch: 1 };
+        let expect = Expect {
+            states: &[State::Active, State::Fenced],
+            epoch: 1,
+        };
         assert!(expect.met(&row(0, 0)));
         assert!(!expect.met(&Row { epoch: 2, ..row(0, 0) }));
-        assert!(!expect.met(&Row { state: State::Standby, ..row(0, 0) }));
+        assert!(!expect.met(&Row {
+            state: State::Standby,
+            ..row(0, 0)
+        }));
         assert_eq!(expect.statement(), "select pgflip.expect('{active,fenced}', 1)");
     }
 }

@@ -35,13 +35,28 @@ struct Side1 {
 }
 
 async fn look(config: &Config, side: Side) -> Result<Side1, ConnectError> {
-    let client =
-        connect(config.server(side), config.carrier(), Purpose("traffic"), config.limits.server_connect_timeout).await?;
-    let login = |source| ConnectError::Login { side, database: config.carrier().to_owned(), source };
+    let client = connect(
+        config.server(side),
+        config.carrier(),
+        Purpose("traffic"),
+        config.limits.server_connect_timeout,
+    )
+    .await?;
+    let login = |source| ConnectError::Login {
+        side,
+        database: config.carrier().to_owned(),
+        source,
+    };
     let sum = "select coalesce(sum(xact_commit), 0)::bigint from pg_stat_database where datname = any ($1)";
     let commits = client.query_one(sum, &[&config.databases]).await.map_err(login)?.get(0);
-    let others = client.query(include_str!("../pg/sql/others_on_side.sql"), &[&config.databases]).await.map_err(login)?;
-    Ok(Side1 { commits, others: others.iter().map(|row| row.get(0)).collect() })
+    let others = client
+        .query(include_str!("../pg/sql/others_on_side.sql"), &[&config.databases])
+        .await
+        .map_err(login)?;
+    Ok(Side1 {
+        commits,
+        others: others.iter().map(|row| row.get(0)).collect(),
+    })
 }
 
 /// Counts commits on both sides for a while, and who is left on the standby.
@@ -60,10 +75,21 @@ pub async fn measure(config: &Config, active: Side, span: Duration) -> Traffic {
     let verdict = match (commits_active, &sessions_standby) {
         (None, _) => "the active side could not be read",
         (_, None) => "the standby side could not be read",
-        (Some(_), Some(left)) if !left.is_empty() => "sessions are left on the standby side: their writes are refused there",
+        (Some(_), Some(left)) if !left.is_empty() => {
+            "sessions are left on the standby side: their writes are refused there"
+        }
         // Its own sessions commit a few times.
-        (Some(commits), Some(_)) if commits <= 20 => "nothing is left on the standby side; next to no traffic on the active one",
+        (Some(commits), Some(_)) if commits <= 20 => {
+            "nothing is left on the standby side; next to no traffic on the active one"
+        }
         (Some(_), Some(_)) => "all traffic is on the active side",
     };
-    Traffic { active, span_s: span.as_secs_f64(), commits_active, commits_standby, sessions_standby, verdict }
+    Traffic {
+        active,
+        span_s: span.as_secs_f64(),
+        commits_active,
+        commits_standby,
+        sessions_standby,
+        verdict,
+    }
 }

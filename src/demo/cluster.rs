@@ -416,7 +416,9 @@ impl Directory {
     pub(super) fn new(name: &str) -> Result<Directory, ClusterError> {
         // Held until the directory's own lock is: a sweep in between would take it for one that was left behind.
         let making = lock_file(&shared_directory()?.join("directories.lock"))?;
-        making.lock().map_err(io_error("locking the list of temporary directories"))?;
+        making
+            .lock()
+            .map_err(io_error("locking the list of temporary directories"))?;
         sweep();
         let path = tempfile::Builder::new()
             .prefix(&format!("pgflip-server-{name}-"))

@@ -107,11 +107,7 @@ pub enum Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, into),
@@ -121,11 +117,7 @@ impl AsyncRead for Stream {
 }
 
 impl AsyncWrite for Stream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
@@ -165,11 +157,7 @@ pub async fn dial_again(server: &Server, limit: Duration) -> Option<Result<Strea
     Some(dial_as(server, SslMode::Require, limit).await)
 }
 
-async fn dial_as(
-    server: &Server,
-    sslmode: SslMode,
-    limit: Duration,
-) -> Result<Stream, ConnectError> {
+async fn dial_as(server: &Server, sslmode: SslMode, limit: Duration) -> Result<Stream, ConnectError> {
     let reach = |source| ConnectError::Reach {
         side: server.side,
         host: server.host.clone(),
@@ -179,9 +167,7 @@ async fn dial_as(
     let whole = async {
         if server.host.starts_with('/') {
             let path = format!("{}/.s.PGSQL.{}", server.host, server.port);
-            return Ok(Stream::Unix(
-                UnixStream::connect(path).await.map_err(reach)?,
-            ));
+            return Ok(Stream::Unix(UnixStream::connect(path).await.map_err(reach)?));
         }
         let mut tcp = TcpStream::connect((server.host.as_str(), server.port))
             .await
@@ -213,9 +199,7 @@ async fn dial_as(
             // A server that answers with an error message ('E') has sent it before authentication and without TLS: its
             // text is not to be trusted, and not shown.
             _ => {
-                return Err(reach(io::Error::other(
-                    "it answered an SSLRequest with something else",
-                )));
+                return Err(reach(io::Error::other("it answered an SSLRequest with something else")));
             }
         }
         let name = ServerName::try_from(server.host.clone())
@@ -253,9 +237,7 @@ fn client_config(server: &Server) -> Result<Arc<ClientConfig>, ConnectError> {
         None => None,
         Some(path) => {
             let mut roots = RootCertStore::empty();
-            let unreadable = |e: rustls::pki_types::pem::Error| {
-                tls_error(server, format!("{}: {e}", path.display()))
-            };
+            let unreadable = |e: rustls::pki_types::pem::Error| tls_error(server, format!("{}: {e}", path.display()));
             for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
                 roots
                     .add(certificate.map_err(unreadable)?)
@@ -317,14 +299,12 @@ impl ServerCertVerifier for NameUnchecked {
         match &self.check {
             Check::Nothing => Ok(ServerCertVerified::assertion()),
             // webpki checks the chain before the name, so these two errors mean that the chain is good.
-            Check::Chain(inner) => {
-                match inner.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
-                    Err(rustls::Error::InvalidCertificate(
-                        NotValidForName | NotValidForNameContext { .. },
-                    )) => Ok(ServerCertVerified::assertion()),
-                    other => other,
+            Check::Chain(inner) => match inner.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
+                Err(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
+                    Ok(ServerCertVerified::assertion())
                 }
-            }
+                other => other,
+            },
         }
     }
     fn verify_tls12_signature(
@@ -333,12 +313,7 @@ impl ServerCertVerifier for NameUnchecked {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(
-            message,
-            cert,
-            dss,
-            &self.provider.signature_verification_algorithms,
-        )
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
     fn verify_tls13_signature(
         &self,
@@ -346,17 +321,10 @@ impl ServerCertVerifier for NameUnchecked {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(
-            message,
-            cert,
-            dss,
-            &self.provider.signature_verification_algorithms,
-        )
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider
-            .signature_verification_algorithms
-            .supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 
@@ -406,19 +374,12 @@ pub async fn connect(
     purpose: Purpose,
     limit: Duration,
 ) -> Result<Client, ConnectError> {
-    let refused =
-        match connect_on(dial(server, limit).await?, server, database, purpose, limit).await {
-            Err(ConnectError::Login {
-                source,
-                side,
-                database,
-            }) if source.as_db_error().is_some() => ConnectError::Login {
-                source,
-                side,
-                database,
-            },
-            done => return done,
-        };
+    let refused = match connect_on(dial(server, limit).await?, server, database, purpose, limit).await {
+        Err(ConnectError::Login { source, side, database }) if source.as_db_error().is_some() => {
+            ConnectError::Login { source, side, database }
+        }
+        done => return done,
+    };
     match dial_again(server, limit).await {
         Some(Ok(stream)) => connect_on(stream, server, database, purpose, limit).await,
         // What the server said on the plain stream tells more than that there is no TLS.
@@ -449,18 +410,17 @@ async fn connect_on(
         database: database.to_owned(),
         source,
     };
-    let (inner, connection) =
-        match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
-            Ok(done) => done.map_err(login)?,
-            Err(_) => {
-                return Err(ConnectError::Timeout {
-                    side: server.side,
-                    host: server.host.clone(),
-                    port: server.port,
-                    after: limit,
-                });
-            }
-        };
+    let (inner, connection) = match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
+        Ok(done) => done.map_err(login)?,
+        Err(_) => {
+            return Err(ConnectError::Timeout {
+                side: server.side,
+                host: server.host.clone(),
+                port: server.port,
+                after: limit,
+            });
+        }
+    };
     let driver = tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(error = %describe(&error), "a connection of pgflip's own ended");
@@ -473,8 +433,5 @@ async fn connect_on(
 pub fn is_local(server: &Server) -> bool {
     server.host.starts_with('/')
         || server.host == "localhost"
-        || server
-            .host
-            .parse::<IpAddr>()
-            .is_ok_and(|address| address.is_loopback())
+        || server.host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }

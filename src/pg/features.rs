@@ -17,8 +17,12 @@ impl Features {
 
     /// Asks a server.
     pub async fn read<C: tokio_postgres::GenericClient>(client: &C) -> Result<Features, tokio_postgres::Error> {
-        let row = client.query_one("select current_setting('server_version_num')::int", &[]).await?;
-        Ok(Features { version_num: row.get(0) })
+        let row = client
+            .query_one("select current_setting('server_version_num')::int", &[])
+            .await?;
+        Ok(Features {
+            version_num: row.get(0),
+        })
     }
 
     /// 16 of 16.14.
@@ -98,7 +102,11 @@ impl Features {
     }
     /// Replication origins have a limit of their own, not that of the slots.
     pub fn origins_setting(self) -> &'static str {
-        if self.from(18) { "max_active_replication_origins" } else { "max_replication_slots" }
+        if self.from(18) {
+            "max_active_replication_origins"
+        } else {
+            "max_replication_slots"
+        }
     }
 }
 

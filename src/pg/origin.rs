@@ -73,7 +73,10 @@ async fn set_up(client: &Client, name: &str) -> Result<bool, OriginError> {
         Err(e) if e.code() == Some(&SqlState::UNIQUE_VIOLATION) => {}
         Err(e) => return Err(OriginError::Refused { source: e }),
     }
-    match client.execute("select pg_replication_origin_session_setup($1)", &[&name]).await {
+    match client
+        .execute("select pg_replication_origin_session_setup($1)", &[&name])
+        .await
+    {
         Ok(_) => Ok(true),
         Err(e) if e.code() == Some(&SqlState::OBJECT_IN_USE) => Ok(false),
         // Dropped in between, by `replication stop`: the next round creates it.

@@ -29,9 +29,7 @@ pub(super) async fn send(env: &Env, key: &CancelKey) {
         }
     };
     let ask = async {
-        stream
-            .write_all(&message::cancel_request(key.pid, &key.key))
-            .await?;
+        stream.write_all(&message::cancel_request(key.pid, &key.key)).await?;
         stream.flush().await?;
         let mut nothing = [0u8; 16];
         while stream.read(&mut nothing).await? > 0 {}

@@ -399,12 +399,8 @@ impl Gate {
                         failed.push(session.obstacle(format!("login on {to}: {why}")))
                     }
                     // Already there, or without a server connection yet: it will open its first one where it belongs.
-                    _ if session.side() == Some(to) || session.phase() == Phase::Waiting => {
-                        ready += 1
-                    }
-                    _ if late => {
-                        failed.push(session.obstacle(format!("login on {to}: no answer in time")))
-                    }
+                    _ if session.side() == Some(to) || session.phase() == Phase::Waiting => ready += 1,
+                    _ if late => failed.push(session.obstacle(format!("login on {to}: no answer in time"))),
                     _ => pending += 1,
                 }
             }
@@ -586,11 +582,7 @@ impl Gate {
         totals
     }
 
-    async fn wait_for<T>(
-        &self,
-        deadline: Instant,
-        mut look: impl FnMut() -> Option<T>,
-    ) -> Option<T> {
+    async fn wait_for<T>(&self, deadline: Instant, mut look: impl FnMut() -> Option<T>) -> Option<T> {
         loop {
             let progress = self.progress.notified();
             tokio::pin!(progress);

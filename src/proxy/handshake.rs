@@ -66,11 +66,7 @@ pub(super) async fn receive(env: &Arc<Env>, socket: TcpStream) -> Result<Arrival
         let body = match startup_packet(&mut stream).await? {
             Some(body) => body,
             None => {
-                return Err(refuse(
-                    &mut stream,
-                    ClientError::protocol("invalid length of startup packet"),
-                )
-                .await);
+                return Err(refuse(&mut stream, ClientError::protocol("invalid length of startup packet")).await);
             }
         };
         match message::opening(&body) {
@@ -83,18 +79,12 @@ pub(super) async fn receive(env: &Arc<Env>, socket: TcpStream) -> Result<Arrival
                 stream.write_all(b"N").await?;
             }
             Ok(Opening::Ssl | Opening::Gss) => {
-                return Err(refuse(
-                    &mut stream,
-                    ClientError::protocol("encryption was asked for twice"),
-                )
-                .await);
+                return Err(refuse(&mut stream, ClientError::protocol("encryption was asked for twice")).await);
             }
             Ok(Opening::Cancel(pid, key)) => return Ok(Arrival::Cancel(pid, key)),
             Ok(Opening::Startup(startup)) => break startup,
             Err(malformed) => {
-                return Err(
-                    refuse(&mut stream, ClientError::protocol(malformed.to_string())).await,
-                );
+                return Err(refuse(&mut stream, ClientError::protocol(malformed.to_string())).await);
             }
         }
     };
@@ -173,27 +163,16 @@ async fn answer_ssl(env: &Env, stream: ClientStream) -> Result<ClientStream, Fai
 
 fn check(env: &Env, stream: &ClientStream, startup: &Startup) -> Result<(), ClientError> {
     if startup.major != 3 {
-        return Err(ClientError::unsupported_protocol(
-            startup.major,
-            startup.minor,
-        ));
+        return Err(ClientError::unsupported_protocol(startup.major, startup.minor));
     }
-    if env
-        .config
-        .client_tls
-        .as_ref()
-        .is_some_and(|tls| tls.required)
-        && !stream.is_tls()
-    {
+    if env.config.client_tls.as_ref().is_some_and(|tls| tls.required) && !stream.is_tls() {
         return Err(ClientError::tls_required());
     }
     let user = startup
         .parameter(b"user")
         .filter(|user| !user.is_empty())
         .ok_or_else(ClientError::no_user)?;
-    let replication = startup
-        .parameter(b"replication")
-        .map(<[u8]>::to_ascii_lowercase);
+    let replication = startup.parameter(b"replication").map(<[u8]>::to_ascii_lowercase);
     let off: [&[u8]; 6] = [b"false", b"off", b"no", b"0", b"f", b"n"];
     if replication.is_some_and(|value| !off.contains(&value.as_slice())) {
         return Err(ClientError::replication_connection());
@@ -202,25 +181,13 @@ fn check(env: &Env, stream: &ClientStream, startup: &Startup) -> Result<(), Clie
         .parameter(b"database")
         .filter(|name| !name.is_empty())
         .unwrap_or(user);
-    if !env
-        .config
-        .databases
-        .iter()
-        .any(|served| served.as_bytes() == database)
-    {
-        return Err(ClientError::unknown_database(&String::from_utf8_lossy(
-            database,
-        )));
+    if !env.config.databases.iter().any(|served| served.as_bytes() == database) {
+        return Err(ClientError::unknown_database(&String::from_utf8_lossy(database)));
     }
     Ok(())
 }
 
-async fn authenticate(
-    env: &Env,
-    stream: &mut ClientStream,
-    user: &[u8],
-    user_text: &str,
-) -> Result<Keys, Failed> {
+async fn authenticate(env: &Env, stream: &mut ClientStream, user: &[u8], user_text: &str) -> Result<Keys, Failed> {
     let verifier = match env.verifiers.lookup(user).await {
         Ok(verifier) => verifier,
         Err(error) => {

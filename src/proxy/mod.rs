@@ -65,11 +65,7 @@ pub struct Proxy {
 
 /// Binds, and starts the workers. Errors of the address and of TLS files come at once. When `shutdown` becomes true,
 /// listeners close and sessions end at their boundary; [`Proxy::join`] waits for that.
-pub fn serve(
-    config: Arc<Config>,
-    gate: Arc<Gate>,
-    shutdown: watch::Receiver<bool>,
-) -> io::Result<Proxy> {
+pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<bool>) -> io::Result<Proxy> {
     let tls = Arc::new(ArcSwapOption::empty());
     if let Some(files) = &config.client_tls {
         tls.store(Some(Arc::new(acceptor(files)?)));
@@ -98,9 +94,7 @@ pub fn serve(
             opening: Arc::new(Semaphore::new(OPENING_AT_ONCE)),
         });
         let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let thread = std::thread::Builder::new()
             .name(format!("worker-{n}"))
             .spawn(move || runtime.block_on(work(worker, listener, shutdown, stopped)))?;
@@ -125,10 +119,7 @@ impl Proxy {
     /// at the deadline (from now), and stops the threads.
     pub async fn join(self, deadline: Duration) {
         self.env.gate.shut_down();
-        self.env
-            .gate
-            .emptied(tokio::time::Instant::now() + deadline)
-            .await;
+        self.env.gate.emptied(tokio::time::Instant::now() + deadline).await;
         // Those that were ended by force get a moment for their last words.
         self.env
             .gate
@@ -155,15 +146,10 @@ impl Proxy {
 
 fn acceptor(files: &ClientTls) -> io::Result<TlsAcceptor> {
     let invalid = |path: &std::path::Path, error: &dyn std::fmt::Display| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("{}: {error}", path.display()),
-        )
+        io::Error::new(io::ErrorKind::InvalidInput, format!("{}: {error}", path.display()))
     };
     let mut chain = Vec::new();
-    for certificate in
-        CertificateDer::pem_file_iter(&files.cert).map_err(|e| invalid(&files.cert, &e))?
-    {
+    for certificate in CertificateDer::pem_file_iter(&files.cert).map_err(|e| invalid(&files.cert, &e))? {
         chain.push(certificate.map_err(|e| invalid(&files.cert, &e))?);
     }
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| invalid(&files.key, &e))?;
@@ -181,11 +167,7 @@ fn acceptor(files: &ClientTls) -> io::Result<TlsAcceptor> {
 }
 
 fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     socket.set_nonblocking(true)?;
@@ -200,8 +182,7 @@ async fn work(
     mut shutdown: watch::Receiver<bool>,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let listener =
-        TcpListener::from_std(listener).expect("a listener that does not block, in a runtime");
+    let listener = TcpListener::from_std(listener).expect("a listener that does not block, in a runtime");
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -242,20 +223,12 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
     if clients >= limits.max_clients.saturating_mul(2).saturating_add(64) {
         return;
     }
-    let arrival = tokio::time::timeout(
-        limits.client_login_timeout,
-        handshake::receive(&env, socket),
-    )
-    .await;
+    let arrival = tokio::time::timeout(limits.client_login_timeout, handshake::receive(&env, socket)).await;
     match arrival {
         Ok(Ok(Arrival::Cancel(pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
         Ok(Ok(Arrival::Client(mut client))) => {
             if clients >= limits.max_clients {
-                handshake::refuse(
-                    &mut client.stream,
-                    ClientError::too_many_clients(limits.max_clients),
-                )
-                .await;
+                handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;
                 return;
             }
             session::run(worker, *client, peer, since).await;

@@ -66,20 +66,14 @@ impl LoginError {
         match self {
             LoginError::Refused(body) => message::put(into, b'E', |to| to.extend_from_slice(body)),
             LoginError::Asks(what) => ClientError::server_authentication(side, what).encode(into),
-            LoginError::Scram(_) => {
-                ClientError::server_authentication(side, "another verifier").encode(into)
-            }
+            LoginError::Scram(_) => ClientError::server_authentication(side, "another verifier").encode(into),
             _ => ClientError::server_unreachable(side).encode(into),
         }
     }
 }
 
 /// Opens a connection to `server` and logs in. `limit` bounds reaching it and the login, each.
-pub(super) async fn open(
-    server: &Server,
-    login: &Login,
-    limit: Duration,
-) -> Result<ServerConn, LoginError> {
+pub(super) async fn open(server: &Server, login: &Login, limit: Duration) -> Result<ServerConn, LoginError> {
     let stream = crate::pg::dial(server, limit).await?;
     timeout(limit, log_in(server, stream, login))
         .await
@@ -118,9 +112,7 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
                 10 => {
                     let mut offers = rest;
                     let mut offered = false;
-                    while let Some(name) =
-                        message::cstr(&mut offers).filter(|name| !name.is_empty())
-                    {
+                    while let Some(name) = message::cstr(&mut offers).filter(|name| !name.is_empty()) {
                         offered |= name == MECHANISM.as_bytes();
                     }
                     let keys = login
@@ -139,9 +131,7 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
                 }
                 11 => {
                     let answer = exchange.as_mut().ok_or_else(bad)?.respond(rest)?;
-                    message::put(&mut out, b'p', |body| {
-                        body.extend_from_slice(answer.as_bytes())
-                    });
+                    message::put(&mut out, b'p', |body| body.extend_from_slice(answer.as_bytes()));
                 }
                 12 => exchange.as_ref().ok_or_else(bad)?.finish(rest)?,
                 3 => return Err(LoginError::Asks("a cleartext password")),
@@ -193,8 +183,7 @@ impl ServerConn {
     async fn raw_message(&mut self) -> io::Result<(u8, Vec<u8>)> {
         loop {
             if let Some(header) = self.buffer.first_chunk::<5>() {
-                let length =
-                    u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+                let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
                 if !(4..MAX_MESSAGE).contains(&length) {
                     return Err(io::Error::new(
                         io::ErrorKind::InvalidData,

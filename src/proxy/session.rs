@@ -90,12 +90,7 @@ impl Outbox {
 
     /// Writes what the other side takes now, keeps the remainder.
     #[inline]
-    fn push<S: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        to: &mut S,
-        mut bytes: &[u8],
-    ) -> io::Result<()> {
+    fn push<S: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, to: &mut S, mut bytes: &[u8]) -> io::Result<()> {
         if self.rest.is_empty() {
             while !bytes.is_empty() {
                 match Pin::new(&mut *to).poll_write(cx, bytes) {
@@ -116,11 +111,7 @@ impl Outbox {
 
     /// Ready when everything is out.
     #[inline]
-    fn poll_empty<S: AsyncWrite + Unpin>(
-        &mut self,
-        cx: &mut Context<'_>,
-        to: &mut S,
-    ) -> Poll<io::Result<()>> {
+    fn poll_empty<S: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, to: &mut S) -> Poll<io::Result<()>> {
         while self.at < self.rest.len() {
             match Pin::new(&mut *to).poll_write(cx, &self.rest[self.at..]) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
@@ -187,12 +178,7 @@ impl Drop for Registered {
 }
 
 /// Runs an authenticated client's session to its end.
-pub(super) async fn run(
-    worker: Arc<Worker>,
-    client: Client,
-    peer: SocketAddr,
-    since: std::time::Instant,
-) {
+pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, since: std::time::Instant) {
     let env = worker.env.clone();
     let Client {
         stream,
@@ -201,9 +187,7 @@ pub(super) async fn run(
         database,
         application,
     } = client;
-    let shared = env
-        .gate
-        .admit(user, database, application, peer.to_string(), since);
+    let shared = env.gate.admit(user, database, application, peer.to_string(), since);
     let mut registered = Registered {
         env: env.clone(),
         shared: shared.clone(),
@@ -637,9 +621,7 @@ impl Session {
                 if self.said_goodbye() {
                     return Poll::Ready(Err(Event::ClientGone));
                 }
-                self.shared
-                    .waiting
-                    .store(!self.held.is_empty(), Ordering::SeqCst);
+                self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
                 Poll::Ready(Ok(()))
             }
             other => other,
@@ -707,11 +689,8 @@ impl Session {
                         self.dropping_batch = true;
                     }
                     let dropped = self.drop_canceled();
-                    self.shared
-                        .waiting
-                        .store(!self.held.is_empty(), Ordering::SeqCst);
-                    return dropped
-                        .map_err(|_| End::Tell(ClientError::protocol("invalid message length")));
+                    self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
+                    return dropped.map_err(|_| End::Tell(ClientError::protocol("invalid message length")));
                 }
             }
         }
@@ -758,11 +737,7 @@ impl Session {
         self.shared.end_own();
         match marked {
             Ok(Ok(marked)) => {
-                if self
-                    .replies
-                    .scan(&marked.clients, &mut self.requests)
-                    .is_err()
-                {
+                if self.replies.scan(&marked.clients, &mut self.requests).is_err() {
                     return Err(End::Server);
                 }
                 self.to_client.rest.extend_from_slice(&marked.clients);
@@ -814,10 +789,7 @@ impl Session {
     /// Opens a connection to where a flip will go, or drops one that is no longer wanted.
     fn open_ahead(&mut self, orders: &Orders) {
         let wanted = orders.prepare.filter(|(side, _)| *side != self.server.side);
-        let have = self
-            .ahead
-            .as_ref()
-            .map(|(number, side, _)| (*side, *number));
+        let have = self.ahead.as_ref().map(|(number, side, _)| (*side, *number));
         if wanted == have {
             return;
         }
@@ -828,23 +800,16 @@ impl Session {
         if matches!(&self.ready, Some((_, conn)) if conn.side == side) {
             return;
         }
-        let (env, shared, opening) = (
-            self.env.clone(),
-            self.shared.clone(),
-            self.worker.opening.clone(),
-        );
+        let (env, shared, opening) = (self.env.clone(), self.shared.clone(), self.worker.opening.clone());
         let login = self.login.clone();
         let from = self.server.side;
         let task = tokio::spawn(async move {
             let opened = async {
                 let _permit = opening.acquire().await.expect("never closed");
                 let server = env.config.server(side);
-                let conn =
-                    server::open(server, &login, env.config.limits.server_connect_timeout).await?;
+                let conn = server::open(server, &login, env.config.limits.server_connect_timeout).await?;
                 // Read ahead as well, so that the drain finds them.
-                env.names
-                    .load(&env.config, from, &shared.database, number)
-                    .await;
+                env.names.load(&env.config, from, &shared.database, number).await;
                 Ok(conn)
             }
             .await;
@@ -862,9 +827,7 @@ impl Session {
     async fn park(&mut self) -> Result<(), End> {
         self.parked = true;
         self.quiet = None;
-        self.shared
-            .waiting
-            .store(!self.held.is_empty(), Ordering::SeqCst);
+        self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
         let done = self.parked().await;
         self.parked = false;
         self.shared.waiting.store(false, Ordering::SeqCst);
@@ -977,13 +940,8 @@ impl Session {
                 },
                 None => None,
             };
-            let unmovable =
-                |error: LoginError| TransferError::Unmovable(format!("login on {to}: {error}"));
-            let fresh = async || {
-                server::open(config.server(to), login, limit)
-                    .await
-                    .map_err(unmovable)
-            };
+            let unmovable = |error: LoginError| TransferError::Unmovable(format!("login on {to}: {error}"));
+            let fresh = async || server::open(config.server(to), login, limit).await.map_err(unmovable);
             let (mut conn, was_ahead) = match opened {
                 Some(conn) => (conn, true),
                 None => (fresh().await?, false),
@@ -996,18 +954,12 @@ impl Session {
                     conn = fresh().await?;
                     timeout(limit, transfer::replay(&mut conn, &state))
                         .await
-                        .map_err(|_| {
-                            TransferError::Unmovable(format!("{to} did not answer in time"))
-                        })??;
+                        .map_err(|_| TransferError::Unmovable(format!("{to} did not answer in time")))??;
                     Ok(conn)
                 }
-                Ok(Err(TransferError::Io(error))) => {
-                    Err(TransferError::Unmovable(format!("{to}: {error}")))
-                }
+                Ok(Err(TransferError::Io(error))) => Err(TransferError::Unmovable(format!("{to}: {error}"))),
                 Ok(Err(error)) => Err(error),
-                Err(_) => Err(TransferError::Unmovable(format!(
-                    "{to} did not answer in time"
-                ))),
+                Err(_) => Err(TransferError::Unmovable(format!("{to} did not answer in time"))),
             }
         };
         let worked = tokio::select! {
@@ -1015,9 +967,7 @@ impl Session {
             () = gone(client, held) => return Err(NotReady::End(End::Client)),
         };
         self.shared.end_own();
-        self.shared
-            .waiting
-            .store(!self.held.is_empty(), Ordering::SeqCst);
+        self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
         // What the server said unasked meanwhile is the client's, and so is what it has begun to say.
         let aside = std::mem::take(&mut self.server.aside);
         let unread = self.server.take_buffer();
@@ -1094,11 +1044,7 @@ impl Session {
                 let mut into = ReadBuf::new(&mut chunk);
                 match Pin::new(&mut self.server.stream).poll_read(cx, &mut into) {
                     Poll::Ready(Ok(())) if !into.filled().is_empty() => {
-                        if self
-                            .replies
-                            .scan(into.filled(), &mut self.requests)
-                            .is_err()
-                        {
+                        if self.replies.scan(into.filled(), &mut self.requests).is_err() {
                             return Poll::Ready(());
                         }
                         self.to_client.rest.extend_from_slice(into.filled());
@@ -1177,8 +1123,7 @@ impl Session {
         drop(goodbye);
         let mut rest = vec![0u8; 8192];
         if !killed {
-            let ended =
-                async { while matches!(server.stream.read(&mut rest).await, Ok(n) if n > 0) {} };
+            let ended = async { while matches!(server.stream.read(&mut rest).await, Ok(n) if n > 0) {} };
             tokio::select! {
                 () = ended => return,
                 () = killed_soon(&shared) => {}

@@ -101,11 +101,7 @@ const PORTAL: &[u8] = b"pgflip:portal";
 
 /// Reads a session's state in its own connection, which is at its boundary and is left there. `names`: custom settings to
 /// ask for.
-pub(super) async fn harvest(
-    conn: &mut ServerConn,
-    names: &[&str],
-    unnamed: &Unnamed,
-) -> Result<State, TransferError> {
+pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unnamed) -> Result<State, TransferError> {
     let names = names.join("\x01");
     let mut why = String::new();
     for _ in 0..TRIES {
@@ -120,19 +116,9 @@ pub(super) async fn harvest(
             &[],
         );
         message::put_run(&mut out, PORTAL, BEGIN, &[]);
-        message::put_parse(
-            &mut out,
-            LIMITS,
-            include_bytes!("../pg/sql/session_limits.sql"),
-            &[],
-        );
+        message::put_parse(&mut out, LIMITS, include_bytes!("../pg/sql/session_limits.sql"), &[]);
         message::put_run(&mut out, PORTAL, LIMITS, &[]);
-        message::put_parse(
-            &mut out,
-            STATE,
-            include_bytes!("../pg/sql/session_state.sql"),
-            &[25],
-        );
+        message::put_parse(&mut out, STATE, include_bytes!("../pg/sql/session_state.sql"), &[25]);
         message::put_run(&mut out, PORTAL, STATE, &[names.as_bytes()]);
         message::put_parse(&mut out, END, b"rollback", &[]);
         message::put_run(&mut out, PORTAL, END, &[]);
@@ -156,14 +142,8 @@ pub(super) async fn harvest(
             message::put_sync(&mut out);
             ask(conn, &out, 1).await?;
         }
-        let described_code = described
-            .error
-            .as_deref()
-            .map(|body| ErrorFields(body).code().to_vec());
-        let again = |body: &Option<Vec<u8>>| {
-            body.as_deref()
-                .is_some_and(|body| ErrorFields(body).code() == b"57014")
-        };
+        let described_code = described.error.as_deref().map(|body| ErrorFields(body).code().to_vec());
+        let again = |body: &Option<Vec<u8>>| body.as_deref().is_some_and(|body| ErrorFields(body).code() == b"57014");
         if again(&state.error) || again(&described.error) {
             why = "its statement timeout is too short to read its state".into();
             continue;
@@ -175,8 +155,7 @@ pub(super) async fn harvest(
         let unnamed = match described_code.as_deref() {
             None if unnamed.too_long => {
                 return Err(TransferError::Unmovable(
-                    "its unnamed prepared statement is longer than limits.unnamed_statement_max"
-                        .into(),
+                    "its unnamed prepared statement is longer than limits.unnamed_statement_max".into(),
                 ));
             }
             None if !unnamed.confirmed || unnamed.body.is_empty() => {
@@ -224,15 +203,11 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
                 ];
                 for (n, name) in names.into_iter().enumerate() {
                     if let Some(value) = column(n + 1) {
-                        state
-                            .settings
-                            .push((name.as_bytes().to_vec(), value.to_vec()));
+                        state.settings.push((name.as_bytes().to_vec(), value.to_vec()));
                     }
                 }
             }
-            b"setting" if column(1) == Some(b"client_encoding") => {
-                state.settings.insert(0, (text(1), text(2)))
-            }
+            b"setting" if column(1) == Some(b"client_encoding") => state.settings.insert(0, (text(1), text(2))),
             b"setting" => state.settings.push((text(1), text(2))),
             b"session_user" => state.session_user = text(1),
             b"role" => state.role = text(1),
@@ -242,7 +217,9 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
                 if column(3) == Some(b"sql") {
                     body = prepare_body(&body).map(<[u8]>::to_vec).ok_or_else(|| {
                         let name = String::from_utf8_lossy(&name).into_owned();
-                        TransferError::Unmovable(format!("prepared statement {name:?} was prepared within another statement's text"))
+                        TransferError::Unmovable(format!(
+                            "prepared statement {name:?} was prepared within another statement's text"
+                        ))
                     })?;
                 }
                 let types = match column(4) {
@@ -286,9 +263,7 @@ fn type_name(text: &[u8]) -> Option<TypeName> {
     if text.contains(&1) {
         return Some(TypeName::Named(text.to_vec()));
     }
-    Some(TypeName::BuiltIn(
-        std::str::from_utf8(text).ok()?.parse().ok()?,
-    ))
+    Some(TypeName::BuiltIn(std::str::from_utf8(text).ok()?.parse().ok()?))
 }
 
 /// Replays state on a new connection, in as few round trips as can be.
@@ -305,12 +280,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State) -> Result<(), T
     settings.push((b"session_authorization", &state.session_user));
     settings.push((b"role", &state.role));
     const SET: &[u8] = b"pgflip:set";
-    message::put_parse(
-        &mut out,
-        SET,
-        b"select pg_catalog.set_config($1, $2, false)",
-        &[25, 25],
-    );
+    message::put_parse(&mut out, SET, b"select pg_catalog.set_config($1, $2, false)", &[25, 25]);
     for (name, value) in &settings {
         message::put_run(&mut out, PORTAL, SET, &[name, value]);
     }
@@ -364,10 +334,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State) -> Result<(), T
 }
 
 /// OIDs on this connection's server of the types that are not built in.
-async fn resolve(
-    conn: &mut ServerConn,
-    state: &State,
-) -> Result<HashMap<TypeName, u32>, TransferError> {
+async fn resolve(conn: &mut ServerConn, state: &State) -> Result<HashMap<TypeName, u32>, TransferError> {
     let mut wanted: Vec<&TypeName> = state
         .statements
         .iter()
@@ -392,27 +359,13 @@ async fn resolve(
     let mut out = Vec::new();
     const TYPES: &[u8] = b"pgflip:types";
     // The names are in the session's encoding; the connection still has that of its startup packet.
-    if let Some((name, value)) = state
-        .settings
-        .first()
-        .filter(|(name, _)| name == b"client_encoding")
-    {
+    if let Some((name, value)) = state.settings.first().filter(|(name, _)| name == b"client_encoding") {
         const SET: &[u8] = b"pgflip:encoding";
-        message::put_parse(
-            &mut out,
-            SET,
-            b"select pg_catalog.set_config($1, $2, false)",
-            &[25, 25],
-        );
+        message::put_parse(&mut out, SET, b"select pg_catalog.set_config($1, $2, false)", &[25, 25]);
         message::put_run(&mut out, PORTAL, SET, &[name, value]);
         message::put_close_statement(&mut out, SET);
     }
-    message::put_parse(
-        &mut out,
-        TYPES,
-        include_bytes!("../pg/sql/session_types.sql"),
-        &[25],
-    );
+    message::put_parse(&mut out, TYPES, include_bytes!("../pg/sql/session_types.sql"), &[25]);
     message::put_run(&mut out, PORTAL, TYPES, &[&names.join(&2u8)]);
     message::put_close_statement(&mut out, TYPES);
     message::put_sync(&mut out);
@@ -461,9 +414,9 @@ fn prepare_body(text: &[u8]) -> Option<&[u8]> {
     let rest = match rest.strip_prefix(b"\"") {
         Some(quoted) => after_quoted(quoted, b'"')?,
         None => {
-            let end = rest.iter().position(|b| {
-                !(b.is_ascii_alphanumeric() || *b == b'_' || *b == b'$' || *b >= 0x80)
-            })?;
+            let end = rest
+                .iter()
+                .position(|b| !(b.is_ascii_alphanumeric() || *b == b'_' || *b == b'$' || *b >= 0x80))?;
             &rest[end..]
         }
     };
@@ -568,12 +521,8 @@ pub(super) async fn mark(conn: &mut ServerConn) -> io::Result<Marked> {
                 clients.append(&mut maybe);
                 message::put(&mut maybe, kind, |to| to.extend_from_slice(&body));
             }
-            b'2' if !maybe.is_empty() => {
-                message::put(&mut maybe, kind, |to| to.extend_from_slice(&body))
-            }
-            b'D' if message::columns(&body)
-                .is_some_and(|c| c.len() == 1 && c[0] == Some(token.as_bytes())) =>
-            {
+            b'2' if !maybe.is_empty() => message::put(&mut maybe, kind, |to| to.extend_from_slice(&body)),
+            b'D' if message::columns(&body).is_some_and(|c| c.len() == 1 && c[0] == Some(token.as_bytes())) => {
                 break;
             }
             // In a failed transaction our own Parse is refused: there is nothing after that but our ReadyForQuery.
@@ -642,23 +591,12 @@ impl SettingNamesInCatalogs {
             return;
         }
         let names = read_names(config, side, database).await.map(Arc::new);
-        self.found
-            .lock()
-            .insert(database.to_owned(), Found { number, names });
+        self.found.lock().insert(database.to_owned(), Found { number, names });
     }
 
     /// Those of the last flip that read them; reads them if none has.
-    pub async fn current(
-        &self,
-        config: &Config,
-        side: Side,
-        database: &str,
-    ) -> Result<Arc<Vec<String>>, String> {
-        let known = |found: &HashMap<String, Found>| {
-            found
-                .get(database)
-                .and_then(|found| found.names.clone().ok())
-        };
+    pub async fn current(&self, config: &Config, side: Side, database: &str) -> Result<Arc<Vec<String>>, String> {
+        let known = |found: &HashMap<String, Found>| found.get(database).and_then(|found| found.names.clone().ok());
         if let Some(names) = known(&self.found.lock()) {
             return Ok(names);
         }
@@ -672,19 +610,14 @@ impl SettingNamesInCatalogs {
 
 async fn read_names(config: &Config, side: Side, database: &str) -> Result<Vec<String>, String> {
     let limit = config.limits.server_connect_timeout;
-    let failed = |why: String| {
-        format!("the catalogs of {side} can't be searched for custom settings: {why}")
-    };
+    let failed = |why: String| format!("the catalogs of {side} can't be searched for custom settings: {why}");
     let client = pg::connect(config.server(side), database, Purpose("settings"), limit)
         .await
         .map_err(|e| failed(e.to_string()))?;
-    let rows = timeout(
-        limit,
-        client.query(include_str!("../pg/sql/setting_names.sql"), &[]),
-    )
-    .await
-    .map_err(|_| failed("no answer in time".into()))?
-    .map_err(|error| failed(pg::connect::describe(&error)))?;
+    let rows = timeout(limit, client.query(include_str!("../pg/sql/setting_names.sql"), &[]))
+        .await
+        .map_err(|_| failed("no answer in time".into()))?
+        .map_err(|error| failed(pg::connect::describe(&error)))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
@@ -694,22 +627,14 @@ mod tests {
 
     #[test]
     fn the_body_of_a_prepare_is_what_follows_as() {
-        let body = |text: &'static str| {
-            prepare_body(text.as_bytes()).map(|b| std::str::from_utf8(b).unwrap().trim())
-        };
+        let body = |text: &'static str| prepare_body(text.as_bytes()).map(|b| std::str::from_utf8(b).unwrap().trim());
         assert_eq!(body("PREPARE a AS select 1"), Some("select 1"));
         assert_eq!(
             body(" /* x /* y */ */ prepare \"A \"\"b\" (int, numeric(10,2)) as select $1"),
             Some("select $1")
         );
-        assert_eq!(
-            body("-- first\nprepare x(text) AS\nselect $1"),
-            Some("select $1")
-        );
-        assert_eq!(
-            body("insert into t values (1); prepare a as select 1"),
-            None
-        );
+        assert_eq!(body("-- first\nprepare x(text) AS\nselect $1"), Some("select $1"));
+        assert_eq!(body("insert into t values (1); prepare a as select 1"), None);
         assert_eq!(body("prepare a"), None);
         assert_eq!(body("prepare_a as select 1"), None);
     }

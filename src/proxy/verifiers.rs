@@ -100,9 +100,7 @@ impl Verifiers {
         let side = match self.gate.upstream() {
             Some(upstream) => upstream.side,
             None => {
-                return Err(Unavailable(
-                    "it is not known yet which side is active".into(),
-                ));
+                return Err(Unavailable("it is not known yet which side is active".into()));
             }
         };
         let mut connection = self.connection.lock().await;
@@ -110,10 +108,9 @@ impl Verifiers {
             Some((at, client)) if *at == side && !client.is_closed() => Ok(client.clone()),
             _ => {
                 let server = self.config.server(side);
-                let client =
-                    pg::connect(server, self.config.carrier(), Purpose("verifiers"), limit)
-                        .await
-                        .map_err(|error| Unavailable(error.to_string()))?;
+                let client = pg::connect(server, self.config.carrier(), Purpose("verifiers"), limit)
+                    .await
+                    .map_err(|error| Unavailable(error.to_string()))?;
                 let client = Arc::new(client);
                 *connection = Some((side, client.clone()));
                 Ok(client)

@@ -49,10 +49,7 @@ impl ClientError {
 
     /// Exactly Postgres's words, whatever was wrong with the password, the role or its expiry.
     pub fn wrong_password(user: &str) -> ClientError {
-        ClientError::fatal(
-            "28P01",
-            format!("password authentication failed for user \"{user}\""),
-        )
+        ClientError::fatal("28P01", format!("password authentication failed for user \"{user}\""))
     }
 
     /// A message that breaks the protocol.
@@ -76,32 +73,24 @@ impl ClientError {
 
     /// StartupMessage without a user.
     pub fn no_user() -> ClientError {
-        ClientError::fatal(
-            "28000",
-            "no PostgreSQL user name specified in startup packet",
-        )
+        ClientError::fatal("28000", "no PostgreSQL user name specified in startup packet")
     }
 
     /// `[tls] required`.
     pub fn tls_required() -> ClientError {
-        ClientError::fatal("28000", "pgflip accepts only TLS connections")
-            .hint("Connect with sslmode=require.")
+        ClientError::fatal("28000", "pgflip accepts only TLS connections").hint("Connect with sslmode=require.")
     }
 
     /// Replication connections can't be moved from one server to the other.
     pub fn replication_connection() -> ClientError {
-        ClientError::fatal("0A000", "pgflip does not carry replication connections").hint(
-            "A replication stream can't be moved to another server: connect to the server itself.",
-        )
+        ClientError::fatal("0A000", "pgflip does not carry replication connections")
+            .hint("A replication stream can't be moved to another server: connect to the server itself.")
     }
 
     /// Not one of the databases that flip together.
     pub fn unknown_database(database: &str) -> ClientError {
-        ClientError::fatal(
-            "3D000",
-            format!("database \"{database}\" is not served by pgflip"),
-        )
-        .hint("Add it to `databases` in pgflip's config, or connect to the server itself.")
+        ClientError::fatal("3D000", format!("database \"{database}\" is not served by pgflip"))
+            .hint("Add it to `databases` in pgflip's config, or connect to the server itself.")
     }
 
     /// `limits.max_clients` reached.
@@ -118,11 +107,7 @@ impl ClientError {
 
     /// No way to check who the client is, now.
     pub fn verifiers_unavailable() -> ClientError {
-        ClientError::fatal(
-            "57P03",
-            "pgflip can't read the roles of the active server now",
-        )
-        .hint("Try again.")
+        ClientError::fatal("57P03", "pgflip can't read the roles of the active server now").hint("Try again.")
     }
 
     /// Nobody knows yet which side is active, or a flip takes longer than new clients are to wait.
@@ -132,17 +117,13 @@ impl ClientError {
         } else {
             "pgflip does not know yet which server is active"
         };
-        ClientError::fatal("57P03", message)
-            .hint("Try again; `pgflip status` says what it waits for.")
+        ClientError::fatal("57P03", message).hint("Try again; `pgflip status` says what it waits for.")
     }
 
     /// The server can't be reached. Says the side, never a host or a password.
     pub fn server_unreachable(side: crate::pg::Side) -> ClientError {
-        ClientError::fatal(
-            "08006",
-            format!("pgflip can't reach the active server ({side})"),
-        )
-        .hint("Try again; pgflip's log says why.")
+        ClientError::fatal("08006", format!("pgflip can't reach the active server ({side})"))
+            .hint("Try again; pgflip's log says why.")
     }
 
     /// The server asked for something that the client's proof does not give.
@@ -175,20 +156,13 @@ impl ClientError {
 
     /// An operator (or `stragglers = "terminate"`) ended the session.
     pub fn terminated(why: &str) -> ClientError {
-        ClientError::fatal(
-            "57P01",
-            "terminating connection due to administrator command",
-        )
-        .detail(why.to_owned())
+        ClientError::fatal("57P01", "terminating connection due to administrator command").detail(why.to_owned())
     }
 
     /// pgflip stops.
     pub fn shutting_down() -> ClientError {
-        ClientError::fatal(
-            "57P01",
-            "terminating connection due to administrator command",
-        )
-        .detail("pgflip is shutting down.")
+        ClientError::fatal("57P01", "terminating connection due to administrator command")
+            .detail("pgflip is shutting down.")
     }
 
     /// A cancel request for a request that was held: it was never sent.

@@ -55,12 +55,7 @@ impl Startup {
 /// Reads the body (what follows the length) of a client's first packet.
 pub fn opening(body: &[u8]) -> Result<Opening, Malformed> {
     let malformed = Malformed("startup packet");
-    let code = u32::from_be_bytes(
-        body.get(..4)
-            .ok_or(malformed.clone())?
-            .try_into()
-            .expect("four bytes"),
-    );
+    let code = u32::from_be_bytes(body.get(..4).ok_or(malformed.clone())?.try_into().expect("four bytes"));
     let rest = &body[4..];
     match code {
         SSL_REQUEST | GSSENC_REQUEST if !rest.is_empty() => Err(malformed),
@@ -149,8 +144,7 @@ pub fn put_startup(into: &mut Vec<u8>, parameters: &[Pair]) {
         put_cstr(into, value);
     }
     into.push(0);
-    let length =
-        u32::try_from(into.len() - at).expect("no longer than the client's, which was limited");
+    let length = u32::try_from(into.len() - at).expect("no longer than the client's, which was limited");
     into[at..at + 4].copy_from_slice(&length.to_be_bytes());
 }
 
@@ -306,8 +300,7 @@ impl<'a> ErrorFields<'a> {
 
     /// `message (SQLSTATE)`, for people.
     pub fn describe(&self) -> String {
-        let text =
-            |kind| String::from_utf8_lossy(self.field(kind).unwrap_or_default()).into_owned();
+        let text = |kind| String::from_utf8_lossy(self.field(kind).unwrap_or_default()).into_owned();
         format!("{} ({})", text(b'M'), text(b'C'))
     }
 }
@@ -338,10 +331,7 @@ mod tests {
     #[test]
     fn a_cancel_request_reads_back() {
         let bytes = cancel_request(7, &[1, 2, 3, 4]);
-        assert_eq!(
-            opening(&bytes[4..]).unwrap(),
-            Opening::Cancel(7, vec![1, 2, 3, 4])
-        );
+        assert_eq!(opening(&bytes[4..]).unwrap(), Opening::Cancel(7, vec![1, 2, 3, 4]));
         assert!(opening(&bytes[4..14]).is_err());
     }
 

@@ -292,8 +292,7 @@ impl Replies {
                     let unnamed = &mut requests.unnamed;
                     // While the count is uncertain, the batch sent last is taken for the one that is answered.
                     if let Some((request, parse)) = unnamed.place
-                        && (request == self.answered
-                            || (self.uncertain && requests.sent <= request + 1))
+                        && (request == self.answered || (self.uncertain && requests.sent <= request + 1))
                         && parse == self.parses_done
                     {
                         unnamed.confirmed = true;
@@ -382,18 +381,9 @@ mod tests {
             turns.push((to_server, bytes));
         };
         turn(true, &[(b'Q', b"set app.tenant = '1'\0")]);
-        turn(
-            false,
-            &[(b'C', b"SET\0"), (b'S', b"TimeZone\0UTC\0"), (b'Z', b"I")],
-        );
-        turn(
-            true,
-            &[(b'P', b"\0select $1\0\0\0"), (b'D', b"S\0"), (b'S', b"")],
-        );
-        turn(
-            false,
-            &[(b'1', b""), (b't', b"\0\0"), (b'n', b""), (b'Z', b"I")],
-        );
+        turn(false, &[(b'C', b"SET\0"), (b'S', b"TimeZone\0UTC\0"), (b'Z', b"I")]);
+        turn(true, &[(b'P', b"\0select $1\0\0\0"), (b'D', b"S\0"), (b'S', b"")]);
+        turn(false, &[(b'1', b""), (b't', b"\0\0"), (b'n', b""), (b'Z', b"I")]);
         turn(
             true,
             &[
@@ -435,10 +425,7 @@ mod tests {
     }
 
     fn check(requests: &Requests, replies: &Replies) {
-        assert_eq!(
-            (requests.sent, replies.answered, replies.status),
-            (4, 4, b'T')
-        );
+        assert_eq!((requests.sent, replies.answered, replies.status), (4, 4, b'T'));
         assert!(!requests.batch_open && !at_boundary(requests, replies));
         assert_eq!(requests.unnamed.body, b"\0select $1\0\0\0");
         assert!(requests.unnamed.confirmed);
@@ -494,10 +481,7 @@ mod tests {
         let mut requests = Requests::new(1000);
         assert_eq!(requests.scan(&bytes, true).unwrap(), first);
         assert_eq!(requests.sent, 1);
-        assert_eq!(
-            requests.scan(&bytes[first..], true).unwrap(),
-            bytes.len() - first
-        );
+        assert_eq!(requests.scan(&bytes[first..], true).unwrap(), bytes.len() - first);
         assert_eq!(requests.sent, 2);
     }
 
@@ -510,12 +494,7 @@ mod tests {
         }
         requests.scan(&bytes, false).unwrap();
         let mut bytes = Vec::new();
-        for (kind, body) in [
-            (b'2', &b""[..]),
-            (b'G', b"\0\0\0"),
-            (b'C', b"COPY 1\0"),
-            (b'Z', b"I"),
-        ] {
+        for (kind, body) in [(b'2', &b""[..]), (b'G', b"\0\0\0"), (b'C', b"COPY 1\0"), (b'Z', b"I")] {
             put(&mut bytes, kind, body);
         }
         replies.scan(&bytes, &mut requests).unwrap();

@@ -17,8 +17,7 @@ const DEFAULT_ITERATIONS: u32 = 4096;
 type Key = [u8; 32];
 
 fn hmac(key: &[u8], parts: &[&[u8]]) -> Key {
-    let mut mac =
-        <Hmac<Sha256> as Mac>::new_from_slice(key).expect("HMAC takes keys of any length");
+    let mut mac = <Hmac<Sha256> as Mac>::new_from_slice(key).expect("HMAC takes keys of any length");
     for part in parts {
         mac.update(part);
     }
@@ -101,10 +100,7 @@ pub struct ServerExchange {
 
 impl ServerExchange {
     /// Takes the client's first message; the second value is the server's first.
-    pub fn begin(
-        verifier: Verifier,
-        client_first: &[u8],
-    ) -> Result<(ServerExchange, String), ScramError> {
+    pub fn begin(verifier: Verifier, client_first: &[u8]) -> Result<(ServerExchange, String), ScramError> {
         let nonce: [u8; 18] = rand::random();
         ServerExchange::begin_with(verifier, client_first, &STANDARD.encode(nonce))
     }
@@ -114,8 +110,7 @@ impl ServerExchange {
         client_first: &[u8],
         nonce: &str,
     ) -> Result<(ServerExchange, String), ScramError> {
-        let text =
-            std::str::from_utf8(client_first).map_err(|_| ScramError("malformed SCRAM message"))?;
+        let text = std::str::from_utf8(client_first).map_err(|_| ScramError("malformed SCRAM message"))?;
         let rest = match text.as_bytes().first() {
             Some(b'n' | b'y') => &text[1..],
             Some(b'p') => {
@@ -125,35 +120,25 @@ impl ServerExchange {
             }
             _ => return Err(ScramError("malformed SCRAM message")),
         };
-        let rest = rest
-            .strip_prefix(',')
-            .ok_or(ScramError("malformed SCRAM message"))?;
+        let rest = rest.strip_prefix(',').ok_or(ScramError("malformed SCRAM message"))?;
         if rest.starts_with("a=") {
             return Err(ScramError(
                 "client uses authorization identity, but it is not supported",
             ));
         }
-        let bare = rest
-            .strip_prefix(',')
-            .ok_or(ScramError("malformed SCRAM message"))?;
+        let bare = rest.strip_prefix(',').ok_or(ScramError("malformed SCRAM message"))?;
         if bare.starts_with("m=") {
             return Err(ScramError("client requires an unsupported SCRAM extension"));
         }
         // The user name in here is not used: the startup message's is (as in Postgres).
-        let (user, attributes) = bare
-            .split_once(',')
-            .ok_or(ScramError("malformed SCRAM message"))?;
+        let (user, attributes) = bare.split_once(',').ok_or(ScramError("malformed SCRAM message"))?;
         if !user.starts_with("n=") {
             return Err(ScramError("malformed SCRAM message"));
         }
-        let client_nonce = attributes
-            .split(',')
-            .next()
-            .and_then(|first| first.strip_prefix("r="));
-        let client_nonce = client_nonce
-            .filter(|nonce| !nonce.is_empty() && nonce.bytes().all(|b| (0x21..=0x7e).contains(&b)));
+        let client_nonce = attributes.split(',').next().and_then(|first| first.strip_prefix("r="));
         let client_nonce =
-            client_nonce.ok_or(ScramError("non-printable characters in SCRAM nonce"))?;
+            client_nonce.filter(|nonce| !nonce.is_empty() && nonce.bytes().all(|b| (0x21..=0x7e).contains(&b)));
+        let client_nonce = client_nonce.ok_or(ScramError("non-printable characters in SCRAM nonce"))?;
         let nonce = format!("{client_nonce}{nonce}");
         let server_first = format!(
             "r={nonce},s={},i={}",
@@ -264,10 +249,7 @@ impl ClientExchange {
             b",",
             without_proof.as_bytes(),
         ];
-        let proof = xor(
-            self.keys.client_key,
-            &hmac(&sha256(&self.keys.client_key), &auth),
-        );
+        let proof = xor(self.keys.client_key, &hmac(&sha256(&self.keys.client_key), &auth));
         self.expected = Some(hmac(&self.keys.server_key, &auth));
         Ok(format!("{without_proof},p={}", STANDARD.encode(proof)))
     }
@@ -324,52 +306,34 @@ mod tests {
     #[test]
     fn the_key_in_a_right_proof_opens_the_next_server() {
         let (mut client, first) = ClientExchange::begin(client_key(b"sesame"));
-        let (server, server_first) =
-            ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let (server, server_first) = ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
-        let (keys, server_final) = server
-            .finish(last.as_bytes())
-            .unwrap()
-            .expect("the proof is right");
+        let (keys, server_final) = server.finish(last.as_bytes()).unwrap().expect("the proof is right");
         client.finish(server_final.as_bytes()).unwrap();
 
         let (mut onward, first) = ClientExchange::begin(keys);
-        let (server, server_first) =
-            ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let (server, server_first) = ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
         let last = onward.respond(server_first.as_bytes()).unwrap();
-        let (_, server_final) = server
-            .finish(last.as_bytes())
-            .unwrap()
-            .expect("the key opens");
+        let (_, server_final) = server.finish(last.as_bytes()).unwrap().expect("the key opens");
         onward.finish(server_final.as_bytes()).unwrap();
     }
 
     #[test]
     fn a_wrong_proof_a_foreign_nonce_and_channel_binding_are_refused() {
         let (mut client, first) = ClientExchange::begin(client_key(b"sesam"));
-        let (server, server_first) =
-            ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let (server, server_first) = ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
         assert!(server.finish(last.as_bytes()).unwrap().is_none());
         assert!(server.finish(last.replace("r=", "r=x").as_bytes()).is_err());
-        assert!(
-            server
-                .finish(last.replace("biws", "eSws").as_bytes())
-                .is_err()
-        );
-        assert!(
-            ServerExchange::begin(verifier(b"x"), b"p=tls-server-end-point,,n=,r=abc").is_err()
-        );
+        assert!(server.finish(last.replace("biws", "eSws").as_bytes()).is_err());
+        assert!(ServerExchange::begin(verifier(b"x"), b"p=tls-server-end-point,,n=,r=abc").is_err());
         assert!(client.respond(b"r=evil,s=AAAA,i=1").is_err());
         assert!(client.finish(b"v=AAAA").is_err());
     }
 
     #[test]
     fn a_mock_verifier_has_a_stable_salt_and_no_proof_fits_it() {
-        let (a, b) = (
-            Verifier::mock(b"eve", b"key"),
-            Verifier::mock(b"eve", b"key"),
-        );
+        let (a, b) = (Verifier::mock(b"eve", b"key"), Verifier::mock(b"eve", b"key"));
         assert_eq!(a.salt, b.salt);
         assert_ne!(a.salt, Verifier::mock(b"bob", b"key").salt);
         let (mut client, first) = ClientExchange::begin(client_key(b"sesame"));
@@ -392,10 +356,7 @@ mod tests {
         );
         let last = b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=";
         let (_, server_final) = server.finish(last).unwrap().expect("RFC 7677's proof");
-        assert_eq!(
-            server_final,
-            "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
-        );
+        assert_eq!(server_final, "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=");
         assert!(Verifier::parse("md5abc").is_none());
     }
 }

@@ -54,10 +54,7 @@ impl SettingNames {
             .collect::<Vec<_>>()
         {
             // `SET` alone, or `set_config(`.
-            if at == 0
-                || !text[at - 1].eq_ignore_ascii_case(&b's')
-                || (at > 1 && is_word(text[at - 2]))
-            {
+            if at == 0 || !text[at - 1].eq_ignore_ascii_case(&b's') || (at > 1 && is_word(text[at - 2])) {
                 continue;
             }
             let name = match &text[at + 2..] {

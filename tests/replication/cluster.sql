@@ -1,0 +1,11 @@
+create role owner nologin;
+create role app login password 'app secret' connection limit 50;
+create role expired login password 'app secret' valid until '2001-01-01 00:00:00+00';
+create role reader nologin;
+create role "Odd ""name""" login createdb;
+grant reader to app;
+grant owner to app with admin option;
+grant pg_monitor to reader;
+alter role app set work_mem = '7MB';
+alter role all set statement_timeout = '1h';
+comment on role app is 'the application''s';

@@ -1,0 +1,15 @@
+begin;
+insert into plain select (select max(id) from plain) + g, 'TAG' from generate_series(1, 10) g;
+update plain set x = 'TAG' where id % 50 = 3;
+delete from plain where id in (select id from plain where x like 'plain%' order by id limit 3);
+insert into wide select g, 100 + (select count(*) from wide), 'TAG', null from generate_series(1, 3) g;
+insert into "a b"."Quoted ""table""" ("a b") values ('{"TAG": 1}');
+insert into generated select (select max(id) from generated) + 1, 7;
+update generated set a = a + 1 where id < 10;
+update measured set v = v + 1 where n % 100 = 1;
+delete from measured where n = (select min(n) from measured);
+insert into measured select '2025-06-01', (select max(n) from measured) + 1, 1;
+update parent set x = 'TAG';
+update whole_row set b = 'TAG' where a < 5;
+update by_index set b = 'TAG' where a > 15;
+commit;

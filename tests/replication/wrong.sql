@@ -1,0 +1,12 @@
+create table bare (x int);
+create table nearly (x int not null);
+create unique index nearly_x_idx on nearly (x);
+create table told_by_generated (a int, b int generated always as (a + 1) stored primary key);
+create table with_json (a int, j json);
+alter table with_json replica identity full;
+create unlogged table passing (id int primary key);
+create trigger always_noted after insert on by_index for each statement execute function note();
+alter table by_index enable always trigger always_noted;
+select lo_create(0);
+set password_encryption = 'md5';
+create role old_style login password 'secret';
