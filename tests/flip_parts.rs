@@ -19,22 +19,35 @@ fn server(version: u32) -> Cluster {
 }
 
 async fn client(cluster: &Cluster, side: Side) -> Client {
-    connect(&cluster.server(side), "postgres", Purpose("test"), LIMIT).await.expect("a login")
+    connect(&cluster.server(side), "postgres", Purpose("test"), LIMIT)
+        .await
+        .expect("a login")
 }
 
 async fn origin(cluster: &Cluster, side: Side) -> Client {
-    connect_with_origin(&cluster.server(side), "postgres", Purpose("test"), LIMIT).await.expect("an origin")
+    connect_with_origin(&cluster.server(side), "postgres", Purpose("test"), LIMIT)
+        .await
+        .expect("an origin")
 }
 
 fn first(side: Side, state: State) -> Row {
-    Row { side, carrier: "postgres".into(), epoch: 1, state, attempt: 0, burnt: 0 }
+    Row {
+        side,
+        carrier: "postgres".into(),
+        epoch: 1,
+        state,
+        attempt: 0,
+        burnt: 0,
+    }
 }
 
 /// A server whose only database is this side, in this state.
 async fn side(version: u32, side: Side, state: State) -> (Cluster, Client) {
     let cluster = server(version);
     let client = client(&cluster, side).await;
-    state::install(&client, &first(side, state)).await.expect("schema pgflip");
+    state::install(&client, &first(side, state))
+        .await
+        .expect("schema pgflip");
     (cluster, client)
 }
 
@@ -50,7 +63,9 @@ async fn fence_it(client: &Client, attempt: Attempt) -> Result<(), StateError> {
 async fn code(client: &tokio_postgres::Client, statement: &str) -> String {
     match client.batch_execute(statement).await {
         Ok(()) => "00000".into(),
-        Err(error) => error.code().map_or_else(|| error.to_string(), |code| code.code().to_owned()),
+        Err(error) => error
+            .code()
+            .map_or_else(|| error.to_string(), |code| code.code().to_owned()),
     }
 }
 
@@ -59,7 +74,10 @@ async fn a_burnt_attempt_never_pivots_and_neither_does_an_older_one() {
     let (_cluster, green) = side(17, Side::Green, State::Standby).await;
     assert!(state::burn(&*green, Attempt { epoch: 1, id: 5 }).await.unwrap());
     for id in [1, 4, 5] {
-        assert!(!state::pivot(&*green, Attempt { epoch: 1, id }).await.unwrap(), "attempt {id}");
+        assert!(
+            !state::pivot(&*green, Attempt { epoch: 1, id }).await.unwrap(),
+            "attempt {id}"
+        );
     }
     assert!(state::pivot(&*green, Attempt { epoch: 1, id: 6 }).await.unwrap());
     assert_eq!((row(&green).await.state, row(&green).await.epoch), (State::Active, 2));
@@ -98,7 +116,10 @@ async fn an_attempt_that_may_have_pivoted_is_unwound_only_once_it_is_burnt() {
     assert!(!state::unwind(&*blue, ONE, Unwinding::Fenced).await.unwrap());
     assert!(state::unwind(&*blue, ONE, Unwinding::Burnt).await.unwrap());
     assert_eq!(row(&blue).await.state, State::Active);
-    assert!(!state::done(&*blue, ONE, "").await.unwrap(), "a sleeper's done changes nothing now");
+    assert!(
+        !state::done(&*blue, ONE, "").await.unwrap(),
+        "a sleeper's done changes nothing now"
+    );
 }
 
 const TABLES: &str = "
@@ -113,11 +134,19 @@ const TABLES: &str = "
 async fn the_fence_refuses_every_kind_of_direct_write_and_lets_origins_pass() {
     for version in [15, 18] {
         let (cluster, blue) = side(version, Side::Blue, State::Active).await;
-        blue.batch_execute(&format!("set search_path = public; {TABLES}")).await.unwrap();
+        blue.batch_execute(&format!("set search_path = public; {TABLES}"))
+            .await
+            .unwrap();
         let direct = cluster.connect("postgres").await.unwrap();
         let snapshot = cluster.connect("postgres").await.unwrap();
-        snapshot.batch_execute("begin isolation level repeatable read; select count(*) from t").await.unwrap();
-        direct.batch_execute("prepare ins as insert into t values (100, 1)").await.unwrap();
+        snapshot
+            .batch_execute("begin isolation level repeatable read; select count(*) from t")
+            .await
+            .unwrap();
+        direct
+            .batch_execute("prepare ins as insert into t values (100, 1)")
+            .await
+            .unwrap();
         let armed = fence::arm(&blue, &Limits::default()).await.unwrap();
         assert_eq!(armed, 6, "t, u, p, p1, parent, child");
         // Armed and active: everything passes.
@@ -146,14 +175,34 @@ async fn the_fence_refuses_every_kind_of_direct_write_and_lets_origins_pass() {
             direct.batch_execute("rollback").await.unwrap();
         }
         // An older snapshot fails to serialize rather than read an old state.
-        assert_eq!(code(&snapshot, "insert into t values (6, 6)").await, "40001", "{version}");
-        assert_eq!(code(&direct, "select * from t").await, "00000", "readers are not refused");
+        assert_eq!(
+            code(&snapshot, "insert into t values (6, 6)").await,
+            "40001",
+            "{version}"
+        );
+        assert_eq!(
+            code(&direct, "select * from t").await,
+            "00000",
+            "readers are not refused"
+        );
         let ours = origin(&cluster, Side::Blue).await;
-        assert_eq!(code(&ours, "insert into public.t values (8, 8)").await, "00000", "{version}");
-        assert_eq!(code(&ours, "create table public.fresh (id int)").await, "00000", "{version}");
+        assert_eq!(
+            code(&ours, "insert into public.t values (8, 8)").await,
+            "00000",
+            "{version}"
+        );
+        assert_eq!(
+            code(&ours, "create table public.fresh (id int)").await,
+            "00000",
+            "{version}"
+        );
         let said = direct.batch_execute("insert into t values (3, 3)").await.unwrap_err();
         let said = said.as_db_error().unwrap();
-        assert!(said.message().contains("blue is not the active side"), "{}", said.message());
+        assert!(
+            said.message().contains("blue is not the active side"),
+            "{}",
+            said.message()
+        );
         assert_eq!(said.hint(), Some("Go to green."));
     }
 }
@@ -161,11 +210,19 @@ async fn the_fence_refuses_every_kind_of_direct_write_and_lets_origins_pass() {
 #[tokio::test]
 async fn fencing_waits_for_writers_in_flight_and_for_nobody_else() {
     let (cluster, blue) = side(18, Side::Blue, State::Active).await;
-    blue.batch_execute(&format!("set search_path = public; {TABLES}")).await.unwrap();
+    blue.batch_execute(&format!("set search_path = public; {TABLES}"))
+        .await
+        .unwrap();
     fence::arm(&blue, &Limits::default()).await.unwrap();
-    let (writer, reader) = (cluster.connect("postgres").await.unwrap(), cluster.connect("postgres").await.unwrap());
+    let (writer, reader) = (
+        cluster.connect("postgres").await.unwrap(),
+        cluster.connect("postgres").await.unwrap(),
+    );
     reader.batch_execute("begin; select * from t").await.unwrap();
-    writer.batch_execute("begin; insert into t values (2, 2)").await.unwrap();
+    writer
+        .batch_execute("begin; insert into t values (2, 2)")
+        .await
+        .unwrap();
     let prepared = state::Prepared::new(&blue).await.unwrap();
     let short = state::fence(&blue, &prepared, ONE, "", Duration::from_millis(100)).await;
     assert!(matches!(short, Err(StateError::Sql(e)) if e.code().unwrap().code() == "55P03"));
@@ -178,7 +235,11 @@ async fn fencing_waits_for_writers_in_flight_and_for_nobody_else() {
     fenced.unwrap();
     committed.unwrap();
     assert!(began.elapsed() >= Duration::from_millis(300));
-    assert_eq!(blue.query("select from public.t", &[]).await.unwrap().len(), 2, "what was acknowledged is there");
+    assert_eq!(
+        blue.query("select from public.t", &[]).await.unwrap().len(),
+        2,
+        "what was acknowledged is there"
+    );
 }
 
 #[tokio::test]
@@ -190,14 +251,25 @@ async fn transactions_older_than_the_fence_are_waited_out() {
     old.wait_out(&blue, soon()).await.unwrap();
     let sleeper = cluster.connect("postgres").await.unwrap();
     // It has created its table: no trigger stands before it.
-    sleeper.batch_execute("begin; create table mine (id int); insert into mine values (1)").await.unwrap();
+    sleeper
+        .batch_execute("begin; create table mine (id int); insert into mine values (1)")
+        .await
+        .unwrap();
     fence_it(&blue, ONE).await.unwrap();
-    assert!(matches!(old.wait_out(&blue, soon()).await, Err(FenceError::OldTransactions { open, .. }) if open.len() == 1));
+    assert!(
+        matches!(old.wait_out(&blue, soon()).await, Err(FenceError::OldTransactions { open, .. }) if open.len() == 1)
+    );
     sleeper.batch_execute("rollback").await.unwrap();
     old.wait_out(&blue, soon()).await.unwrap();
     state::unwind(&*blue, ONE, Unwinding::Fenced).await.unwrap();
-    sleeper.batch_execute("begin; create table mine (id int); prepare transaction 'p'").await.unwrap();
-    assert!(matches!(old.wait_out(&blue, soon()).await, Err(FenceError::OldTransactions { .. })));
+    sleeper
+        .batch_execute("begin; create table mine (id int); prepare transaction 'p'")
+        .await
+        .unwrap();
+    assert!(matches!(
+        old.wait_out(&blue, soon()).await,
+        Err(FenceError::OldTransactions { .. })
+    ));
     sleeper.batch_execute("rollback prepared 'p'").await.unwrap();
     old.wait_out(&blue, soon()).await.unwrap();
 }
@@ -205,10 +277,18 @@ async fn transactions_older_than_the_fence_are_waited_out() {
 #[tokio::test]
 async fn a_table_that_is_locked_is_armed_as_soon_as_it_can_be_and_named_if_it_can_not() {
     let (cluster, blue) = side(17, Side::Blue, State::Active).await;
-    blue.batch_execute(&format!("set search_path = public; {TABLES}")).await.unwrap();
+    blue.batch_execute(&format!("set search_path = public; {TABLES}"))
+        .await
+        .unwrap();
     let holder = cluster.connect("postgres").await.unwrap();
-    holder.batch_execute("begin; insert into t values (2, 2)").await.unwrap();
-    let short = Limits { lock_timeout: Duration::from_millis(20), timeout: Duration::from_millis(400) };
+    holder
+        .batch_execute("begin; insert into t values (2, 2)")
+        .await
+        .unwrap();
+    let short = Limits {
+        lock_timeout: Duration::from_millis(20),
+        timeout: Duration::from_millis(400),
+    };
     match fence::arm(&blue, &short).await {
         Err(FenceError::Locked { tables, holders, .. }) => {
             assert_eq!(tables, ["\"public\".\"t\""]);
@@ -216,7 +296,10 @@ async fn a_table_that_is_locked_is_armed_as_soon_as_it_can_be_and_named_if_it_ca
         }
         other => panic!("{other:?}"),
     }
-    let long = Limits { lock_timeout: Duration::from_millis(20), timeout: LIMIT };
+    let long = Limits {
+        lock_timeout: Duration::from_millis(20),
+        timeout: LIMIT,
+    };
     let (armed, _) = tokio::join!(fence::arm(&blue, &long), async {
         tokio::time::sleep(Duration::from_millis(200)).await;
         holder.batch_execute("commit").await.unwrap();
@@ -228,14 +311,27 @@ async fn a_table_that_is_locked_is_armed_as_soon_as_it_can_be_and_named_if_it_ca
 #[tokio::test]
 async fn a_sleepers_disarm_does_no_harm_on_a_side_that_has_been_fenced_meanwhile() {
     let (cluster, blue) = side(16, Side::Blue, State::Active).await;
-    blue.batch_execute(&format!("set search_path = public; {TABLES}")).await.unwrap();
+    blue.batch_execute(&format!("set search_path = public; {TABLES}"))
+        .await
+        .unwrap();
     fence::arm(&blue, &Limits::default()).await.unwrap();
     fence_it(&blue, ONE).await.unwrap();
     // Even from a session that the DDL trigger lets pass.
     let ours = origin(&cluster, Side::Blue).await;
     let late = fence::disarm(&ours, 1).await;
-    assert!(matches!(late, Err(FenceError::State(StateError::Superseded { .. }))), "{late:?}");
-    let wrong_epoch = fence::arm_as(&ours, Expect { states: &[State::Fenced], epoch: 2 }, &Limits::default()).await;
+    assert!(
+        matches!(late, Err(FenceError::State(StateError::Superseded { .. }))),
+        "{late:?}"
+    );
+    let wrong_epoch = fence::arm_as(
+        &ours,
+        Expect {
+            states: &[State::Fenced],
+            epoch: 2,
+        },
+        &Limits::default(),
+    )
+    .await;
     // Everything is armed: there is nothing to do, and so nothing to refuse.
     assert!(matches!(wrong_epoch, Ok(0)), "{wrong_epoch:?}");
     assert!(fence::digest(&blue).await.unwrap().all_armed());
@@ -249,7 +345,10 @@ async fn two_thousand_tables_are_armed_in_seconds_and_an_armed_one_costs_nothing
         .await
         .unwrap();
     assert_eq!(fence::prepare(&blue).await.unwrap(), 2000);
-    let limits = Limits { timeout: LIMIT, ..Limits::default() };
+    let limits = Limits {
+        timeout: LIMIT,
+        ..Limits::default()
+    };
     assert_eq!(fence::arm(&blue, &limits).await.unwrap(), 2000);
     assert_eq!(fence::arm(&blue, &limits).await.unwrap(), 0);
     let digest = fence::digest(&blue).await.unwrap();
@@ -265,7 +364,11 @@ const SEQUENCES: &str = "
     create table \"Odd \"\"name\" (id serial);";
 
 async fn value(client: &Client, name: &str) -> i64 {
-    client.query_one(&format!("select nextval('public.{name}')"), &[]).await.unwrap().get(0)
+    client
+        .query_one(&format!("select nextval('public.{name}')"), &[])
+        .await
+        .unwrap()
+        .get(0)
 }
 
 #[tokio::test]
@@ -273,7 +376,10 @@ async fn sequences_go_there_and_back_and_no_value_is_given_out_twice() {
     let (_b, blue) = side(15, Side::Blue, State::Active).await;
     let (_g, green) = side(17, Side::Green, State::Standby).await;
     for client in [&blue, &green] {
-        client.batch_execute(&format!("set search_path = public; {SEQUENCES}")).await.unwrap();
+        client
+            .batch_execute(&format!("set search_path = public; {SEQUENCES}"))
+            .await
+            .unwrap();
     }
     blue.batch_execute(
         "set search_path = public; select setval('told', 1000, false); select nextval('used') from generate_series(1, 41);
@@ -311,11 +417,25 @@ async fn sequences_go_there_and_back_and_no_value_is_given_out_twice() {
     let two = Attempt { epoch: 2, id: 2 };
     let prepared = sequences::Prepared::new(&green, &blue).await.unwrap();
     sequences::copy(&green, &blue, &prepared, two, 10).await.unwrap();
-    for (name, expected) in [("never", 12), ("told", 1011), ("used", 63), ("down", -32), ("cyc", 4), ("ahead", 512)] {
+    for (name, expected) in [
+        ("never", 12),
+        ("told", 1011),
+        ("used", 63),
+        ("down", -32),
+        ("cyc", 4),
+        ("ahead", 512),
+    ] {
         assert_eq!(value(&blue, name).await, expected, "{name}");
     }
     // A sleeper of the first attempt changes nothing on a side that is active, and none of an older attempt after a newer.
-    let late = sequences::copy(&blue, &green, &sequences::Prepared::new(&blue, &green).await.unwrap(), ONE, 10).await;
+    let late = sequences::copy(
+        &blue,
+        &green,
+        &sequences::Prepared::new(&blue, &green).await.unwrap(),
+        ONE,
+        10,
+    )
+    .await;
     assert!(late.is_err(), "{late:?}");
     let older = Attempt { epoch: 2, id: 1 };
     let late = sequences::copy(&green, &blue, &prepared, older, 10).await;
@@ -330,7 +450,9 @@ async fn a_sequence_that_does_not_fit_stops_the_flip_before_anybody_is_held() {
         .await
         .unwrap();
     green.batch_execute("create sequence public.s as int").await.unwrap();
-    let found = sequences::obstacles(&blue, &green, Side::Green, "postgres", 10).await.unwrap();
+    let found = sequences::obstacles(&blue, &green, Side::Green, "postgres", 10)
+        .await
+        .unwrap();
     assert_eq!(found.len(), 2, "{found:?}");
     assert!(found.iter().all(|finding| finding.stops()));
 }

@@ -4,6 +4,7 @@ mod asleep;
 mod attacked;
 mod common;
 mod drivers;
+mod flip_parts;
 mod killed;
 mod replication_pairs;
 mod sabotage;
