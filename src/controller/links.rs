@@ -437,10 +437,7 @@ pub async fn obstacles(forward: &Ends<'_>, regime: Regime) -> Result<Vec<Finding
             "table_not_replicated",
             format!("Tables on {} that no link carries: {list}.", forward.source_side),
             "What is written to them would be missing on the other side.",
-            format!(
-                "Create them on {} as well (in the same shape), then: {start_again}",
-                forward.target_side()
-            ),
+            "Run `pgflip replication start` again: it creates them on the other side and copies them.",
         ));
     }
     if let Some(list) = difference(&published, &mirrored) {
