@@ -140,7 +140,7 @@ async fn the_fence_refuses_every_kind_of_direct_write_and_lets_origins_pass() {
         let direct = cluster.connect("postgres").await.unwrap();
         let snapshot = cluster.connect("postgres").await.unwrap();
         snapshot
-            .batch_execute("begin isolation level repeatable read; select count(*) from t")
+            .batch_execute("begin isolation level repeatable read; select count(*) from pg_tables")
             .await
             .unwrap();
         direct
@@ -246,15 +246,15 @@ async fn fencing_waits_for_writers_in_flight_and_for_nobody_else() {
 async fn transactions_older_than_the_fence_are_waited_out() {
     let (cluster, blue) = side(16, Side::Blue, State::Active).await;
     let old = OldXids::new(&blue).await.unwrap();
-    fence::arm(&blue, &Limits::default()).await.unwrap();
     let soon = || Instant::now() + Duration::from_millis(300);
     old.wait_out(&blue, soon()).await.unwrap();
     let sleeper = cluster.connect("postgres").await.unwrap();
-    // It has created its table: no trigger stands before it.
+    // It has created its table before anything was armed: no trigger stands before it.
     sleeper
         .batch_execute("begin; create table mine (id int); insert into mine values (1)")
         .await
         .unwrap();
+    fence::arm(&blue, &Limits::default()).await.unwrap();
     fence_it(&blue, ONE).await.unwrap();
     assert!(
         matches!(old.wait_out(&blue, soon()).await, Err(FenceError::OldTransactions { open, .. }) if open.len() == 1)
@@ -262,10 +262,24 @@ async fn transactions_older_than_the_fence_are_waited_out() {
     sleeper.batch_execute("rollback").await.unwrap();
     old.wait_out(&blue, soon()).await.unwrap();
     state::unwind(&*blue, ONE, Unwinding::Fenced).await.unwrap();
+    // Armed, a transaction that creates a table is a writer in flight: the fence itself waits for it.
     sleeper
-        .batch_execute("begin; create table mine (id int); prepare transaction 'p'")
+        .batch_execute("begin; create table mine (id int)")
         .await
         .unwrap();
+    let prepared = state::Prepared::new(&blue).await.unwrap();
+    let two = Attempt { epoch: 1, id: 2 };
+    let short = state::fence(&blue, &prepared, two, "", Duration::from_millis(100)).await;
+    assert!(
+        matches!(short, Err(StateError::Sql(e)) if e.code().is_some_and(|code| code.code() == "55P03")),
+        "a table is being created"
+    );
+    sleeper.batch_execute("rollback").await.unwrap();
+    sleeper
+        .batch_execute("begin; select pg_current_xact_id(); prepare transaction 'p'")
+        .await
+        .unwrap();
+    fence_it(&blue, Attempt { epoch: 1, id: 3 }).await.unwrap();
     assert!(matches!(
         old.wait_out(&blue, soon()).await,
         Err(FenceError::OldTransactions { .. })

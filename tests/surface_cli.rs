@@ -130,18 +130,18 @@ fn wrong_usage_and_a_wrong_configuration_exit_with_2_and_say_where() {
         let said = text(&output.stderr);
         assert_eq!(code(&output), 2, "{command}: {said}");
         assert!(
-            said.contains("pgflip.toml:11: flip.drain_timeout = 5: this has no unit"),
+            said.contains("pgflip.toml:12: flip.drain_timeout = 5: this has no unit"),
             "{command}: {said}"
         );
         assert!(
-            said.contains("pgflip.toml:12: flip.nonsense: unknown key"),
+            said.contains("pgflip.toml:13: flip.nonsense: unknown key"),
             "{command}: {said}"
         );
         assert!(!said.contains("hunter2"), "{command}: {said}");
     }
     let json = pgflip(&["check", "--json", "--config", path.to_str().unwrap()]);
     let json: Value = serde_json::from_slice(&json.stdout).unwrap();
-    assert_eq!(json["problems"][0]["line"], 11);
+    assert_eq!(json["problems"][0]["line"], 12);
 }
 
 #[test]

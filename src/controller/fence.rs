@@ -6,6 +6,7 @@
 //!
 //! Which tables are published is not known here, nor when a side should be armed.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
@@ -185,27 +186,30 @@ async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &
     );
     let mut changed = 0;
     loop {
-        let todo: Vec<(Table, String)> = tables(client)
-            .await?
-            .into_iter()
-            .filter_map(|table| {
-                let change = table.change(wanted)?;
-                Some((table, change))
-            })
-            .collect();
-        let mut left = Vec::new();
+        let mut left: BTreeMap<u32, Table> = BTreeMap::new();
+        let mut changes = Vec::new();
+        for table in tables(client).await? {
+            if let Some(change) = table.change(wanted) {
+                changes.push((table.oid, format!("{first} {expected} {change}")));
+                left.insert(table.oid, table);
+            }
+        }
         let switched = async {
-            let mut answers = stream::iter(todo.into_iter().map(|(table, change)| {
-                let statement = format!("{first} {expected} {change}");
-                async move { (table, client.batch_execute(&statement).await) }
-            }))
+            let mut answers = stream::iter(
+                changes
+                    .into_iter()
+                    .map(|(oid, change)| async move { (oid, client.batch_execute(&change).await) }),
+            )
             .buffered(PIPELINE);
-            while let Some((table, answer)) = answers.next().await {
+            while let Some((oid, answer)) = answers.next().await {
                 match answer {
-                    Ok(()) => changed += 1,
-                    Err(e) if is_lock(&e) => left.push(table),
+                    Ok(()) => {
+                        changed += 1;
+                        left.remove(&oid);
+                    }
+                    Err(e) if is_lock(&e) => {}
                     // Dropped, renamed, or somebody else was quicker: the next round sees what there is.
-                    Err(e) if is_moving(&e) => left.push(table),
+                    Err(e) if is_moving(&e) => {}
                     Err(e) => return Err(FenceError::from(e)),
                 }
             }
@@ -239,9 +243,9 @@ fn is_moving(error: &tokio_postgres::Error) -> bool {
         || *code == SqlState::INTERNAL_ERROR
 }
 
-async fn locked(client: &Client, left: Vec<Table>, began: Instant) -> FenceError {
+async fn locked(client: &Client, left: BTreeMap<u32, Table>, began: Instant) -> FenceError {
     let mut holders = Vec::new();
-    if let Some(first) = left.first() {
+    if let Some(first) = left.values().next() {
         let asked = async {
             client
                 .query(include_str!("../pg/sql/fence_holders.sql"), &[&first.oid])
@@ -252,7 +256,7 @@ async fn locked(client: &Client, left: Vec<Table>, began: Instant) -> FenceError
         }
     }
     FenceError::Locked {
-        tables: left.into_iter().map(|table| table.name).collect(),
+        tables: left.into_values().map(|table| table.name).collect(),
         holders,
         after: began.elapsed(),
     }
@@ -439,7 +443,8 @@ impl OldXids {
     }
 
     /// To be called when the fence is up: waits until no transaction that was open then is open in this database, but
-    /// for autovacuum's and replication's. A transaction that gets its id later meets the triggers.
+    /// for autovacuum's and replication's. A transaction that gets its id later meets the triggers. (The fence's commit
+    /// puts every older id into the snapshot; an id newer than all that have ended would be in none.)
     pub async fn wait_out(&self, source: &Client, deadline: Instant) -> Result<(), FenceError> {
         let began = Instant::now();
         let mut old: Vec<String> = source.query_one(&self.snapshot, &[]).await?.get(0);
