@@ -1,4 +1,5 @@
 //! Everything that is tested through real servers and the real program, in one test program: linking it is what costs.
+#![allow(clippy::unwrap_used, reason = "the helpers of tests, too, are tests")]
 
 mod asleep;
 mod attacked;

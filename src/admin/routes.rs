@@ -160,7 +160,7 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
     let source = direction.source();
     let force = match options.one::<Side>("force")? {
         None => None,
-        Some(side) if side == source => Some(Force::default()),
+        Some(side) if side == source => Some(Force),
         Some(side) => {
             return Err(Refusal::bad_request(
                 format!("force names {side}, but this flip leaves {source}."),

@@ -315,7 +315,7 @@ impl<'a> Reader<'a> {
             .filter(|(d, k)| *d <= 2.max(k.len() / 3));
         let fix = match (near, elsewhere) {
             (Some((_, near)), _) => format!("Write {near:?} if you meant that"),
-            (None, Some((other, _))) if other.is_empty() => format!("{name:?} stands above all sections"),
+            (None, Some(("", _))) => format!("{name:?} stands above all sections"),
             (None, Some((other, _))) => format!("{name:?} belongs to [{other}]"),
             (None, None) => format!("Known here: {}", known.join(", ")),
         };

@@ -90,10 +90,19 @@ fn the_example_that_is_shipped_is_valid_and_says_what_the_defaults_say() {
     }
 }
 
+/// Section, line, key, value shown, part of what, part of fix.
+type Mistake = (
+    &'static str,
+    &'static str,
+    &'static str,
+    Option<&'static str>,
+    &'static str,
+    &'static str,
+);
+
 #[test]
 fn each_kind_of_mistake_names_its_key_value_line_and_remedy() {
-    // section, line, key, value shown, part of what, part of fix
-    let kinds: &[(&str, &str, &str, Option<&str>, &str, &str)] = &[
+    let kinds: &[Mistake] = &[
         (
             "blue",
             "listen = \"127.0.0.1:1\"",

@@ -1066,14 +1066,10 @@ impl Flip {
                 try_join_all(self.databases.iter_mut().map(|database| {
                     let config = &config;
                     async move {
-                        let mut late = None;
-                        let origin = match &mut database.origin {
-                            Some(ahead) => ahead,
-                            none => {
-                                let _ = none;
-                                late.insert(origin_on(config, target, &database.name).await?)
-                            }
-                        };
+                        if database.origin.is_none() {
+                            database.origin = Some(origin_on(config, target, &database.name).await?);
+                        }
+                        let origin = database.origin.as_mut().expect("it was just made sure of");
                         let expect = Expect {
                             states: &[State::Standby],
                             epoch,
@@ -1549,12 +1545,13 @@ impl Flip {
             (Ok(()), Ok(_)) => Ok(()),
             (Err(stop), _) | (_, Err(stop)) => {
                 // The connection may be the reason: the next try has its own.
-                if matches!(stop, Stop::Broken(_)) {
-                    if let Ok(done) = recovery::go_forward(&self.config, self.source, self.attempt).await {
-                        let () = done;
-                        recovery::follow(&self.config, self.target, self.attempt.epoch + 1).await?;
-                        return Ok(());
-                    }
+                if matches!(stop, Stop::Broken(_))
+                    && recovery::go_forward(&self.config, self.source, self.attempt)
+                        .await
+                        .is_ok()
+                {
+                    recovery::follow(&self.config, self.target, self.attempt.epoch + 1).await?;
+                    return Ok(());
                 }
                 Err(stop)
             }

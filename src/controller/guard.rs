@@ -108,7 +108,7 @@ impl Guard {
             Known::Unreachable(why) => Known::Unreachable(why),
             known => {
                 // Kept for the next round; failing to is found out then.
-                let _ = self.client(config, side, &config.carrier().to_owned()).await;
+                let _ = self.client(config, side, config.carrier()).await;
                 known
             }
         }

@@ -459,10 +459,10 @@ fn ended(done: Result<Value, Failure>) -> (Outcome, Value) {
 async fn side_status(config: &Config, side: Side) -> Value {
     let limit = config.limits.server_connect_timeout;
     let mut version = Value::Null;
-    if let Ok(client) = connect(config.server(side), config.carrier(), Purpose("status"), limit).await {
-        if let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await {
-            version = json!(row.get::<_, String>(0));
-        }
+    if let Ok(client) = connect(config.server(side), config.carrier(), Purpose("status"), limit).await
+        && let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await
+    {
+        version = json!(row.get::<_, String>(0));
     }
     let databases = futures_util::future::join_all(config.databases.iter().map(|database| async move {
         let mut shown = guard::shown(&recovery::look(config, side, database).await.0);

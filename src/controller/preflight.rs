@@ -322,10 +322,10 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
             }
         }
         for (to, publisher) in [(source.other(), source), (source, source.other())] {
-            if let (Some((here, client)), Some((there, _))) = (on(to), on(publisher)) {
-                if let Some(finding) = probe(config, to, here, client, there).await {
-                    found.push(finding);
-                }
+            if let (Some((here, client)), Some((there, _))) = (on(to), on(publisher))
+                && let Some(finding) = probe(config, to, here, client, there).await
+            {
+                found.push(finding);
             }
         }
     }

@@ -134,6 +134,9 @@ impl Outbox {
     }
 }
 
+/// A connection being opened ahead.
+type Opening = JoinHandle<Result<ServerConn, LoginError>>;
+
 struct Session {
     env: Arc<Env>,
     worker: Arc<Worker>,
@@ -155,7 +158,7 @@ struct Session {
     /// Nothing is sent to the server: the gate is closed, or the session goes over.
     parked: bool,
     /// The connection opened ahead of a flip, and the prepare's number.
-    ahead: Option<(u64, Side, JoinHandle<Result<ServerConn, LoginError>>)>,
+    ahead: Option<(u64, Side, Opening)>,
     /// The connection with the state replayed, and the hold's number.
     ready: Option<(u64, ServerConn)>,
     /// The last hold whose drain has been answered.
