@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -55,12 +55,13 @@ pub struct PgBouncer {
     child: Child,
     port: Port,
     app: App,
-    _directory: tempfile::TempDir,
+    mode: &'static str,
+    directory: tempfile::TempDir,
 }
 
 impl PgBouncer {
     /// Starts it. `mode` is `session` or `transaction`.
-    pub async fn start(server: &Cluster, app: &App, mode: &str) -> Outcome<PgBouncer> {
+    pub async fn start(server: &Cluster, app: &App, mode: &'static str) -> Outcome<PgBouncer> {
         let program = std::env::var_os("PGBOUNCER").map_or_else(|| PathBuf::from("pgbouncer"), PathBuf::from);
         let directory = tempfile::Builder::new().prefix("pgflip-pgbouncer-").tempdir()?;
         let port = Port::take()?;
@@ -70,22 +71,7 @@ impl PgBouncer {
         let users = directory.path().join("users.txt");
         fs::write(&users, format!("\"{}\" \"{verifier}\"\n", app.user))?;
         let ini = directory.path().join("pgbouncer.ini");
-        fs::write(
-            &ini,
-            format!(
-                "[databases]\n{database} = host=127.0.0.1 port={server} dbname={database}\n\
-                 [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
-                 auth_type = scram-sha-256\nauth_file = {users}\nadmin_users = {user}\npool_mode = {mode}\n\
-                 default_pool_size = 200\nmax_client_conn = 1000\nignore_startup_parameters = extra_float_digits\n\
-                 logfile = {log}\n",
-                database = app.database,
-                server = server.port(),
-                port = port.number(),
-                users = users.display(),
-                user = app.user,
-                log = directory.path().join("log").display(),
-            ),
-        )?;
+        fs::write(&ini, configuration(directory.path(), &port, app, mode, server.port()))?;
         let mut command = Command::new(program);
         command
             .arg(&ini)
@@ -108,7 +94,8 @@ impl PgBouncer {
             child,
             port,
             app: app.clone(),
-            _directory: directory,
+            mode,
+            directory,
         };
         let until = Instant::now() + Duration::from_secs(10);
         loop {
@@ -120,6 +107,13 @@ impl PgBouncer {
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         }
+    }
+
+    /// Writes the configuration that leads to another server. It counts from the console's RELOAD on.
+    pub fn lead_to(&self, server: &Cluster) -> Outcome<()> {
+        let directory = self.directory.path();
+        let text = configuration(directory, &self.port, &self.app, self.mode, server.port());
+        Ok(fs::write(directory.join("pgbouncer.ini"), text)?)
     }
 
     /// Where it listens.
@@ -138,6 +132,19 @@ impl PgBouncer {
         app.database = "pgbouncer".to_owned();
         Ok(connect(&app.url(self.port())).await?)
     }
+}
+
+fn configuration(directory: &Path, port: &Port, app: &App, mode: &str, server: u16) -> String {
+    let (database, user, port) = (&app.database, &app.user, port.number());
+    format!(
+        "[databases]\n{database} = host=127.0.0.1 port={server} dbname={database}\n\
+         [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+         auth_type = scram-sha-256\nauth_file = {users}\nadmin_users = {user}\npool_mode = {mode}\n\
+         default_pool_size = 200\nmax_client_conn = 1000\nignore_startup_parameters = extra_float_digits\n\
+         logfile = {log}\n",
+        users = directory.join("users.txt").display(),
+        log = directory.join("log").display(),
+    )
 }
 
 impl Drop for PgBouncer {

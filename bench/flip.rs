@@ -5,13 +5,15 @@
 //! cargo bench --bench flip -- --flips 20 --clients 32 --blue 16 --green 18
 //! ```
 
+mod by_hand;
 mod common;
 
 use std::time::Duration;
 
+use by_hand::ByHand;
 use common::{Outcome, PgBouncer, argument, at, median};
 use pgflip::demo::cluster::{self, Cluster, Options};
-use pgflip::demo::ledger::{App, Ledger, Load, Shape, Style};
+use pgflip::demo::ledger::{App, Ledger, Load, Report, Shape, Style};
 use pgflip::demo::sidecar::{Setup, Sidecar};
 
 /// Between two flips.
@@ -45,15 +47,11 @@ async fn main() -> Outcome<()> {
         Cluster::start(&cluster::find(version)?, options)
     };
     let (blue, green) = (start(from, "blue")?, start(to, "green")?);
-    let app = App::setup(
-        &blue.url(),
-        "app",
-        Shape {
-            tables: 60,
-            ..Shape::default()
-        },
-    )
-    .await?;
+    let shape = Shape {
+        tables: argument("tables", 60)?,
+        ..Shape::default()
+    };
+    let app = App::setup(&blue.url(), "app", shape.clone()).await?;
     let load = Load {
         clients,
         styles: vec![Style::Transaction],
@@ -119,15 +117,7 @@ async fn main() -> Outcome<()> {
 
     // PgBouncer before a server of its own that replicates nothing.
     let server = start(from, "blue")?;
-    let app = App::setup(
-        &server.url(),
-        "app",
-        Shape {
-            tables: 60,
-            ..Shape::default()
-        },
-    )
-    .await?;
+    let app = App::setup(&server.url(), "app", shape.clone()).await?;
     let bouncer = PgBouncer::start(&server, &app, "transaction").await?;
     let console = bouncer.console().await?;
     let ledger = Ledger::start(&app, bouncer.port(), &load);
@@ -145,14 +135,34 @@ async fn main() -> Outcome<()> {
         tokio::time::sleep(PAUSE).await;
     }
     line("PgBouncer (transaction mode), PAUSE + RESUME", &held, &stalls);
-    let report = ledger.stop().await;
-    if !report.errors.is_empty() {
-        println!(
-            "errors of clients of PgBouncer: {:?}",
-            report.errors.iter().take(3).collect::<Vec<_>>()
-        );
+    told(&ledger.stop().await, "PgBouncer's clients");
+    drop((console, bouncer, server));
+
+    // The same cutover as it is done by hand.
+    let mut by_hand = ByHand::start([from, to], shape).await?;
+    let ledger = by_hand.ledger(&load);
+    progress(&ledger).await?;
+    let (mut held, mut stalls) = (Vec::new(), Vec::new());
+    for _ in 0..flips {
+        ledger.lap();
+        held.push(by_hand.cut_over().await?);
+        progress(&ledger).await?;
+        stalls.push(ledger.lap().longest_ms);
+        tokio::time::sleep(PAUSE).await;
     }
+    line("by hand with PgBouncer, cutover", &held, &stalls);
+    let report = ledger.stop().await;
+    told(&report, "clients of the cutover by hand");
+    println!("the ledger after them: {}", report.verify(by_hand.active()).await?);
     Ok(())
+}
+
+/// Errors that clients saw, if any.
+fn told(report: &Report, whose: &str) {
+    if !report.errors.is_empty() {
+        let first: Vec<_> = report.errors.iter().take(3).collect();
+        println!("errors of {whose}: {} of them, such as {first:?}", report.errors.len());
+    }
 }
 
 async fn progress(ledger: &Ledger) -> Outcome<()> {

@@ -5,6 +5,7 @@ mod asleep;
 mod attacked;
 mod common;
 mod drivers;
+mod fleet;
 mod flip_parts;
 mod killed;
 mod replication_pairs;

@@ -92,6 +92,20 @@ pub fn screen(status: &Value) -> Vec<String> {
         count("green")
     ));
 
+    // One sidecar is the rule on a small machine, and nothing to tell.
+    let sidecars = list(&status["sidecars"]);
+    if sidecars.len() > 1 {
+        lines.push(format!("sidecars     {}", sidecars.len()));
+        lines.extend(sidecars.iter().map(|sidecar| {
+            format!(
+                "  {:<32} {} sessions   epoch {}",
+                text(&sidecar["name"]),
+                sidecar["sessions"],
+                sidecar["epoch"]
+            )
+        }));
+    }
+
     let operation = &status["operation"];
     if operation.is_object() {
         lines.push(format!(

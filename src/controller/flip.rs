@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::Statement;
 
 use super::fence::{self, Digest, DigestStatement, FenceError, OldXids};
+use super::fleet::{self, Caller, FleetError, Me, Other};
 use super::links::{self, Ends, LinkError, Regime};
 use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
@@ -128,6 +129,19 @@ impl From<RecoveryError> for Stop {
         match error {
             RecoveryError::State(state) => state.into(),
             other => Stop::Broken(other.to_string()),
+        }
+    }
+}
+
+impl From<FleetError> for Stop {
+    fn from(error: FleetError) -> Stop {
+        match error {
+            FleetError::Superseded => Stop::Superseded(error.to_string()),
+            FleetError::Silent { .. } => Stop::no_go(
+                error.to_string(),
+                "Every sidecar has to hold its clients: look at its log, or stop it, then try again.",
+            ),
+            FleetError::Connect(_) | FleetError::Sql(_) => Stop::Broken(error.to_string()),
         }
     }
 }
@@ -274,6 +288,11 @@ pub struct Flip {
     regime: Regime,
     databases: Vec<Database>,
     _lock: OperatorLock,
+    /// The other sidecars, from `prepare` on.
+    fleet: Option<Caller>,
+    me: Arc<Me>,
+    /// Where they stand after the flip.
+    sidecars: Vec<Other>,
     held_since: Option<Instant>,
     window_since: Option<Instant>,
     held_ms: f64,
@@ -319,6 +338,7 @@ pub async fn run(
     operation: Operation,
     request: FlipRequest,
     last_lag: Option<LastLag>,
+    me: &Arc<Me>,
 ) -> Ended {
     let direction = request.direction;
     let failed = |why: String, next: String, findings: Vec<Finding>| {
@@ -338,7 +358,7 @@ pub async fn run(
     }
     operation.event("preflight", "started", "looking at both sides", Value::Null);
     let began = Instant::now();
-    match Flip::begin(config, gate, operation, request).await {
+    match Flip::begin(config, gate, operation, request, me).await {
         Ok(mut flip) => {
             flip.timings.push(Timing {
                 step: "begin",
@@ -407,7 +427,7 @@ async fn force(
             }
         }
     }
-    let lock = match OperatorLock::try_take(config, &[alive]).await {
+    let lock = match OperatorLock::take(config, &[alive]).await {
         Ok(Some(lock)) => lock,
         Ok(None) => {
             return refused(
@@ -479,6 +499,16 @@ async fn force(
     }
     gate.release();
     let held_ms = ms(held_since.elapsed());
+    if let Ok(on) = connect(
+        config.server(alive),
+        config.carrier(),
+        PURPOSE,
+        config.limits.server_connect_timeout,
+    )
+    .await
+    {
+        fleet::tell(&on).await;
+    }
     if let Err(error) = recovery::disarm(config, alive, epoch).await {
         tracing::warn!(%error, "not disarmed yet; the guard goes on trying");
     }
@@ -516,9 +546,10 @@ impl Flip {
         gate: Arc<Gate>,
         operation: Operation,
         request: FlipRequest,
+        me: &Arc<Me>,
     ) -> Result<Flip, Stop> {
         let source = request.direction.source();
-        let lock = OperatorLock::try_take(&config, &Side::BOTH).await?.ok_or_else(|| {
+        let lock = OperatorLock::take(&config, &Side::BOTH).await?.ok_or_else(|| {
             Stop::no_go(
                 "another pgflip is at work on these two servers",
                 "Wait until it has finished: `pgflip status`.",
@@ -584,6 +615,9 @@ impl Flip {
             regime,
             databases,
             _lock: lock,
+            fleet: None,
+            me: me.clone(),
+            sidecars: Vec::new(),
             held_since: None,
             window_since: None,
             held_ms: 0.0,
@@ -653,7 +687,8 @@ impl Flip {
             Reversible::Arm => flip.arm_timeout + Duration::from_secs(30),
             Reversible::Prepare => Duration::from_secs(60),
             Reversible::Hold => spare,
-            Reversible::Drain => flip.drain_timeout * 2 + spare,
+            // To drain, to end stragglers, and to drain again.
+            Reversible::Drain => flip.drain_timeout * 3 + spare * 2,
             Reversible::Fence
             | Reversible::OldXids
             | Reversible::Tables
@@ -681,7 +716,7 @@ impl Flip {
             Reversible::Hold => {
                 self.held_since = Some(Instant::now());
                 self.gate.hold();
-                Ok(())
+                Ok(self.fleet()?.ask(fleet::Step::Hold).await?)
             }
             Reversible::Drain => self.drain().await,
             Reversible::Fence => {
@@ -890,14 +925,25 @@ impl Flip {
             }
         }))
         .await?;
-        let (ready, failed) = self
-            .gate
-            .prepare(self.target, Instant::now() + Duration::from_secs(30))
-            .await;
+        let mut caller = Caller::begin(&self.config, self.source, self.attempt.epoch, &self.me).await?;
+        let deadline = Instant::now() + fleet::PREPARE_LIMIT;
+        let ((ready, mut failed), others) = tokio::join!(
+            self.gate.prepare(self.target, deadline),
+            caller.answers(fleet::Step::Prepare)
+        );
+        let followers = caller.followers();
+        // Kept also when they did not answer: it has to be taken back.
+        self.fleet = Some(caller);
+        let (theirs, in_the_way) = others?;
+        failed.extend(in_the_way);
+        let at = match followers {
+            0 => String::new(),
+            n => format!(" ({theirs} of them at {n} other sidecars)"),
+        };
         self.operation.event(
             "prepare",
             "info",
-            format!("{ready} sessions have a connection to {}", self.target),
+            format!("{} sessions have a connection to {}{at}", ready + theirs, self.target),
             Value::Null,
         );
         match self.stragglers {
@@ -910,33 +956,59 @@ impl Flip {
 
     async fn drain(&mut self) -> Result<(), Stop> {
         let deadline = Instant::now() + self.config.flip.drain_timeout;
-        let (drained, prepared) = tokio::join!(self.gate.drain(deadline), self.no_prepared(deadline));
-        let in_the_way: Vec<Obstacle> = drained.stragglers.into_iter().chain(drained.unmovable).collect();
+        let mut caller = self.fleet.take().ok_or_else(not_called)?;
+        let (drained, prepared, theirs) = tokio::join!(
+            self.gate.drain(deadline),
+            self.no_prepared(deadline),
+            caller.answers(fleet::Step::Hold)
+        );
+        self.fleet = Some(caller);
+        let (_, theirs) = theirs?;
+        let mine: Vec<Obstacle> = drained.stragglers.into_iter().chain(drained.unmovable).collect();
+        let in_the_way: Vec<Obstacle> = mine.iter().cloned().chain(theirs).collect();
         if !in_the_way.is_empty() {
             match self.stragglers {
                 Stragglers::Unwind => {
                     return Err(obstructed("do not reach their boundary or can't be moved", &in_the_way));
                 }
-                Stragglers::Terminate => {
-                    let ids: Vec<_> = in_the_way.iter().map(|obstacle| obstacle.session).collect();
-                    let deadline = Instant::now() + self.config.flip.drain_timeout;
-                    let left = self.gate.terminate(&ids, deadline).await;
-                    self.sessions.ended += ids.len() - left.len();
-                    self.operation.event(
-                        "drain",
-                        "info",
-                        format!("{} sessions were ended", ids.len()),
-                        json!(in_the_way),
-                    );
-                    let again = self.gate.drain(deadline).await;
-                    let rest: Vec<Obstacle> = again.stragglers.into_iter().chain(again.unmovable).collect();
-                    if !left.is_empty() || !rest.is_empty() {
-                        return Err(obstructed("could not be ended in time", &rest));
-                    }
-                }
+                Stragglers::Terminate => self.terminate(&mine, &in_the_way).await?,
             }
         }
         prepared
+    }
+
+    /// Ends what is in the way, here and at the other sidecars, and drains again.
+    async fn terminate(&mut self, mine: &[Obstacle], all: &[Obstacle]) -> Result<(), Stop> {
+        let ids: Vec<_> = mine.iter().map(|obstacle| obstacle.session).collect();
+        let deadline = Instant::now() + self.config.flip.drain_timeout;
+        let mut caller = self.fleet.take().ok_or_else(not_called)?;
+        let (left, theirs) = tokio::join!(self.gate.terminate(&ids, deadline), async {
+            caller.ask(fleet::Step::Terminate).await?;
+            caller.answers(fleet::Step::Terminate).await
+        });
+        self.fleet = Some(caller);
+        let (_, theirs) = theirs?;
+        self.sessions.ended += all.len() - left.len() - theirs.len();
+        let message = format!("{} sessions were ended", all.len());
+        self.operation.event("drain", "info", message, json!(all));
+        let again = self.gate.drain(deadline).await;
+        let rest = again.stragglers.into_iter().chain(again.unmovable);
+        let rest: Vec<Obstacle> = rest.chain(theirs).collect();
+        if !left.is_empty() || !rest.is_empty() {
+            return Err(obstructed("could not be ended in time", &rest));
+        }
+        Ok(())
+    }
+
+    fn fleet(&self) -> Result<&Caller, Stop> {
+        self.fleet.as_ref().ok_or_else(not_called)
+    }
+
+    /// Lets the other sidecars go, wherever the state rows lead them.
+    async fn let_others_go(&mut self) {
+        if let Some(caller) = &self.fleet {
+            caller.over().await;
+        }
     }
 
     /// No prepared transaction: its COMMIT PREPARED would meet no trigger.
@@ -1346,10 +1418,12 @@ impl Flip {
                     .map_err(Undo::from)
             }
             Reversible::Hold => {
+                self.let_others_go().await;
                 self.released();
                 Ok(())
             }
             Reversible::Prepare => {
+                self.let_others_go().await;
                 self.gate.forget_prepared();
                 Ok(())
             }
@@ -1475,6 +1549,8 @@ impl Flip {
                 .map_err(|superseded| Stop::Superseded(superseded.to_string())),
             Forward::Release => {
                 self.released();
+                self.let_others_go().await;
+                fleet::tell(&self.databases[0].target).await;
                 Ok(())
             }
             Forward::EnableReverse => match self.regime {
@@ -1503,6 +1579,10 @@ impl Flip {
                 self.sessions.moved = moved.moved;
                 self.sessions.ended = self.sessions.ended.max(moved.ended);
                 self.sessions.left = moved.left;
+                if let Some(caller) = &self.fleet {
+                    let deadline = Instant::now() + Duration::from_secs(10);
+                    self.sidecars = caller.settled(&self.databases[0].target, epoch, deadline).await?;
+                }
                 Ok(())
             }
             Forward::Traffic => {
@@ -1597,6 +1677,7 @@ impl Flip {
             "window_ms": self.window_ms,
             "steps": self.timings,
             "sessions": self.sessions,
+            "sidecars": self.sidecars,
         })
     }
 }
@@ -1633,6 +1714,10 @@ fn no_findings(found: Vec<Finding>) -> Result<(), Stop> {
             findings: blockers,
         }),
     }
+}
+
+fn not_called() -> Stop {
+    Stop::Broken("the other sidecars were not called".into())
 }
 
 fn obstructed(what: &str, obstacles: &[Obstacle]) -> Stop {

@@ -12,12 +12,14 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::Controller;
 use super::fence;
+use super::fleet::{self, Call};
 use super::flip;
 use super::links;
 use super::marker;
 use super::recovery::{self, Burnt, Decision, Known, OperatorLock, RecoveryError};
 use super::state::{self, Expect, Row, State, Unwinding};
 use crate::config::Config;
+use crate::pg::connect::connect_listening;
 use crate::pg::origin::connect_with_origin;
 use crate::pg::{Client, Purpose, Side, connect};
 use crate::proxy::gate::Upstream;
@@ -51,6 +53,16 @@ pub(super) struct Guard {
     clients: HashMap<(Side, String), Client>,
     upkeep_at: Instant,
     said: Option<Decision>,
+    /// Follows another sidecar's call.
+    following: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(following) = &self.following {
+            following.abort();
+        }
+    }
 }
 
 impl Guard {
@@ -60,6 +72,7 @@ impl Guard {
             clients: HashMap::new(),
             upkeep_at: Instant::now(),
             said: None,
+            following: None,
         }
     }
 
@@ -83,13 +96,13 @@ impl Guard {
     async fn client(&mut self, config: &Config, side: Side, database: &str) -> Result<&Client, RecoveryError> {
         let key = (side, database.to_owned());
         if self.clients.get(&key).is_none_or(|client| client.is_closed()) {
-            let client = connect(
-                config.server(side),
-                database,
-                PURPOSE,
-                config.limits.server_connect_timeout,
-            )
-            .await?;
+            let (server, limit) = (config.server(side), config.limits.server_connect_timeout);
+            let client = if database == config.carrier() {
+                let heard = self.controller.wake.clone();
+                connect_listening(server, database, PURPOSE, limit, fleet::CHANNEL, heard).await?
+            } else {
+                connect(server, database, PURPOSE, limit).await?
+            };
             client.batch_execute("set lock_timeout = '3s'; set jit = off").await?;
             self.clients.insert(key.clone(), client);
         }
@@ -165,6 +178,16 @@ impl Guard {
                         active.other()
                     )));
                 }
+                // Registered first, then asked whether somebody calls: see `fleet`.
+                let call = self.called(config, *active).await?;
+                if call.is_some_and(|call| call.epoch == *epoch && call.holds()) {
+                    // Whoever arrives at a sidecar that has just started is let in, and waits like all others.
+                    if known.is_none() {
+                        let (side, epoch) = (*active, *epoch);
+                        let _ = gate.switch(Upstream { side, epoch });
+                    }
+                    return Ok(Phase::Recovering);
+                }
                 if known.is_none_or(|now| now.epoch < *epoch) || gate.held() {
                     if !recovery::all_active(config, *active, *epoch).await? {
                         gate.hold();
@@ -186,6 +209,9 @@ impl Guard {
                 }
                 self.heartbeat(config, *active).await;
                 self.lag(config, *active).await;
+                if call.is_some() {
+                    return Ok(Phase::Serving);
+                }
                 if Instant::now() >= self.upkeep_at {
                     self.upkeep_at = Instant::now() + UPKEEP;
                     self.upkeep(config, *active, *epoch, blue, green).await;
@@ -257,6 +283,30 @@ impl Guard {
         }
     }
 
+    /// Keeps this sidecar's row and reads whether another one calls: then it is followed, beside the guard.
+    async fn called(&mut self, config: &Arc<Config>, active: Side) -> Result<Option<Call>, RecoveryError> {
+        let (gate, me) = (self.controller.gate.clone(), self.controller.me.clone());
+        let client = self.client(config, active, config.carrier()).await?;
+        let call = timeout(READ_TIMEOUT, fleet::report(client, &me, &gate)).await;
+        let call = call.map_err(|_| RecoveryError::NoAnswer {
+            side: active,
+            doing: "telling the other sidecars of this one",
+            after: READ_TIMEOUT,
+        })??;
+        let idle = self.following.as_ref().is_none_or(tokio::task::JoinHandle::is_finished);
+        if call.is_some() && idle {
+            let (config, wake) = (config.clone(), self.controller.wake.clone());
+            self.following = Some(tokio::spawn(async move {
+                if let Err(error) = fleet::follow(&config, active, &me, &gate).await {
+                    tracing::warn!(%error, "another sidecar's flip can't be followed");
+                }
+                gate.forget_prepared();
+                wake.notify_one();
+            }));
+        }
+        Ok(call)
+    }
+
     /// The next round comes at once.
     fn again(&self) {
         self.controller.wake.notify_one();
@@ -302,7 +352,7 @@ impl Guard {
             let Ok(client) = self.client(config, active, database).await else {
                 continue;
             };
-            let written = timeout(READ_TIMEOUT, marker::write(client, active)).await;
+            let written = timeout(READ_TIMEOUT, marker::heartbeat(client, active)).await;
             if let Ok(Err(error)) = written {
                 tracing::debug!(%error, database, "no heartbeat");
             }
@@ -314,6 +364,20 @@ impl Guard {
         let (Known::Row(_), Known::Row(_)) = (blue, green) else {
             return;
         };
+        // Hundreds of sidecars would be in each other's way, and in a flip's.
+        let me = self.controller.me.clone();
+        let first = match self.client(config, active, config.carrier()).await {
+            Ok(client) => fleet::first(client, &me).await.map_err(RecoveryError::from),
+            Err(error) => Err(error),
+        };
+        match first {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                tracing::debug!(%error, "no upkeep");
+                return;
+            }
+        }
         // Somebody else's flip arms the active side and turns links: not now.
         let lock = match self.lock(config, blue, green).await {
             Ok(Some(lock)) => lock,

@@ -5,6 +5,7 @@
 
 pub mod copy;
 pub mod fence;
+pub mod fleet;
 pub mod flip;
 pub mod guard;
 pub mod lag;
@@ -119,8 +120,10 @@ pub struct Controller {
     inner: Mutex<Inner>,
     /// Held by whoever changes a side: the operation under way, or the guard for one round.
     acting: tokio::sync::Mutex<()>,
-    /// Wakes the guard before its time.
-    wake: Notify,
+    /// Wakes the guard before its time: when something has ended here, or another sidecar tells.
+    wake: Arc<Notify>,
+    /// This one among the sidecars before the same servers.
+    me: Arc<fleet::Me>,
 }
 
 struct Inner {
@@ -141,6 +144,7 @@ impl Controller {
     /// Begins: the guard finds the truth from the rows, recovers, switches and opens the gate, then watches for ever.
     pub fn start(config: Arc<Config>, gate: Arc<Gate>) -> Arc<Controller> {
         let unread = || Known::Unreachable("not read yet".into());
+        let me = Arc::new(fleet::Me::new(&config));
         let controller = Arc::new(Controller {
             config: ArcSwap::new(config),
             gate,
@@ -158,7 +162,8 @@ impl Controller {
                 leaving: false,
             }),
             acting: tokio::sync::Mutex::new(()),
-            wake: Notify::new(),
+            wake: Arc::new(Notify::new()),
+            me,
         });
         let guard = tokio::spawn(Guard::new(controller.clone()).run());
         controller.inner.lock().guard = Some(guard);
@@ -277,7 +282,7 @@ impl Controller {
             Request::Flip(flip) => {
                 let direction = flip.direction;
                 let last_lag = self.inner.lock().last_lag;
-                let ended = flip::run(config, self.gate.clone(), operation, flip, last_lag).await;
+                let ended = flip::run(config, self.gate.clone(), operation, flip, last_lag, &self.me).await;
                 if let Some(outcome) = ended.result["outcome"].as_str() {
                     metrics::counter!("pgflip_flips_total", "direction" => direction.as_str(), "outcome" => outcome.to_owned())
                         .increment(1);
@@ -371,13 +376,14 @@ impl Controller {
     /// Everything an operator wants to see at once.
     pub async fn status(&self) -> Value {
         let config = self.config();
-        let (blue, green, lag, replication) = tokio::join!(
+        let upstream = self.gate.upstream();
+        let (blue, green, lag, replication, sidecars) = tokio::join!(
             side_status(&config, Side::Blue),
             side_status(&config, Side::Green),
             lag::measure(&config),
-            replication::status(config.clone())
+            replication::status(config.clone()),
+            sidecars(&config, upstream.map(|upstream| upstream.side))
         );
-        let upstream = self.gate.upstream();
         let sessions = self.gate.sessions();
         let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
         let inner = self.inner.lock();
@@ -406,6 +412,7 @@ impl Controller {
             "replication": replication_state(&replication),
             "lag": lag,
             "sessions": { "total": sessions.len(), "blue": on(Side::Blue), "green": on(Side::Green) },
+            "sidecars": sidecars,
             "operation": running,
             "last_flip": inner.last_flip,
             "traffic": inner.traffic,
@@ -453,6 +460,13 @@ fn ended(done: Result<Value, Failure>) -> (Outcome, Value) {
         Ok(result) => (Outcome::Succeeded, result),
         Err(failure) => (Outcome::Failed, json!(failure)),
     }
+}
+
+/// All sidecars before these servers, as the active side's carrier knows them. `None`: that can't be read.
+async fn sidecars(config: &Config, active: Option<Side>) -> Option<Vec<fleet::Other>> {
+    let limit = config.limits.server_connect_timeout;
+    let client = connect(config.server(active?), config.carrier(), Purpose("status"), limit).await;
+    fleet::sidecars(&client.ok()?).await
 }
 
 /// A side with the rows of all databases, read now.

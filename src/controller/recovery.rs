@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use futures_util::future::try_join_all;
 use serde::Serialize;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::error::SqlState;
 
 use super::fence::{self, FenceError};
+use super::fleet::FleetError;
 use super::links::{self, LinkError, Regime};
 use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
 use crate::config::{Config, Server};
@@ -41,6 +42,9 @@ pub enum RecoveryError {
     /// A link.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The other sidecars.
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
     /// A server refused.
     #[error("{}", describe(.0))]
     Sql(#[from] tokio_postgres::Error),
@@ -295,10 +299,24 @@ pub struct OperatorLock {
     awake: Vec<tokio::task::JoinHandle<()>>,
 }
 
+/// A guard has the lock for as long as it looks after links and arming.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+
 /// `pgflip`, as a number.
 const LOCK_KEY: i64 = 0x7067_666c_6970;
 
 impl OperatorLock {
+    /// Takes it on these sides, and waits for a guard that has it for a moment. `Ok(None)`: somebody else has it.
+    pub async fn take(config: &Config, sides: &[Side]) -> Result<Option<OperatorLock>, RecoveryError> {
+        let until = Instant::now() + LOCK_WAIT;
+        loop {
+            match OperatorLock::try_take(config, sides).await? {
+                None if Instant::now() < until => sleep(Duration::from_millis(100)).await,
+                taken => return Ok(taken),
+            }
+        }
+    }
+
     /// Takes it on these sides. `Ok(None)`: somebody else has it.
     pub async fn try_take(config: &Config, sides: &[Side]) -> Result<Option<OperatorLock>, RecoveryError> {
         let mut lock = OperatorLock { awake: Vec::new() };
@@ -324,14 +342,14 @@ impl OperatorLock {
                     return Ok(None);
                 }
                 tracing::warn!(%side, ended, "the operator's lock was held by a pgflip that has fallen asleep");
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                sleep(Duration::from_millis(200)).await;
                 if !answer(side, "taking the operator's lock", take()).await? {
                     return Ok(None);
                 }
             }
             lock.awake.push(tokio::spawn(async move {
                 while client.batch_execute("select 1").await.is_ok() {
-                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    sleep(Duration::from_secs(1)).await;
                 }
             }));
         }

@@ -2,6 +2,7 @@
 //!
 //! Clients' sessions start from [`dial`] as well; what is said on the stream is then theirs.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -16,7 +17,9 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Notify;
 use tokio::time::timeout;
+use tokio_postgres::AsyncMessage;
 use tokio_rustls::TlsConnector;
 
 use crate::config::{Server, SslMode};
@@ -210,12 +213,7 @@ async fn dial_as(server: &Server, sslmode: SslMode, limit: Duration) -> Result<S
     };
     match timeout(limit, whole).await {
         Ok(done) => done,
-        Err(_) => Err(ConnectError::Timeout {
-            side: server.side,
-            host: server.host.clone(),
-            port: server.port,
-            after: limit,
-        }),
+        Err(_) => Err(timed_out(server, limit)),
     }
 }
 
@@ -374,16 +372,58 @@ pub async fn connect(
     purpose: Purpose,
     limit: Duration,
 ) -> Result<Client, ConnectError> {
-    let refused = match connect_on(dial(server, limit).await?, server, database, purpose, limit).await {
+    connect_heard(server, database, purpose, limit, Arc::new(Notify::new())).await
+}
+
+/// The same, and listens on a channel: `heard` is notified of each notification.
+pub async fn connect_listening(
+    server: &Server,
+    database: &str,
+    purpose: Purpose,
+    limit: Duration,
+    channel: &str,
+    heard: Arc<Notify>,
+) -> Result<Client, ConnectError> {
+    let client = connect_heard(server, database, purpose, limit, heard).await?;
+    let listen = format!("listen {}", super::Ident::new(channel));
+    match timeout(limit, client.batch_execute(&listen)).await {
+        Ok(Ok(())) => Ok(client),
+        Ok(Err(source)) => Err(ConnectError::Login {
+            side: server.side,
+            database: database.to_owned(),
+            source,
+        }),
+        Err(_) => Err(timed_out(server, limit)),
+    }
+}
+
+async fn connect_heard(
+    server: &Server,
+    database: &str,
+    purpose: Purpose,
+    limit: Duration,
+    heard: Arc<Notify>,
+) -> Result<Client, ConnectError> {
+    let stream = dial(server, limit).await?;
+    let refused = match connect_on(stream, server, database, purpose, limit, heard.clone()).await {
         Err(ConnectError::Login { source, side, database }) if source.as_db_error().is_some() => {
             ConnectError::Login { source, side, database }
         }
         done => return done,
     };
     match dial_again(server, limit).await {
-        Some(Ok(stream)) => connect_on(stream, server, database, purpose, limit).await,
+        Some(Ok(stream)) => connect_on(stream, server, database, purpose, limit, heard).await,
         // What the server said on the plain stream tells more than that there is no TLS.
         Some(Err(_)) | None => Err(refused),
+    }
+}
+
+fn timed_out(server: &Server, after: Duration) -> ConnectError {
+    ConnectError::Timeout {
+        side: server.side,
+        host: server.host.clone(),
+        port: server.port,
+        after,
     }
 }
 
@@ -393,6 +433,7 @@ async fn connect_on(
     database: &str,
     purpose: Purpose,
     limit: Duration,
+    heard: Arc<Notify>,
 ) -> Result<Client, ConnectError> {
     let mut options = tokio_postgres::Config::new();
     options
@@ -410,20 +451,21 @@ async fn connect_on(
         database: database.to_owned(),
         source,
     };
-    let (inner, connection) = match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
+    let (inner, mut connection) = match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
         Ok(done) => done.map_err(login)?,
-        Err(_) => {
-            return Err(ConnectError::Timeout {
-                side: server.side,
-                host: server.host.clone(),
-                port: server.port,
-                after: limit,
-            });
-        }
+        Err(_) => return Err(timed_out(server, limit)),
     };
     let driver = tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(error = %describe(&error), "a connection of pgflip's own ended");
+        while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
+            match message {
+                Ok(AsyncMessage::Notification(_)) => heard.notify_one(),
+                // Notices: of no interest to pgflip.
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(error = %describe(&error), "a connection of pgflip's own ended");
+                    break;
+                }
+            }
         }
     });
     Ok(Client { inner, driver })

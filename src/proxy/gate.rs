@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::task::Waker;
 
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -34,12 +34,12 @@ pub struct Upstream {
 }
 
 /// A session's number: unique in this process, never used again. Also the `pid` its client knows it by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SessionId(pub u32);
 
 /// A session that is in the way of a flip, and why.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Obstacle {
     /// Which one.
     pub session: SessionId,
@@ -372,6 +372,11 @@ impl Gate {
         self.inner.lock().orders.upstream
     }
 
+    /// The same, once it is known; `None` at the deadline. May be cancelled.
+    pub async fn known(&self, deadline: Instant) -> Option<Upstream> {
+        self.wait_for(deadline, || self.upstream()).await
+    }
+
     /// True while clients are held.
     pub fn held(&self) -> bool {
         self.inner.lock().orders.held
@@ -537,6 +542,8 @@ impl Gate {
                 }
                 self.refresh(&inner);
                 inner.wake_all();
+                drop(inner);
+                self.progress.notify_waiters();
                 Ok(())
             }
         }

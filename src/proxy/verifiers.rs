@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::config::Config;
 use crate::pg::{self, Purpose, Side};
@@ -97,7 +97,8 @@ impl Verifiers {
     }
 
     async fn client(&self, limit: Duration) -> Result<Arc<pg::Client>, Unavailable> {
-        let side = match self.gate.upstream() {
+        // A pgflip that has just started finds out in a moment.
+        let side = match self.gate.known(Instant::now() + limit).await {
             Some(upstream) => upstream.side,
             None => {
                 return Err(Unavailable("it is not known yet which side is active".into()));

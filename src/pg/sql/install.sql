@@ -114,3 +114,34 @@ begin
 end
 $$;
 revoke all on function pgflip.expect(text[], bigint) from public;
+
+-- Sidecars before these two servers: each keeps its row on the active side's carrier, once a second, and answers there
+-- what it is called to do. A row whose session is gone, or that is old, is nobody's.
+create table if not exists pgflip.sidecar (
+    id            text primary key,                    -- random, one a process
+    name          text not null,                       -- for people: where its clients connect
+    pid           int not null,                        -- of the session that writes this row
+    backend_start timestamptz not null,
+    seen_at       timestamptz not null default clock_timestamp(),
+    epoch         bigint not null,                     -- at which its clients are served; 0: not yet
+    sessions      int not null,
+    elsewhere     int not null,                        -- of them on the other side
+    call          bigint not null default 0,           -- the call it has answered last
+    step          text not null default '',            -- and the step of it
+    ready         int not null default 0,
+    obstacles     jsonb not null default '[]'
+);
+
+-- What the sidecar that flips asks of all others. It counts only while that session lives.
+create table if not exists pgflip.call (
+    one           boolean primary key default true check (one),
+    n             bigint not null default 0,           -- rises by one with every flip
+    epoch         bigint not null default 0,           -- at which the source is active
+    step          text not null default 'over' check (step in ('prepare', 'hold', 'terminate', 'over')),
+    target        text not null default 'green' check (target in ('blue', 'green')),
+    drain_ms      bigint not null default 0,
+    caller        text not null default '',
+    pid           int not null default 0,
+    backend_start timestamptz not null default clock_timestamp()
+);
+insert into pgflip.call default values on conflict do nothing;
