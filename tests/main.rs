@@ -7,6 +7,7 @@ mod common;
 mod drivers;
 mod fleet;
 mod flip_parts;
+mod forced;
 mod killed;
 mod replication_pairs;
 mod sabotage;

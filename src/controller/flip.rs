@@ -14,6 +14,7 @@ use tokio_postgres::Statement;
 
 use super::fence::{self, Digest, DigestStatement, FenceError, OldXids};
 use super::fleet::{self, Caller, FleetError, Me, Other};
+use super::force;
 use super::links::{self, Ends, LinkError, Regime};
 use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
@@ -263,7 +264,7 @@ pub struct Timing {
     pub ms: f64,
 }
 
-fn ms(duration: Duration) -> f64 {
+pub(super) fn ms(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
@@ -323,11 +324,13 @@ pub struct Ended {
     pub traffic: Option<Traffic>,
 }
 
-fn failure(direction: Direction, outcome: &str, why: String, means: &str, next: String) -> Value {
+/// A result that says what happened, what it means for the data, and what to do next.
+pub(super) fn failure(direction: Direction, outcome: &str, why: String, means: &str, next: String) -> Value {
     json!({ "outcome": outcome, "direction": direction, "why": why, "means": means, "next": next })
 }
 
-const UNTOUCHED: &str = "No client was touched and nothing was changed.";
+/// Of a flip that ended before anybody was held.
+pub(super) const UNTOUCHED: &str = "No client was touched and nothing was changed.";
 
 /// Runs one flip from beginning to end. The caller makes sure that it is the only one in this process.
 ///
@@ -354,7 +357,7 @@ pub async fn run(
         }
     };
     if request.force.is_some() {
-        return force(&config, &gate, &operation, direction, last_lag).await;
+        return force::run(&config, &gate, &operation, direction, last_lag).await;
     }
     operation.event("preflight", "started", "looking at both sides", Value::Null);
     let began = Instant::now();
@@ -372,171 +375,6 @@ pub async fn run(
             "Mend that, then try again: `pgflip status` shows both sides.".into(),
             Vec::new(),
         ),
-    }
-}
-
-/// Goes on without a dead side: the other one becomes active whatever the dead one had. Clients on the dead side have
-/// nothing to be drained from.
-async fn force(
-    config: &Config,
-    gate: &Gate,
-    operation: &Operation,
-    direction: Direction,
-    last_lag: Option<LastLag>,
-) -> Ended {
-    let (dead, alive) = (direction.source(), direction.source().other());
-    let refused = |why: String, next: &str| {
-        let mut result = failure(direction, "failed", why, UNTOUCHED, next.to_owned());
-        result["failed_step"] = json!("preflight");
-        Ended {
-            status: Status::Failed,
-            result,
-            traffic: None,
-        }
-    };
-    operation.event(
-        "preflight",
-        "started",
-        format!("making sure that {dead} can't be reached"),
-        Value::Null,
-    );
-    let why_dead = match recovery::look(config, dead, config.carrier()).await.0 {
-        recovery::Known::Unreachable(why) => why,
-        recovery::Known::Row(_) | recovery::Known::Absent => {
-            return refused(
-                format!("{dead} answers: force would throw away what it has"),
-                "Flip without force, or stop that server for good first.",
-            );
-        }
-    };
-    let mut rows = Vec::new();
-    for database in &config.databases {
-        match recovery::look(config, alive, database).await.0 {
-            recovery::Known::Row(row) => rows.push(row),
-            recovery::Known::Absent => {
-                return refused(
-                    format!("database {database} on {alive} has no schema pgflip"),
-                    "There is nothing to go to.",
-                );
-            }
-            recovery::Known::Unreachable(why) => {
-                return refused(
-                    format!("{alive} can't be read either: {why}"),
-                    "Make one of the two servers reachable.",
-                );
-            }
-        }
-    }
-    let lock = match OperatorLock::take(config, &[alive]).await {
-        Ok(Some(lock)) => lock,
-        Ok(None) => {
-            return refused(
-                "another pgflip is at work".into(),
-                "Wait until it has finished: `pgflip status`.",
-            );
-        }
-        Err(error) => return refused(error.to_string(), "Mend that, then try again."),
-    };
-    gate.hold();
-    let held_since = Instant::now();
-    let attempt = Attempt {
-        epoch: rows[0].epoch,
-        id: state::next_id(&rows),
-    };
-    let forced = async {
-        let mut epoch = None;
-        for (database, row) in config.databases.iter().zip(&rows) {
-            let on = connect(
-                config.server(alive),
-                database,
-                PURPOSE,
-                config.limits.server_connect_timeout,
-            )
-            .await?;
-            on.batch_execute("set lock_timeout = '5s'").await?;
-            let here = Attempt {
-                epoch: row.epoch,
-                id: attempt.id,
-            };
-            let (changed, to) = match row.state {
-                State::Standby => (state::pivot(&*on, here).await?, row.epoch + 1),
-                State::Fenced | State::Committing => (state::force_back(&*on, here).await?, row.epoch + 2),
-                State::Active => (true, row.epoch),
-            };
-            if !changed {
-                return Err(StateError::Superseded {
-                    found: state::read(&*on).await?,
-                }
-                .into());
-            }
-            // The carrier's epoch is everybody's.
-            let epoch = *epoch.get_or_insert(to);
-            if to != epoch {
-                let statement = "update pgflip.state set epoch = $1 where state = 'active' and epoch = $2";
-                on.execute(statement, &[&state::bigint(epoch), &state::bigint(to)])
-                    .await?;
-            }
-            recovery::note(&on, Attempt { epoch, id: attempt.id }, "forced", &why_dead).await;
-        }
-        Ok::<u64, Stop>(epoch.expect("config.databases is never empty"))
-    };
-    let epoch = match timeout(Duration::from_secs(30), forced).await {
-        Ok(Ok(epoch)) => epoch,
-        Ok(Err(Stop::NoGo { what, .. } | Stop::Superseded(what) | Stop::Broken(what))) => {
-            return refused(what, "`pgflip status` shows how the rows stand; try again.");
-        }
-        Err(_) => return refused(format!("{alive} did not answer within 30 s"), "Try again."),
-    };
-    tracing::warn!(from = %dead, to = %alive, epoch, because = "the operator forced it", "the active side has changed");
-    operation.event(
-        "pivot",
-        "done",
-        format!("{alive} is active at epoch {epoch}"),
-        Value::Null,
-    );
-    if let Err(error) = gate.switch(Upstream { side: alive, epoch }) {
-        return refused(error.to_string(), "`pgflip status` shows how the rows stand.");
-    }
-    gate.release();
-    let held_ms = ms(held_since.elapsed());
-    if let Ok(on) = connect(
-        config.server(alive),
-        config.carrier(),
-        PURPOSE,
-        config.limits.server_connect_timeout,
-    )
-    .await
-    {
-        fleet::tell(&on).await;
-    }
-    if let Err(error) = recovery::disarm(config, alive, epoch).await {
-        tracing::warn!(%error, "not disarmed yet; the guard goes on trying");
-    }
-    drop(lock);
-    let moved = gate.settled(Instant::now() + Duration::from_secs(10)).await;
-    let result = json!({
-        "outcome": "completed",
-        "forced": true,
-        "direction": direction,
-        "epoch": epoch,
-        "active": alive,
-        "held_ms": held_ms,
-        "drain_ms": 0.0,
-        "window_ms": held_ms,
-        "steps": [],
-        "sessions": { "moved": moved.moved, "ended": moved.ended, "left": moved.left },
-        "means": format!(
-            "What {dead} had acknowledged and {alive} had not applied is lost, and how much that is can't be read from a dead \
-             server: `may_be_lost` has the last lag that was seen, null if none was."
-        ),
-        // What was written between that reading and the server's death is not in it.
-        "may_be_lost": { "bytes": last_lag.map(|lag| lag.bytes), "seen_at": last_lag.map(|lag| lag.at), "transactions": Value::Null },
-        "next": format!("When {dead} comes back it is fenced before anything else; its link has to be rebuilt."),
-    });
-    Ended {
-        status: Status::Succeeded,
-        result,
-        traffic: None,
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::Duration;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::time::{Instant, sleep};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{GenericClient, Transaction};
 
@@ -36,6 +37,9 @@ const WORKER_GONE: Duration = Duration::from_secs(5);
 /// A reverse slot (no origin filter) that is more than this behind is moved up by [`repair`], in bytes: decoding this
 /// much takes some tens of milliseconds.
 const SLOT_BEHIND_MAX: u64 = 16 << 20;
+
+/// How long the guard waits for a slot that it makes again: it waits for every transaction that is open on that server.
+const SLOT_SOON: Duration = Duration::from_secs(3);
 
 /// Why a link could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -432,6 +436,18 @@ pub async fn obstacles(forward: &Ends<'_>, regime: Regime) -> Result<Vec<Finding
     let names = |tables: &[(u32, TableName)]| tables.iter().map(|(_, name)| name.clone()).collect::<BTreeSet<_>>();
     let (existing, published, mirrored) = (names(&existing), names(&published), names(&mirrored));
     let start_again = "Run `pgflip replication start` again: it adds what is missing.";
+    if let Some(epoch) = given_up(&**forward.source, forward.target_side()).await? {
+        let (source, target) = (forward.source_side, forward.target_side());
+        return Ok(vec![
+            Finding::blocker(
+                "given_up",
+                format!("{target} was given up by force when {source} became active at epoch {epoch}."),
+                format!("What {target} holds is not what {source} holds: clients that went there would lose what they wrote since."),
+                format!("Run `pgflip replication start`: it empties {target}'s tables and copies {source} to it."),
+            )
+            .of(forward.database),
+        ]);
+    }
     if let Some(list) = difference(&existing, &published) {
         found.push(Finding::blocker(
             "table_not_replicated",
@@ -746,6 +762,86 @@ pub async fn advance_reverse_origin(txn: &Transaction<'_>, origin: &str, to: Lsn
     .map_err(sql(format!("advancing replication origin {origin}")))
 }
 
+/// In the transaction that makes this side active without the other one: from now on no link leads to `side` or from it.
+pub(crate) async fn note_given_up(txn: &Transaction<'_>, side: Side, epoch: u64) -> Result<(), LinkError> {
+    let statement = "insert into pgflip.given_up (side, epoch) values ($1, $2)
+                     on conflict (side) do update set epoch = excluded.epoch, at = clock_timestamp()";
+    txn.execute(statement, &[&side.as_str(), &state::bigint(epoch)])
+        .await
+        .map(drop)
+        .map_err(sql("noting which side was given up"))
+}
+
+/// At which epoch `side` was given up by force, as the other one (`on`) knows. `None`: it was not, or has been copied
+/// anew since.
+pub(crate) async fn given_up<C: GenericClient>(on: &C, side: Side) -> Result<Option<u64>, LinkError> {
+    let statement = "select epoch from pgflip.given_up where side = $1";
+    match on.query_opt(statement, &[&side.as_str()]).await {
+        Ok(row) => Ok(row.map(|row| row.get::<_, i64>(0).unsigned_abs())),
+        // Installed before there was such a table, so nobody has used it.
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => Ok(None),
+        Err(error) => Err(sql("reading which side was given up")(error)),
+    }
+}
+
+/// The side is a copy again.
+pub(crate) async fn taken_back<C: GenericClient>(on: &C, side: Side) -> Result<(), LinkError> {
+    on.execute("delete from pgflip.given_up where side = $1", &[&side.as_str()])
+        .await
+        .map(drop)
+        .map_err(sql("noting which side is a copy again"))
+}
+
+/// Drops a subscription without touching its slot on the other server, in a transaction that has locked the side's row if
+/// something is expected of it. The OID that it had; `None`: there is none.
+pub(crate) async fn drop_subscription(
+    on: &mut Client,
+    name: &str,
+    expect: Option<&Expect>,
+) -> Result<Option<u32>, LinkError> {
+    let doing = || sql(format!("dropping subscription {name}"));
+    let txn = on.transaction().await.map_err(doing())?;
+    if let Some(expect) = expect {
+        state::lock(&txn, expect).await?;
+    }
+    let Some(found) = subscription(&txn, name).await? else {
+        return Ok(None);
+    };
+    let quoted = Ident::new(name);
+    txn.batch_execute(&format!(
+        "alter subscription {quoted} disable; alter subscription {quoted} set (slot_name = none); drop subscription {quoted}"
+    ))
+    .await
+    .map_err(doing())?;
+    txn.commit().await.map_err(doing())?;
+    Ok(Some(found.oid))
+}
+
+/// Takes down, on the active side, what links it with a side that was given up: nothing of it may be applied here, and no
+/// WAL is kept for it.
+async fn cut_off(on_active: &mut Client, database: &str, active: Side, epoch: u64) -> Result<Vec<String>, LinkError> {
+    let expect = Expect {
+        states: &[State::Active],
+        epoch,
+    };
+    let mut did = Vec::new();
+    let (from_there, to_there) = (slot_name(active, database), slot_name(active.other(), database));
+    if drop_subscription(on_active, &from_there, Some(&expect))
+        .await?
+        .is_some()
+    {
+        did.push(format!(
+            "{database}: dropped {from_there} on {active}: the other side was given up"
+        ));
+    }
+    if drop_slot(on_active, &to_there).await? {
+        did.push(format!(
+            "{database}: dropped slot {to_there} on {active}: the other side was given up"
+        ));
+    }
+    Ok(did)
+}
+
 /// What the guard does: makes both links of a database as they should be when `active` is active at `epoch`, and says
 /// what it did. Touches nothing unless both rows say `active` and `standby` at this epoch. Links that don't exist are
 /// left alone (`replication start` makes them), but for the waiting slot: it may be made again as long as its side is
@@ -755,6 +851,10 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
     let limit = config.limits.server_connect_timeout;
     let standby = active.other();
     let mut on_active = connect(config.server(active), database, PURPOSE, limit).await?;
+    if given_up(&*on_active, standby).await?.is_some() {
+        // `replication start`, which copies it anew, keeps guards out meanwhile and takes the note away at its end.
+        return cut_off(&mut on_active, database, active, epoch).await;
+    }
     let reading = connect(config.server(standby), database, PURPOSE, limit).await?;
     for (client, expected) in [(&on_active, State::Active), (&reading, State::Standby)] {
         match state::read(&**client).await? {
@@ -799,11 +899,24 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
     }
     match slot(&*reading, &reverse).await? {
         Some(slot) if slot.wal_status.as_deref() == Some("lost") => {
-            drop_slot(&reading, &reverse).await?;
-            create_slot(&reading, &reverse).await?;
-            did.push(format!(
-                "{database}: made slot {reverse} on {standby} again: it had lost its WAL"
-            ));
+            // Whoever drops a slot has to be sure that it is still this one and its side still standby: a guard that slept
+            // through a flip would drop the link that clients' writes come back by.
+            let mut on_standby = connect(config.server(standby), database, PURPOSE, limit).await?;
+            let txn = on_standby.transaction().await.map_err(sql("dropping a lost slot"))?;
+            state::lock(&txn, &expect_standby).await?;
+            let lost = "select pg_drop_replication_slot(slot_name) from pg_replication_slots
+                         where slot_name = $1 and wal_status = 'lost' and not active";
+            let dropped = txn
+                .execute(lost, &[&reverse])
+                .await
+                .map_err(sql("dropping a lost slot"))?;
+            txn.commit().await.map_err(sql("dropping a lost slot"))?;
+            if dropped == 1 {
+                create_slot_soon(&reading, &reverse).await?;
+                did.push(format!(
+                    "{database}: made slot {reverse} on {standby} again: it had lost its WAL"
+                ));
+            }
         }
         Some(slot) if regime == Regime::Plain && !slot.active => {
             let behind = slot
@@ -820,7 +933,7 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         }
         Some(_) => {}
         None => {
-            create_slot(&reading, &reverse).await?;
+            create_slot_soon(&reading, &reverse).await?;
             did.push(format!(
                 "{database}: made slot {reverse} on {standby} again: it was gone"
             ));
@@ -836,6 +949,13 @@ pub(crate) async fn create_slot(on: &Client, name: &str) -> Result<(), LinkError
         .await
         .map(drop)
         .map_err(sql(format!("creating slot {name}")))
+}
+
+/// The same for who can try again later: gives up after a few seconds, and leaves nothing half made.
+async fn create_slot_soon(on: &Client, name: &str) -> Result<(), LinkError> {
+    let statement = format!("set statement_timeout = {}", SLOT_SOON.as_millis());
+    on.batch_execute(&statement).await.map_err(sql("setting a limit"))?;
+    create_slot(on, name).await
 }
 
 /// Drops a slot if it exists, ending whoever uses it.
@@ -859,9 +979,7 @@ pub(crate) async fn drop_slot(on: &Client, name: &str) -> Result<bool, LinkError
         match on.execute(drop, &[&name]).await {
             Ok(_) => return Ok(true),
             // Somebody took it in between: end them as well.
-            Err(e)
-                if e.code() == Some(&tokio_postgres::error::SqlState::OBJECT_IN_USE)
-                    && began.elapsed() < WORKER_GONE => {}
+            Err(e) if e.code() == Some(&SqlState::OBJECT_IN_USE) && began.elapsed() < WORKER_GONE => {}
             Err(e) => return Err(doing()(e)),
         }
     }

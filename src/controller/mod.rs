@@ -7,6 +7,7 @@ pub mod copy;
 pub mod fence;
 pub mod fleet;
 pub mod flip;
+mod force;
 pub mod guard;
 pub mod lag;
 pub mod links;

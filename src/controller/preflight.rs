@@ -294,7 +294,12 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
             server(config, side, source, client, features[&side], regime, &mut found).await;
         }
         let (from, to) = (features[&source], features[&source.other()]);
-        if let Err(error) = schema::find_pg_dump(config, from, to).await {
+        let mut to_copy = false;
+        for database in &config.databases {
+            let client = |side| clients.get(&(side, database.as_str())).and_then(Option::as_ref);
+            to_copy |= tables_missing(client(source), client(source.other())).await;
+        }
+        if to_copy && let Err(error) = schema::find_pg_dump(config, from, to).await {
             found.push(Finding::blocker(
                 "pg_dump_missing",
                 format!("{error}."),
@@ -704,6 +709,17 @@ async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<b
 }
 
 /// What matters once, before the schema is copied.
+/// True unless every table of the source is known to be on the target: then nothing has to be dumped.
+async fn tables_missing(source: Option<&Client>, target: Option<&Client>) -> bool {
+    let (Some(source), Some(target)) = (source, target) else {
+        return true;
+    };
+    match (schema::columns(&**source).await, schema::columns(&**target).await) {
+        (Ok(wanted), Ok(now)) => now.is_empty() || wanted.keys().any(|table| !now.contains_key(table)),
+        _ => true,
+    }
+}
+
 async fn contents(config: &Config, side: Side, database: &str, client: &Client, found: &mut Vec<Finding>) {
     // A migration that pgflip knows nothing of: its objects without its schema.
     let installed = match state::read(&**client).await {

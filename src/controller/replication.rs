@@ -19,6 +19,7 @@ use super::links::{
 };
 use super::operation::Operation;
 use super::preflight::{self, Failure};
+use super::recovery::OperatorLock;
 use super::state::{self, Expect, Row, State, StateError};
 use super::{copy, fence, roles, schema};
 use crate::config::Config;
@@ -40,6 +41,8 @@ struct Run {
     /// The active side.
     source: Side,
     epoch: u64,
+    /// When, in seconds: attempts count from here.
+    began: u64,
 }
 
 impl Run {
@@ -155,6 +158,20 @@ async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> 
     }
 }
 
+/// The operator's lock, as long as this is kept: a flip needs it on both sides, so the active one is enough.
+async fn alone(config: &Config, active: Side) -> Result<OperatorLock, Failure> {
+    let nothing = "Nothing was done.";
+    match OperatorLock::take(config, &[active]).await {
+        Ok(Some(lock)) => Ok(lock),
+        Ok(None) => Err(Failure::new(
+            "Another pgflip is at work on these two servers.",
+            nothing,
+            "Wait until it has finished: `pgflip status`.",
+        )),
+        Err(error) => Err(Failure::new(format!("{error}."), nothing, "Mend that, then try again.")),
+    }
+}
+
 /// Brings the standby to life as a copy of the active side and both links into place. May be run again after any
 /// failure, and whenever tables or roles were added.
 pub async fn start(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
@@ -185,11 +202,13 @@ pub async fn start(config: Arc<Config>, op: Operation) -> Result<Value, Failure>
     );
 
     let (source, epoch) = who_is_active(&config).await?.unwrap_or((Side::Blue, 1));
+    let _lock = alone(&config, source).await?;
     let run = Run {
         config,
         op,
         source,
         epoch,
+        began: jiff::Timestamp::now().as_second().unsigned_abs(),
     };
     databases(&run).await?;
     install(&run).await?;
@@ -271,8 +290,10 @@ async fn install_row(run: &Run, on: &Client, side: Side, database: &str, wanted:
         carrier: run.config.carrier().to_owned(),
         epoch: run.epoch,
         state: wanted,
-        attempt: 0,
-        burnt: 0,
+        // Attempts of an earlier migration between the same servers have lower ids, so that whoever slept through its end
+        // can do nothing in this one.
+        attempt: run.began,
+        burnt: run.began,
     };
     state::install(on, &first)
         .await
@@ -497,6 +518,10 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
         "link",
         format!("Link {} → {} of database {database}", run.source, run.target()),
     );
+    let again = links::given_up(&*source, run.target()).await.map_err(link)?.is_some();
+    if again {
+        empty(run, &mut target, &forward).await?;
+    }
     let there = links::subscription(&*target, &forward).await.map_err(link)?;
     match there {
         Some(subscription) => {
@@ -598,6 +623,9 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
         source_side: run.source,
         database,
     };
+    if again {
+        links::taken_back(&*source, run.target()).await.map_err(link)?;
+    }
     in_place(run, &ends, regime).await?;
     let (one, two) = (
         links::read(&ends).await.map_err(link)?,
@@ -680,6 +708,38 @@ async fn not_empty(run: &Run, target: &Client) -> Result<Vec<(TableName, ())>, F
         }
     }
     Ok(found)
+}
+
+/// Empties what a side that was given up holds: what is copied to it takes its place.
+async fn empty(run: &Run, target: &mut Client, forward: &str) -> Result<(), Failure> {
+    let link = |e: LinkError| run.failed(e);
+    let sql = |e: tokio_postgres::Error| run.failed(query("emptying the tables")(e));
+    links::drop_subscription(target, forward, Some(&run.standby()))
+        .await
+        .map_err(link)?;
+    let tables = tables_to_publish(&**target).await.map_err(link)?;
+    run.info(
+        "link",
+        format!(
+            "{} was given up by force: its {} tables are emptied and copied anew",
+            run.target(),
+            tables.len()
+        ),
+        Value::Null,
+    );
+    let txn = target.transaction().await.map_err(sql)?;
+    state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
+    // All at once, because of foreign keys; no triggers of the application's.
+    txn.batch_execute("set local session_replication_role = 'replica'")
+        .await
+        .map_err(sql)?;
+    let names: Vec<String> = tables.iter().map(|(_, table)| format!("only {table}")).collect();
+    if !names.is_empty() {
+        txn.batch_execute(&format!("truncate {}", names.join(", ")))
+            .await
+            .map_err(sql)?;
+    }
+    txn.commit().await.map_err(sql)
 }
 
 /// Markers of an earlier link would collide with those that the copy brings.
@@ -864,35 +924,14 @@ async fn link_back(
         }
         // A subscription that is off can't be refreshed. Nothing has been written on the standby that this link would
         // have to carry: it is made again.
-        drop_subscription(source, &name, Some(&run.active()))
+        links::drop_subscription(source, &name, Some(&run.active()))
             .await
-            .map_err(|e| run.failed(e))?;
+            .map_err(link)?;
     }
     make_slot(run, target, &name).await?;
     links::create_subscription(source, publisher, database, make, &run.active())
         .await
         .map_err(link)
-}
-
-/// Drops a subscription without asking its other side: its slots there are dropped separately. True if there was one.
-async fn drop_subscription(on: &mut Client, name: &str, expect: Option<&Expect>) -> Result<Option<u32>, String> {
-    let doing = format!("dropping subscription {name}");
-    let sql = query(&doing);
-    let txn = on.transaction().await.map_err(&sql)?;
-    if let Some(expect) = expect {
-        state::lock(&txn, expect).await.map_err(|e| e.to_string())?;
-    }
-    let Some(found) = links::subscription(&txn, name).await.map_err(|e| e.to_string())? else {
-        return Ok(None);
-    };
-    let quoted = Ident::new(name);
-    txn.batch_execute(&format!(
-        "alter subscription {quoted} disable; alter subscription {quoted} set (slot_name = none); drop subscription {quoted}"
-    ))
-    .await
-    .map_err(&sql)?;
-    txn.commit().await.map_err(&sql)?;
-    Ok(Some(found.oid))
 }
 
 /// What one side's part of taking down has left.
@@ -938,6 +977,7 @@ pub async fn stop(config: Arc<Config>, op: Operation) -> Result<Value, Failure> 
             "Make blue reachable, then try again.",
         ));
     }
+    let _lock = alone(&config, Side::Blue).await?;
     let expect = active.map(|(_, epoch)| epoch);
     let mut left = Left::default();
     // The standby first and the active side last: whenever this is interrupted, the rows still say who is active.
@@ -985,6 +1025,7 @@ pub async fn finalize(config: Arc<Config>, op: Operation) -> Result<Value, Failu
             "`pgflip replication start` begins a migration.",
         )
     })?;
+    let _lock = alone(&config, active).await?;
     let mut left = Vec::new();
     for side in [active, active.other()] {
         for database in &config.databases {
@@ -1089,7 +1130,8 @@ async fn links_down(
     let mut done = Vec::new();
 
     let name = slot_name(side, database);
-    if let Some(oid) = drop_subscription(on, &name, expect.as_ref()).await? {
+    let dropped = links::drop_subscription(on, &name, expect.as_ref()).await;
+    if let Some(oid) = dropped.map_err(|e| e.to_string())? {
         done.push(format!("{side}: subscription {name}"));
         // What its initial copies had on the other side, if any was under way.
         let other = connect(config.server(side.other()), config.carrier(), PURPOSE, limit).await;

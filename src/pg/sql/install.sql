@@ -145,3 +145,11 @@ create table if not exists pgflip.call (
     backend_start timestamptz not null default clock_timestamp()
 );
 insert into pgflip.call default values on conflict do nothing;
+
+-- Sides that were given up by force, as this side knows: what they hold is not what this one holds. No link may lead to
+-- or from such a side before `replication start` has copied it anew.
+create table if not exists pgflip.given_up (
+    side  text primary key check (side in ('blue', 'green')),
+    epoch bigint not null,                             -- at which this side became active without it
+    at    timestamptz not null default clock_timestamp()
+);
