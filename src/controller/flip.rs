@@ -1506,7 +1506,7 @@ impl Flip {
                 Ok(())
             }
             Forward::Traffic => {
-                self.traffic = Some(traffic::measure(&config, self.target, traffic::SPAN).await);
+                self.traffic = Some(traffic::measure(&config, self.target, config.flip.watch).await);
                 Ok(())
             }
         }
