@@ -134,6 +134,8 @@ pub struct Flip {
     pub stragglers: Stragglers,
     /// By how many increments sequences jump at a flip, for `nextval` calls that go around the proxy.
     pub sequence_cushion: i64,
+    /// For how long traffic is watched on both sides after a flip, clients long gone on.
+    pub watch: Duration,
 }
 
 /// Limits of the data plane.

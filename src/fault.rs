@@ -48,8 +48,10 @@ pub fn after(direction: &str, step: &str) -> bool {
         unsafe { libc::raise(libc::SIGKILL) };
     }
     if asked("stop-after") && !STOPPED.swap(true, std::sync::atomic::Ordering::SeqCst) {
-        // SAFETY: as above; SIGSTOP to the whole process.
-        unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
+        // To this thread, which stops the whole process before it runs on. Sent to the process, another thread may be the
+        // one that gets it, when it gets to it, and this one has long taken the next step.
+        // SAFETY: as above.
+        unsafe { libc::raise(libc::SIGSTOP) };
     }
     asked("fail-after")
 }

@@ -58,6 +58,7 @@ async fn pair(blue: u32, green: u32) -> Pair {
             arm_timeout: second * 60,
             stragglers: Stragglers::Unwind,
             sequence_cushion: 32,
+            watch: Duration::from_millis(50),
         },
         limits: Limits {
             max_clients: 10,

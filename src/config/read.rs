@@ -169,6 +169,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "arm_timeout",
             "stragglers",
             "sequence_cushion",
+            "watch",
         ],
     ),
     (
@@ -649,6 +650,7 @@ impl<'a> Reader<'a> {
                 Stragglers::Unwind,
             ),
             sequence_cushion: self.integer("flip", "sequence_cushion", 1000, 0, 1_000_000_000),
+            watch: self.duration("flip", "watch", s(2), ms(1), s(600)),
         };
         let limits = Limits {
             max_clients: self.integer("limits", "max_clients", 1000, 1, 1_000_000).unsigned_abs() as usize,

@@ -40,8 +40,18 @@ const ORIGINS_AHEAD: usize = 3;
 /// A marker's round trip must be shorter than this, or than the window if that is shorter, before anybody is held.
 const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
 
+/// How long reading both sides' rows may take, before anything is begun.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How long forward steps are tried before they are left to the guard.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long what the guard does as well is tried before it is left to it.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How long the source may take to note that the flip is done before clients go on without that: it is fenced whatever
+/// it notes.
+const DONE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a step stops the flip.
 #[derive(Debug)]
@@ -303,6 +313,8 @@ pub struct Flip {
     sessions: Sessions,
     burnt: bool,
     traffic: Option<Traffic>,
+    /// Forward steps that clients did not have to wait for and that the guard goes on trying.
+    left_undone: Vec<String>,
 }
 
 /// The last lag that was seen towards the standby, all databases together.
@@ -361,7 +373,13 @@ pub async fn run(
     }
     operation.event("preflight", "started", "looking at both sides", Value::Null);
     let began = Instant::now();
-    match Flip::begin(config, gate, operation, request, me).await {
+    let begun = timeout(BEGIN_TIMEOUT, Flip::begin(config, gate, operation, request, me)).await;
+    let begun = begun.unwrap_or_else(|_| {
+        Err(Stop::Broken(format!(
+            "the two servers did not answer within {BEGIN_TIMEOUT:?}"
+        )))
+    });
+    match begun {
         Ok(mut flip) => {
             flip.timings.push(Timing {
                 step: "begin",
@@ -465,6 +483,7 @@ impl Flip {
             sessions: Sessions::default(),
             burnt: false,
             traffic: None,
+            left_undone: Vec::new(),
         })
     }
 
@@ -1133,8 +1152,14 @@ impl Flip {
             self.target
         ));
         result["next"] = json!(format!(
-            "Make {} reachable: pgflip goes on by itself as soon as it can ask. If it is gone for good, only `--force` goes on without it.",
-            self.target
+            "Make {} reachable: pgflip goes on by itself as soon as it can ask. If it is gone for good, only `pgflip {} --force` \
+             goes on without it, on {}.",
+            self.target,
+            match self.direction {
+                Direction::Cutover => Direction::Rollback.as_str(),
+                Direction::Rollback => Direction::Cutover.as_str(),
+            },
+            self.source
         ));
         Ended {
             status: Status::InDoubt,
@@ -1265,17 +1290,23 @@ impl Flip {
                 self.gate.forget_prepared();
                 Ok(())
             }
-            Reversible::Arm => match recovery::disarm(&self.config, self.source, self.attempt.epoch).await {
-                Ok(_) => Ok(()),
-                Err(RecoveryError::State(error @ StateError::Superseded { .. })) => {
-                    Err(Undo::Superseded(error.to_string()))
+            Reversible::Arm => {
+                // Clients have gone on: only now what may have to wait for the target.
+                if self.regime == Regime::Plain && self.window_since.is_some() {
+                    recovery::forward_on(&self.config, self.source, self.attempt).await;
                 }
-                Err(error) => {
-                    // Armed and active lets everybody through, at some cost: the guard disarms it later.
-                    tracing::warn!(%error, "the source is not disarmed yet");
-                    Ok(())
+                match recovery::disarm(&self.config, self.source, self.attempt.epoch).await {
+                    Ok(_) => Ok(()),
+                    Err(RecoveryError::State(error @ StateError::Superseded { .. })) => {
+                        Err(Undo::Superseded(error.to_string()))
+                    }
+                    Err(error) => {
+                        // Armed and active lets everybody through, at some cost: the guard disarms it later.
+                        tracing::warn!(%error, "the source is not disarmed yet");
+                        Ok(())
+                    }
                 }
-            },
+            }
         }
     }
 
@@ -1319,21 +1350,37 @@ impl Flip {
     async fn forward(&mut self) -> Ended {
         for step in FORWARD {
             let began = Instant::now();
-            let deadline = began + FORWARD_TIMEOUT;
+            let (one_try, deadline) = match step {
+                // Clients are still held.
+                Forward::Done => (DONE_TIMEOUT, began + FORWARD_TIMEOUT),
+                Forward::Switch | Forward::Release | Forward::Moved => (FORWARD_TIMEOUT, began + FORWARD_TIMEOUT),
+                // The guard does these as well, every few seconds.
+                Forward::EnableReverse | Forward::Disarm => (LEAVE_TIMEOUT, began + LEAVE_TIMEOUT),
+                Forward::Traffic => {
+                    let limit = FORWARD_TIMEOUT + self.config.flip.watch;
+                    (limit, began + limit)
+                }
+            };
             let name = step.name();
+            let undone_before = self.left_undone.len();
             loop {
-                match timeout_at(deadline, self.apply_forward(step)).await {
-                    Ok(Ok(())) => break,
-                    Ok(Err(Stop::Superseded(why))) => return self.left_to_the_rows(name, why).await,
-                    Ok(Err(Stop::Broken(why) | Stop::NoGo { what: why, .. })) if Instant::now() < deadline => {
+                let tried = match timeout(one_try, self.apply_forward(step)).await {
+                    Ok(done) => done,
+                    Err(_) => Err(Stop::Broken(format!("{name} did not end within {one_try:?}"))),
+                };
+                match tried {
+                    Ok(()) => break,
+                    Err(Stop::Superseded(why)) => return self.left_to_the_rows(name, why).await,
+                    Err(Stop::Broken(why) | Stop::NoGo { what: why, .. })
+                        if step == Forward::Done && self.may_go_on_without(step, &why).await =>
+                    {
+                        break;
+                    }
+                    Err(Stop::Broken(why) | Stop::NoGo { what: why, .. }) if Instant::now() < deadline => {
                         tracing::warn!(step = name, why, "again");
                         sleep(Duration::from_millis(50)).await;
                     }
-                    late => {
-                        let why = match late {
-                            Ok(Err(Stop::Broken(why) | Stop::NoGo { what: why, .. })) => why,
-                            _ => format!("{name} did not end within {FORWARD_TIMEOUT:?}"),
-                        };
+                    Err(Stop::Broken(why) | Stop::NoGo { what: why, .. }) => {
                         match self.may_go_on_without(step, &why).await {
                             true => break,
                             false => return self.left_to_the_rows(name, why).await,
@@ -1346,12 +1393,14 @@ impl Flip {
                 ms: ms(began.elapsed()),
             });
             fault::after(self.direction.as_str(), name);
-            self.operation.event(
-                name,
-                "done",
-                forward_message(step),
-                json!({ "ms": ms(began.elapsed()) }),
-            );
+            let took = json!({ "ms": ms(began.elapsed()) });
+            match undone_before == self.left_undone.len() {
+                true => self.operation.event(name, "done", forward_message(step), took),
+                false => {
+                    let message = "not done yet, and nobody waits for it: pgflip goes on trying";
+                    self.operation.event(name, "info", message, took);
+                }
+            }
         }
         let completed = json!({ "from": self.source, "to": self.target });
         let carrier = &self.databases[0].target;
@@ -1394,7 +1443,7 @@ impl Flip {
             Forward::EnableReverse => match self.regime {
                 Regime::OriginFilter => Ok(()),
                 Regime::Plain => {
-                    let source = self.source;
+                    let (source, attempt) = (self.source, self.attempt.id);
                     try_join_all(self.databases.iter().map(|database| {
                         let config = &config;
                         async move {
@@ -1404,7 +1453,7 @@ impl Flip {
                                 states: &[State::Standby],
                                 epoch,
                             };
-                            Ok::<_, Stop>(links::enable(&mut origin, &name, &expect).await?)
+                            Ok::<_, Stop>(links::enable_as_of(&mut origin, &name, &expect, attempt).await?)
                         }
                     }))
                     .await
@@ -1424,7 +1473,7 @@ impl Flip {
                 Ok(())
             }
             Forward::Traffic => {
-                self.traffic = Some(traffic::measure(&config, self.target, traffic::SPAN).await);
+                self.traffic = Some(traffic::measure(&config, self.target, config.flip.watch).await);
                 Ok(())
             }
         }
@@ -1477,24 +1526,31 @@ impl Flip {
     }
 
     /// A step after the pivot that does not work: may clients go on, and the guard do the rest?
-    async fn may_go_on_without(&self, step: Forward, why: &str) -> bool {
-        match step {
+    async fn may_go_on_without(&mut self, step: Forward, why: &str) -> bool {
+        let go_on = match step {
             // A source that is gone stays fenced, in its own row; what matters is that every database of the target is
             // active.
             Forward::Done => {
                 let all = recovery::all_active(&self.config, self.target, self.attempt.epoch + 1).await;
-                tracing::warn!(
-                    why,
-                    "the source could not be told that the flip is done; the guard goes on trying"
-                );
-                matches!(all, Ok(true))
+                let all = matches!(all, Ok(true));
+                if all {
+                    tracing::warn!(
+                        why,
+                        "the source could not be told that the flip is done: clients go on, the guard goes on trying"
+                    );
+                }
+                all
             }
             Forward::Switch | Forward::Release => false,
             Forward::EnableReverse | Forward::Disarm | Forward::Moved | Forward::Traffic => {
                 tracing::warn!(step = step.name(), why, "not done yet; the guard goes on trying");
                 true
             }
+        };
+        if go_on {
+            self.left_undone.push(format!("{}: {why}", step.name()));
         }
+        go_on
     }
 
     fn result(&self, outcome: &str) -> Value {
@@ -1516,6 +1572,7 @@ impl Flip {
             "steps": self.timings,
             "sessions": self.sessions,
             "sidecars": self.sidecars,
+            "left_undone": self.left_undone,
         })
     }
 }

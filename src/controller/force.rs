@@ -85,7 +85,11 @@ pub(super) async fn run(
     let was_held = gate.held();
     gate.hold();
     let held_since = Instant::now();
-    let (epoch, sequences) = match without(config, alive, &rows, &why_dead).await {
+    // What has been seen of the dead side's epoch has to be outranked, or the dead one would be believed when it is back.
+    let seen = gate
+        .upstream()
+        .map_or(0, |seen| seen.epoch + u64::from(seen.side == dead));
+    let (epoch, sequences) = match without(config, alive, &rows, seen, &why_dead).await {
         Ok(done) => done,
         Err(Halfway { why, databases_done: 0 }) => {
             if !was_held {
@@ -210,13 +214,19 @@ async fn rows(config: &Config, alive: Side) -> Result<Vec<Row>, (String, &'stati
 }
 
 /// Makes the living side active in every database. The epoch, and sequences that could not be moved.
-async fn without(config: &Config, alive: Side, rows: &[Row], why_dead: &str) -> Result<(u64, Vec<String>), Halfway> {
+async fn without(
+    config: &Config,
+    alive: Side,
+    rows: &[Row],
+    seen: u64,
+    why_dead: &str,
+) -> Result<(u64, Vec<String>), Halfway> {
     let id = state::next_id(rows);
     let mut epoch = None;
     let mut not_moved = Vec::new();
     for (n, (database, row)) in config.databases.iter().zip(rows).enumerate() {
         let attempt = Attempt { epoch: row.epoch, id };
-        let one = one_database(config, alive, database, row, attempt, epoch);
+        let one = one_database(config, alive, database, row, attempt, (epoch, seen));
         let done = timeout(LIMIT, one)
             .await
             .unwrap_or_else(|_| Err(format!("{alive} did not answer within {LIMIT:?}")));
@@ -246,7 +256,7 @@ async fn one_database(
     database: &str,
     row: &Row,
     attempt: Attempt,
-    carriers: Option<u64>,
+    (carriers, seen): (Option<u64>, u64),
 ) -> Result<(u64, Vec<String>), String> {
     let server: &Server = config.server(alive);
     // With an origin: on a side that is not active, DDL is for replication alone.
@@ -280,7 +290,7 @@ async fn one_database(
         return Err(state::StateError::Superseded { found }.to_string());
     }
     // The carrier's epoch is everybody's.
-    let epoch = carriers.unwrap_or(to);
+    let epoch = carriers.unwrap_or(to.max(seen));
     let failed = |e: tokio_postgres::Error| describe(&e);
     if to != epoch {
         let statement = "update pgflip.state set epoch = $1 where state = 'active' and epoch = $2";

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Controller;
@@ -96,42 +97,36 @@ impl Guard {
     async fn client(&mut self, config: &Config, side: Side, database: &str) -> Result<&Client, RecoveryError> {
         let key = (side, database.to_owned());
         if self.clients.get(&key).is_none_or(|client| client.is_closed()) {
-            let (server, limit) = (config.server(side), config.limits.server_connect_timeout);
-            let client = if database == config.carrier() {
-                let heard = self.controller.wake.clone();
-                connect_listening(server, database, PURPOSE, limit, fleet::CHANNEL, heard).await?
-            } else {
-                connect(server, database, PURPOSE, limit).await?
-            };
-            client.batch_execute("set lock_timeout = '3s'; set jit = off").await?;
+            let client = log_in(config, side, database, &self.controller.wake).await?;
             self.clients.insert(key.clone(), client);
         }
         Ok(self.clients.get(&key).expect("it was just put there"))
     }
 
-    async fn look(&mut self, config: &Config, side: Side) -> Known {
-        let key = (side, config.carrier().to_owned());
-        if let Some(client) = self.clients.get(&key).filter(|client| !client.is_closed()) {
-            if let Ok(Ok(row)) = timeout(READ_TIMEOUT, state::read(&**client)).await {
-                return row.map_or(Known::Absent, Known::Row);
+    /// The rows of both carriers, read side by side: one that does not answer is not to keep the other one's clients
+    /// waiting. Connections are kept for the next round.
+    async fn look(&mut self, config: &Config) -> (Known, Known) {
+        let key = |side: Side| (side, config.carrier().to_owned());
+        let (blue, green) = (
+            self.clients.remove(&key(Side::Blue)),
+            self.clients.remove(&key(Side::Green)),
+        );
+        let heard = &self.controller.wake;
+        let ((blue, on_blue), (green, on_green)) = tokio::join!(
+            read(config, Side::Blue, blue, heard),
+            read(config, Side::Green, green, heard)
+        );
+        for (side, client) in [(Side::Blue, on_blue), (Side::Green, on_green)] {
+            if let Some(client) = client {
+                self.clients.insert(key(side), client);
             }
-            self.clients.remove(&key);
         }
-        match recovery::look(config, side, config.carrier()).await.0 {
-            Known::Unreachable(why) => Known::Unreachable(why),
-            known => {
-                // Kept for the next round; failing to is found out then.
-                let _ = self.client(config, side, config.carrier()).await;
-                known
-            }
-        }
+        (blue, green)
     }
 
     async fn round(&mut self) {
         let config = self.controller.config();
-        // One after the other: a second more when one of them is dead matters less than two logins at once.
-        let blue = self.look(&config, Side::Blue).await;
-        let green = self.look(&config, Side::Green).await;
+        let (blue, green) = self.look(&config).await;
         let decision = recovery::decide(&blue, &green);
         if self.said.as_ref() != Some(&decision) {
             tracing::info!(from = ?self.said, to = ?decision, because = ?(&blue, &green), "the rows say");
@@ -207,6 +202,8 @@ impl Guard {
                     });
                     self.upkeep_at = Instant::now();
                 }
+                // What follows may take a while, and nobody waits for it.
+                self.controller.set_phase(Phase::Serving);
                 self.heartbeat(config, *active).await;
                 self.lag(config, *active).await;
                 if call.is_some() {
@@ -247,7 +244,10 @@ impl Guard {
                 Ok(Phase::Recovering)
             }
             Decision::Forward { source, attempt } => {
-                gate.hold();
+                // Clients that are there already don't wait for the old side's word.
+                if gate.upstream().is_none_or(|now| now.epoch <= attempt.epoch) {
+                    gate.hold();
+                }
                 let Some(_lock) = self.lock(config, blue, green).await? else {
                     return Ok(Phase::Recovering);
                 };
@@ -387,6 +387,22 @@ impl Guard {
                 return;
             }
         };
+        match self.in_step(config, active, epoch).await {
+            Ok(true) => {}
+            Ok(false) => match recovery::follow(config, active, epoch).await {
+                Ok(did) => did
+                    .iter()
+                    .for_each(|did| tracing::info!(did, because = "the carrier's row says so", "repaired")),
+                Err(error) => {
+                    tracing::warn!(%error, "the other databases could not be brought in step");
+                    return;
+                }
+            },
+            Err(error) => {
+                tracing::debug!(%error, "no upkeep");
+                return;
+            }
+        }
         for database in &config.databases {
             match links::repair(config, database, active, epoch).await {
                 Ok(did) => did
@@ -399,6 +415,22 @@ impl Guard {
             }
         }
         drop(lock);
+    }
+
+    /// True if the rows of the other databases, on both sides, say what the carrier's do. A controller may have died
+    /// between one database and the next while this one never had to hold anybody.
+    async fn in_step(&mut self, config: &Config, active: Side, epoch: u64) -> Result<bool, RecoveryError> {
+        for database in &config.databases[1..] {
+            for (side, state) in [(active, State::Active), (active.other(), State::Standby)] {
+                let client = self.client(config, side, database).await?;
+                let read = timeout(READ_TIMEOUT, state::read(&**client));
+                match read.await.map_err(|_| no_answer(side))?? {
+                    Some(row) if row.state != state || row.epoch != epoch => return Ok(false),
+                    _ => {}
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// How far the standby is behind. What can't be read leaves the last reading as it is, with its time.
@@ -443,6 +475,52 @@ impl Guard {
             tracing::info!(side = %standby, database, changed, because = "it is standby", "armed");
         }
         Ok(())
+    }
+}
+
+/// In the carrier it hears what other sidecars tell.
+async fn log_in(config: &Config, side: Side, database: &str, heard: &Arc<Notify>) -> Result<Client, RecoveryError> {
+    let (server, limit) = (config.server(side), config.limits.server_connect_timeout);
+    let client = if database == config.carrier() {
+        connect_listening(server, database, PURPOSE, limit, fleet::CHANNEL, heard.clone()).await?
+    } else {
+        connect(server, database, PURPOSE, limit).await?
+    };
+    // What is written here (heartbeats, disarming) need not wait for a synchronous standby: one that does not answer would
+    // leave a session behind with every round.
+    let settings = "set lock_timeout = '3s'; set jit = off; set synchronous_commit = local";
+    match timeout(READ_TIMEOUT, client.batch_execute(settings)).await {
+        Ok(set) => set?,
+        Err(_) => return Err(no_answer(side)),
+    }
+    Ok(client)
+}
+
+fn no_answer(side: Side) -> RecoveryError {
+    RecoveryError::NoAnswer {
+        side,
+        doing: "reading the state row",
+        after: READ_TIMEOUT,
+    }
+}
+
+/// Reads the carrier's row over the connection that is there, or a new one; the connection that works.
+async fn read(config: &Config, side: Side, client: Option<Client>, heard: &Arc<Notify>) -> (Known, Option<Client>) {
+    if let Some(client) = client.filter(|client| !client.is_closed())
+        && let Ok(Ok(row)) = timeout(READ_TIMEOUT, state::read(&*client)).await
+    {
+        return (recovery::known(side, row), Some(client));
+    }
+    let again = async {
+        let client = log_in(config, side, config.carrier(), heard).await?;
+        match timeout(READ_TIMEOUT, state::read(&*client)).await {
+            Ok(row) => Ok((recovery::known(side, row?), client)),
+            Err(_) => Err(no_answer(side)),
+        }
+    };
+    match again.await {
+        Ok((known, client)) => (known, Some(client)),
+        Err(error) => (recovery::unread(&error), None),
     }
 }
 

@@ -682,20 +682,41 @@ async fn move_slot(on: &Client, slot: &str, expected: impl Fn(&Row) -> bool) -> 
 /// Switches a link off from its target's side (which is standby): disables the subscription, ends its workers and waits
 /// until they are gone (2 to 8 ms; left to themselves they take 200). `target` is a session with a replication origin.
 pub async fn forward_off(target: &mut Client, subscription: &str, expect: &Expect) -> Result<(), LinkError> {
-    set_enabled(target, subscription, false, expect).await?;
+    set_enabled(target, subscription, false, expect, u64::MAX).await?;
     end_workers(target, subscription).await
 }
 
 /// Switches a subscription on. Idempotent. On a standby side `subscriber` is a session with a replication origin.
 pub async fn enable(subscriber: &mut Client, subscription: &str, expect: &Expect) -> Result<(), LinkError> {
-    set_enabled(subscriber, subscription, true, expect).await
+    set_enabled(subscriber, subscription, true, expect, u64::MAX).await
 }
 
-async fn set_enabled(on: &mut Client, name: &str, enabled: bool, expect: &Expect) -> Result<(), LinkError> {
+/// As [`enable`], by somebody who knows of attempts up to `attempt`. A later one notes itself on its target before it
+/// switches the forward link off (its sequences do), at the same epoch and with the side still standby: whoever wakes up
+/// then must not switch the link on again, because after that attempt's pivot both would be on, and a loop.
+pub async fn enable_as_of(
+    subscriber: &mut Client,
+    subscription: &str,
+    expect: &Expect,
+    attempt: u64,
+) -> Result<(), LinkError> {
+    set_enabled(subscriber, subscription, true, expect, attempt).await
+}
+
+async fn set_enabled(
+    on: &mut Client,
+    name: &str,
+    enabled: bool,
+    expect: &Expect,
+    attempt: u64,
+) -> Result<(), LinkError> {
     let word = if enabled { "ENABLE" } else { "DISABLE" };
     let doing = move || format!("ALTER SUBSCRIPTION {name} {word}");
     let txn = on.transaction().await.map_err(sql(doing()))?;
-    state::lock(&txn, expect).await?;
+    let row = state::lock(&txn, expect).await?;
+    if row.attempt > attempt {
+        return Err(StateError::Superseded { found: Some(row) }.into());
+    }
     match subscription(&txn, name).await? {
         None => return Err(LinkError::Missing(format!("subscription {name}"))),
         Some(subscription) if subscription.enabled == enabled => {}
@@ -856,9 +877,10 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         return cut_off(&mut on_active, database, active, epoch).await;
     }
     let reading = connect(config.server(standby), database, PURPOSE, limit).await?;
+    let mut attempt = 0;
     for (client, expected) in [(&on_active, State::Active), (&reading, State::Standby)] {
         match state::read(&**client).await? {
-            Some(row) if row.state == expected && row.epoch == epoch => {}
+            Some(row) if row.state == expected && row.epoch == epoch => attempt = row.attempt.max(attempt),
             found => return Err(StateError::Superseded { found }.into()),
         }
     }
@@ -878,7 +900,7 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
 
     if subscription(&*reading, &forward).await?.is_some_and(|s| !s.enabled) {
         let mut on_standby = connect_with_origin(config.server(standby), database, PURPOSE, limit).await?;
-        enable(&mut on_standby, &forward, &expect_standby).await?;
+        enable_as_of(&mut on_standby, &forward, &expect_standby, attempt).await?;
         did.push(format!("{database}: enabled {forward} on {standby}"));
     }
     let Some(back) = subscription(&*on_active, &reverse).await? else {
@@ -886,12 +908,12 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
     };
     match (regime, back.enabled) {
         (Regime::OriginFilter, false) => {
-            enable(&mut on_active, &reverse, &expect_active).await?;
+            enable_as_of(&mut on_active, &reverse, &expect_active, attempt).await?;
             did.push(format!("{database}: enabled {reverse} on {active}"));
         }
         // Both on without an origin filter is a loop.
         (Regime::Plain, true) => {
-            set_enabled(&mut on_active, &reverse, false, &expect_active).await?;
+            set_enabled(&mut on_active, &reverse, false, &expect_active, u64::MAX).await?;
             end_workers(&on_active, &reverse).await?;
             did.push(format!("{database}: disabled {reverse} on {active}"));
         }

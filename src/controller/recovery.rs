@@ -12,7 +12,7 @@ use tokio_postgres::error::SqlState;
 
 use super::fence::{self, FenceError};
 use super::fleet::FleetError;
-use super::links::{self, LinkError, Regime};
+use super::links::{self, LinkError};
 use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
 use crate::config::{Config, Server};
 use crate::pg::connect::describe;
@@ -266,6 +266,33 @@ async fn answer<T, E: Into<RecoveryError>>(
     }
 }
 
+/// What a row that was read says. A side that says it is the other one is not believed: with the two URLs changed about,
+/// everything would be done to the wrong server.
+pub(super) fn known(side: Side, row: Option<Row>) -> Known {
+    match row {
+        None => Known::Absent,
+        Some(row) if row.side == side => Known::Row(row),
+        Some(row) => Known::Unreachable(format!(
+            "the server configured as {side} says that it is {}: [blue] and [green] have changed places in the configuration, \
+             or both lead to the same server",
+            row.side
+        )),
+    }
+}
+
+/// What it means that a row could not be read.
+pub(super) fn unread(error: &RecoveryError) -> Known {
+    match error {
+        // The database itself may not exist on green before `replication start`.
+        RecoveryError::Connect(ConnectError::Login { source, .. })
+            if source.code() == Some(&SqlState::INVALID_CATALOG_NAME) =>
+        {
+            Known::Absent
+        }
+        error => Known::Unreachable(error.to_string()),
+    }
+}
+
 /// Reads one side's row of one database, and for how long it has stood as it is, in seconds.
 pub async fn look(config: &Config, side: Side, database: &str) -> (Known, Option<f64>) {
     let read = async {
@@ -281,20 +308,13 @@ pub async fn look(config: &Config, side: Side, database: &str) -> (Known, Option
         Ok::<_, RecoveryError>((row, age))
     };
     match read.await {
-        Ok((Some(row), age)) => (Known::Row(row), age),
-        Ok((None, _)) => (Known::Absent, None),
-        // The database itself may not exist on green before `replication start`.
-        Err(RecoveryError::Connect(ConnectError::Login { source, .. }))
-            if source.code() == Some(&SqlState::INVALID_CATALOG_NAME) =>
-        {
-            (Known::Absent, None)
-        }
-        Err(error) => (Known::Unreachable(error.to_string()), None),
+        Ok((row, age)) => (known(side, row), age),
+        Err(error) => (unread(&error), None),
     }
 }
 
 /// One connection to each carrier with an advisory lock: keeps two operators, or two that recover, from getting in each
-/// other's way. Never what safety rests on: a holder that has fallen asleep (it says something every second) loses it.
+/// other's way. Never what safety rests on: a holder that has fallen asleep (it says something twice a second) loses it.
 pub struct OperatorLock {
     awake: Vec<tokio::task::JoinHandle<()>>,
 }
@@ -349,7 +369,7 @@ impl OperatorLock {
             }
             lock.awake.push(tokio::spawn(async move {
                 while client.batch_execute("select 1").await.is_ok() {
-                    sleep(Duration::from_secs(1)).await;
+                    sleep(Duration::from_millis(500)).await;
                 }
             }));
         }
@@ -384,8 +404,8 @@ pub async fn burn(config: &Config, target: Side, attempt: Attempt) -> Result<Bur
     Ok(if burnt.await? { Burnt::Yes } else { Burnt::No })
 }
 
-/// Takes an attempt back: the carrier's compare-and-set decides, then the other databases, then the links. The gate and
-/// disarming are left to the caller.
+/// Takes an attempt back: the carrier's compare-and-set decides, then the other databases. Asks nothing of the target,
+/// which may be what is in the way. The gate, links and disarming are left to the caller.
 pub async fn unwind_source(
     config: &Config,
     source: Side,
@@ -412,39 +432,30 @@ pub async fn unwind_source(
             }))
         }
     }))
-    .await?;
-    forward_on(config, source, attempt.epoch).await
+    .await
+    .map(drop)
 }
 
-/// Without origin filtering: the link towards the standby on again.
-async fn forward_on(config: &Config, source: Side, epoch: u64) -> Result<(), RecoveryError> {
+/// Without origin filtering, after unwinding: the link towards the standby on again. Nobody waits for it: what can't be
+/// done now the guard does later.
+pub async fn forward_on(config: &Config, source: Side, attempt: Attempt) {
     let target = source.other();
-    for database in &config.databases {
-        // An unreachable target is no reason to hold anybody: the guard mends its link when it is back.
+    let each = config.databases.iter().map(|database| async move {
         let mended = async {
-            let (one, other) = tokio::try_join!(client(config, source, database), client(config, target, database))?;
             let name = links::slot_name(target, database);
-            let missing = links::subscription(&*other, &name).await?.is_none();
-            if missing || Regime::read(&*one, &*other).await? == Regime::OriginFilter {
-                return Ok::<_, RecoveryError>(());
-            }
             let limit = config.limits.server_connect_timeout;
             let mut origin = connect_with_origin(config.server(target), database, PURPOSE, limit).await?;
-            Ok(links::enable(
-                &mut origin,
-                &name,
-                &Expect {
-                    states: &[State::Standby],
-                    epoch,
-                },
-            )
-            .await?)
+            let expect = Expect {
+                states: &[State::Standby],
+                epoch: attempt.epoch,
+            };
+            Ok::<_, RecoveryError>(links::enable_as_of(&mut origin, &name, &expect, attempt.id).await?)
         };
-        if let Err(error) = mended.await {
+        if let Err(error) = answer(target, "switching the link on again", mended).await {
             tracing::warn!(database, %error, "the link towards {target} is not on yet; the guard goes on trying");
         }
-    }
-    Ok(())
+    });
+    futures_util::future::join_all(each).await;
 }
 
 /// Notes it in the history; failing to is no reason to stop.
@@ -522,41 +533,72 @@ pub async fn demote(config: &Config, stale: Side, epoch: u64) -> Result<(), Reco
     .map(drop)
 }
 
-/// Makes the rows of the other databases follow the carrier's: `active` is active at `epoch`, in attempt `attempt`.
-/// Returns what it changed.
+/// Makes the rows of the other databases follow the carrier's: `active` is active at `epoch`. Returns what it changed.
+///
+/// The other side may be out of reach: its fences went up before the carrier's pivot, and stay.
 pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<String>, RecoveryError> {
+    if config.databases.len() == 1 {
+        return Ok(Vec::new());
+    }
     let words = go_to(config, active);
+    let carrier = client(config, active, config.carrier()).await?;
+    // What is unwound is bounded by the attempts that the carrier had seen when it was active: a flip that begins after
+    // this reading fences the carrier first, under a higher id.
+    let attempt = match answer(active, "reading the state row", state::read(&*carrier)).await? {
+        Some(row) if row.state == State::Active && row.epoch == epoch => row.attempt,
+        found => return Err(StateError::Superseded { found }.into()),
+    };
     let changes = try_join_all(config.databases[1..].iter().map(|database| {
         let words = &words;
         async move {
-            let (here, there) = tokio::try_join!(
+            let (here, there) = tokio::join!(
                 client(config, active, database),
                 client(config, active.other(), database)
-            )?;
-            let (Some(now), Some(old)) = (state::read(&*here).await?, state::read(&*there).await?) else {
+            );
+            let here = here?;
+            let Some(now) = answer(active, "reading the state row", state::read(&*here)).await? else {
                 return Ok(Vec::new());
             };
+            let there = match there {
+                Ok(there) => match answer(active.other(), "reading the state row", state::read(&*there)).await {
+                    Ok(Some(old)) => Some((there, old)),
+                    Ok(None) => return Ok(Vec::new()),
+                    Err(error) => {
+                        tracing::warn!(%error, database, "the rows of {} follow when it can be read", active.other());
+                        None
+                    }
+                },
+                Err(error) => {
+                    tracing::warn!(%error, database, "the rows of {} follow when it is back", active.other());
+                    None
+                }
+            };
             let mut did = Vec::new();
-            // The fence of the old side was up before the carrier's pivot; if it is not, it goes up before this one.
-            if old.epoch < epoch && old.state == State::Active {
-                let mut there = client(config, active.other(), database).await?;
-                fence::prepare(&there).await?;
-                fence::arm(&there, &fence::Limits::from(&config.flip)).await?;
-                state::demote(&mut there, epoch, words, ROW_LOCK_TIMEOUT).await?;
+            let (mut there, mut old) = there.map_or((None, None), |(there, old)| (Some(there), Some(old)));
+            // The fence of the old side was up before the carrier's pivot; if it is not (the flip was forced), it goes up
+            // before this one.
+            if let (Some(there), Some(old)) = (&mut there, &mut old)
+                && old.epoch < epoch
+                && old.state == State::Active
+            {
+                fence::prepare(there).await?;
+                fence::arm(there, &fence::Limits::from(&config.flip)).await?;
+                state::demote(there, epoch, words, ROW_LOCK_TIMEOUT).await?;
                 did.push(format!("{database}: {} demoted", old.side));
+                (old.epoch, old.state) = (epoch, State::Standby);
             }
             match now.state {
                 State::Standby if now.epoch + 1 == epoch => {
                     let attempt = Attempt {
                         epoch: now.epoch,
-                        id: now.burnt.max(now.attempt).max(old.attempt) + 1,
+                        id: attempt.max(now.burnt + 1),
                     };
                     if answer(active, "following the carrier", state::pivot(&*here, attempt)).await? {
                         did.push(format!("{database}: {active} active at epoch {epoch}"));
                     }
                 }
                 State::Fenced | State::Committing if now.epoch == epoch => {
-                    let attempt = Attempt { epoch, id: now.attempt };
+                    let attempt = Attempt { epoch, id: attempt };
                     if answer(
                         active,
                         "following the carrier",
@@ -570,10 +612,13 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
                 State::Active if now.epoch == epoch => {}
                 _ => {
                     return Err(RecoveryError::InDoubt(format!(
-                        "database {database}: {now}, {old}; the carrier says {active} is active at epoch {epoch}"
+                        "database {database}: {now}; the carrier says {active} is active at epoch {epoch}"
                     )));
                 }
             }
+            let (Some(mut there), Some(old)) = (there, old) else {
+                return Ok(did);
+            };
             if old.epoch + 1 == epoch && matches!(old.state, State::Fenced | State::Committing) {
                 let attempt = Attempt {
                     epoch: old.epoch,
@@ -584,7 +629,6 @@ pub async fn follow(config: &Config, active: Side, epoch: u64) -> Result<Vec<Str
                 }
             }
             if old.epoch < epoch && old.state == State::Standby {
-                let mut there = client(config, active.other(), database).await?;
                 state::demote(&mut there, epoch, words, ROW_LOCK_TIMEOUT).await?;
                 did.push(format!("{database}: {} standby at epoch {epoch}", old.side));
             }

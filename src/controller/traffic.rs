@@ -9,9 +9,6 @@ use tokio::time::sleep;
 use crate::config::Config;
 use crate::pg::{ConnectError, Purpose, Side, connect};
 
-/// How long commits are counted.
-pub const SPAN: Duration = Duration::from_secs(2);
-
 /// What was seen. What could not be read is `None`, never 0.
 #[derive(Clone, Debug, Serialize)]
 pub struct Traffic {
