@@ -104,7 +104,7 @@ async fn pair(blue: u32, green: u32) -> Pair {
 
 impl Pair {
     async fn start(&self) -> Result<Value, Failure> {
-        replication::start(self.config.clone(), Operation::new(Kind::ReplicationStart)).await
+        replication::start(self.config.clone(), Operation::new(Kind::ReplicationStart), 0).await
     }
 
     async fn stop(&self) -> Result<Value, Failure> {
@@ -245,7 +245,7 @@ async fn cut_off(pair: &Pair, phase: &str) {
     let began = Instant::now();
     loop {
         let op = Operation::new(Kind::ReplicationStart);
-        let running = tokio::spawn(replication::start(pair.config.clone(), op.clone()));
+        let running = tokio::spawn(replication::start(pair.config.clone(), op.clone(), 0));
         let mut changed = op.watch();
         while !running.is_finished() {
             if op
@@ -490,7 +490,7 @@ async fn a_slot_that_waits_says_for_whom_and_goes_on_when_they_have_ended() {
         .await
         .unwrap();
     let op = Operation::new(Kind::ReplicationStart);
-    let running = tokio::spawn(replication::start(pair.config.clone(), op.clone()));
+    let running = tokio::spawn(replication::start(pair.config.clone(), op.clone(), 0));
     let began = Instant::now();
     while !op
         .events_from(0)

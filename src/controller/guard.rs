@@ -12,16 +12,14 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::Controller;
-use super::fence;
 use super::fleet::{self, Call};
 use super::flip;
 use super::links;
 use super::marker;
 use super::recovery::{self, Burnt, Decision, Known, OperatorLock, RecoveryError};
-use super::state::{self, Expect, Row, State, Unwinding};
+use super::state::{self, Row, Unwinding};
 use crate::config::Config;
 use crate::pg::connect::connect_listening;
-use crate::pg::origin::connect_with_origin;
 use crate::pg::{Client, Purpose, Side, connect};
 use crate::proxy::gate::Upstream;
 
@@ -158,6 +156,23 @@ impl Guard {
         let gate = self.controller.gate.clone();
         match decision {
             Decision::Fresh => {
+                let read = matches!((blue, green), (Known::Absent, Known::Absent));
+                match gate.upstream() {
+                    // `replication stop` took the rows away: a new migration begins from the beginning.
+                    Some(Upstream {
+                        side: Side::Blue,
+                        epoch,
+                    }) if epoch > 0 && read => {
+                        self.controller.inner.lock().ended_epoch = epoch;
+                        gate.begin_anew();
+                    }
+                    Some(Upstream { side, epoch }) if epoch > 0 => {
+                        return Ok(Phase::Unknown(format!(
+                            "{side} was active at epoch {epoch}, and now no side has schema pgflip: clients go on there"
+                        )));
+                    }
+                    _ => {}
+                }
                 self.serve(Upstream {
                     side: Side::Blue,
                     epoch: 0,
@@ -211,7 +226,9 @@ impl Guard {
                 }
                 if Instant::now() >= self.upkeep_at {
                     self.upkeep_at = Instant::now() + UPKEEP;
-                    self.upkeep(config, *active, *epoch, blue, green).await;
+                    if let (Known::Row(_), Known::Row(_)) = (blue, green) {
+                        self.controller.look_after(config, *active, *epoch);
+                    }
                 }
                 Ok(Phase::Serving)
             }
@@ -266,8 +283,8 @@ impl Guard {
                 };
                 recovery::demote(config, *stale, *epoch).await?;
                 self.controller.warn_once(format!(
-                    "{stale} slept through a flip to {active}: what only it had is not there, and the link to it has to be rebuilt \
-                     (`pgflip replication stop`, then `replication start`)"
+                    "{stale} was given up when {active} became active, and is back: what only it had is lost. It takes no writes; \
+                     `pgflip replication start` copies {active} to it"
                 ));
                 self.again();
                 Ok(Phase::Recovering)
@@ -359,80 +376,6 @@ impl Guard {
         }
     }
 
-    /// Links, arming and disarming. Nothing here is urgent, and every act is conditional on the rows.
-    async fn upkeep(&mut self, config: &Arc<Config>, active: Side, epoch: u64, blue: &Known, green: &Known) {
-        let (Known::Row(_), Known::Row(_)) = (blue, green) else {
-            return;
-        };
-        // Hundreds of sidecars would be in each other's way, and in a flip's.
-        let me = self.controller.me.clone();
-        let first = match self.client(config, active, config.carrier()).await {
-            Ok(client) => fleet::first(client, &me).await.map_err(RecoveryError::from),
-            Err(error) => Err(error),
-        };
-        match first {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(error) => {
-                tracing::debug!(%error, "no upkeep");
-                return;
-            }
-        }
-        // Somebody else's flip arms the active side and turns links: not now.
-        let lock = match self.lock(config, blue, green).await {
-            Ok(Some(lock)) => lock,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::debug!(%error, "no upkeep");
-                return;
-            }
-        };
-        match self.in_step(config, active, epoch).await {
-            Ok(true) => {}
-            Ok(false) => match recovery::follow(config, active, epoch).await {
-                Ok(did) => did
-                    .iter()
-                    .for_each(|did| tracing::info!(did, because = "the carrier's row says so", "repaired")),
-                Err(error) => {
-                    tracing::warn!(%error, "the other databases could not be brought in step");
-                    return;
-                }
-            },
-            Err(error) => {
-                tracing::debug!(%error, "no upkeep");
-                return;
-            }
-        }
-        for database in &config.databases {
-            match links::repair(config, database, active, epoch).await {
-                Ok(did) => did
-                    .iter()
-                    .for_each(|did| tracing::info!(did, because = "the state rows say so", "repaired")),
-                Err(error) => tracing::warn!(database, %error, "links could not be looked after"),
-            }
-            if let Err(error) = self.arming(config, database, active, epoch).await {
-                tracing::warn!(database, %error, "the fence could not be looked after");
-            }
-        }
-        drop(lock);
-    }
-
-    /// True if the rows of the other databases, on both sides, say what the carrier's do. A controller may have died
-    /// between one database and the next while this one never had to hold anybody.
-    async fn in_step(&mut self, config: &Config, active: Side, epoch: u64) -> Result<bool, RecoveryError> {
-        for database in &config.databases[1..] {
-            for (side, state) in [(active, State::Active), (active.other(), State::Standby)] {
-                let client = self.client(config, side, database).await?;
-                let read = timeout(READ_TIMEOUT, state::read(&**client));
-                match read.await.map_err(|_| no_answer(side))?? {
-                    Some(row) if row.state != state || row.epoch != epoch => return Ok(false),
-                    _ => {}
-                }
-            }
-        }
-        Ok(true)
-    }
-
     /// How far the standby is behind. What can't be read leaves the last reading as it is, with its time.
     async fn lag(&mut self, config: &Config, active: Side) {
         let mut bytes = 0;
@@ -453,28 +396,6 @@ impl Guard {
             bytes,
             at: jiff::Timestamp::now(),
         });
-    }
-
-    async fn arming(&mut self, config: &Config, database: &str, active: Side, epoch: u64) -> Result<(), RecoveryError> {
-        let limits = fence::Limits::from(&config.flip);
-        let here = fence::digest(self.client(config, active, database).await?).await?;
-        if here.armed > 0 {
-            let changed = fence::disarm_within(self.client(config, active, database).await?, epoch, &limits).await?;
-            tracing::info!(side = %active, database, changed, because = "it is active and no flip is under way", "disarmed");
-        }
-        let standby = active.other();
-        let there = fence::digest(self.client(config, standby, database).await?).await?;
-        if !there.all_armed() {
-            let limit = config.limits.server_connect_timeout;
-            let origin = connect_with_origin(config.server(standby), database, PURPOSE, limit).await?;
-            let expect = Expect {
-                states: &[State::Standby],
-                epoch,
-            };
-            let changed = fence::arm_as(&origin, expect, &limits).await?;
-            tracing::info!(side = %standby, database, changed, because = "it is standby", "armed");
-        }
-        Ok(())
     }
 }
 

@@ -22,6 +22,7 @@ pub mod sequences;
 pub mod state;
 pub mod steps;
 pub mod traffic;
+mod upkeep;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -123,6 +124,8 @@ pub struct Controller {
     acting: tokio::sync::Mutex<()>,
     /// Wakes the guard before its time: when something has ended here, or another sidecar tells.
     wake: Arc<Notify>,
+    /// What is looked after beside the guard, if it is under way.
+    upkeep: Mutex<Option<tokio::task::JoinHandle<()>>>,
     /// This one among the sidecars before the same servers.
     me: Arc<fleet::Me>,
 }
@@ -138,6 +141,8 @@ struct Inner {
     blue: Known,
     green: Known,
     guard: Option<tokio::task::JoinHandle<()>>,
+    /// At which the last migration that was seen here ended: `replication stop`.
+    ended_epoch: u64,
     leaving: bool,
 }
 
@@ -160,10 +165,12 @@ impl Controller {
                 blue: unread(),
                 green: unread(),
                 guard: None,
+                ended_epoch: 0,
                 leaving: false,
             }),
             acting: tokio::sync::Mutex::new(()),
             wake: Arc::new(Notify::new()),
+            upkeep: Mutex::new(None),
             me,
         });
         let guard = tokio::spawn(Guard::new(controller.clone()).run());
@@ -276,8 +283,27 @@ impl Controller {
         Ok(operation)
     }
 
+    /// Has links and arming looked after, unless that is under way still.
+    fn look_after(&self, config: &Arc<Config>, active: Side, epoch: u64) {
+        let mut upkeep = self.upkeep.lock();
+        if upkeep.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
+            *upkeep = Some(tokio::spawn(upkeep::run(
+                config.clone(),
+                self.me.clone(),
+                active,
+                epoch,
+            )));
+        }
+    }
+
     async fn run(self: Arc<Self>, operation: Operation, request: Request) -> (Outcome, Value) {
         let _acting = self.acting.lock().await;
+        // Only the guard begins it, and that stands still now.
+        let upkeep = self.upkeep.lock().take();
+        if let Some(upkeep) = upkeep {
+            upkeep.abort();
+            let _ = upkeep.await;
+        }
         let config = self.config();
         match request {
             Request::Flip(flip) => {
@@ -300,7 +326,12 @@ impl Controller {
                 }
                 (ended.status, ended.result)
             }
-            Request::ReplicationStart => ended(replication::start(config, operation).await),
+            Request::ReplicationStart => {
+                // A new migration goes on counting, so that no sidecar that missed the end of the last one is ahead of it.
+                let seen = self.gate.upstream().map_or(0, |upstream| upstream.epoch);
+                let seen = seen.max(self.inner.lock().ended_epoch);
+                ended(replication::start(config, operation, seen).await)
+            }
             Request::ReplicationStop => ended(replication::stop(config, operation).await),
             Request::Finalize => ended(replication::finalize(config, operation).await),
         }
@@ -326,7 +357,8 @@ impl Controller {
             (Phase::InDoubt(why), _) => Err(format!("in doubt: {why}")),
             (Phase::Starting, _) | (_, None) => Err("it is not known yet which side is active".into()),
             // While held clients wait, and are served in a moment.
-            (Phase::Serving | Phase::Recovering | Phase::Unknown(_), Some(_)) => Ok(()),
+            (Phase::Serving | Phase::Recovering, Some(_)) => Ok(()),
+            (Phase::Unknown(why), Some(_)) => Err(format!("the active side can't be read: {why}")),
         }
     }
 
@@ -348,6 +380,9 @@ impl Controller {
         }
         if let Some(guard) = guard {
             guard.abort();
+        }
+        if let Some(upkeep) = self.upkeep.lock().take() {
+            upkeep.abort();
         }
     }
 
@@ -441,8 +476,12 @@ fn replication_state(status: &Value) -> &'static str {
     if unread {
         return "unknown";
     }
-    if forward.iter().all(|link| link["enabled"].is_null()) {
+    if links.iter().all(|link| link["enabled"].is_null()) {
         return "none";
+    }
+    // Nobody is active while a flip is under way, or in doubt.
+    if forward.len() != databases.len() {
+        return "unknown";
     }
     let unready = |link: &&Value| {
         ["waiting", "copying", "catching_up"]

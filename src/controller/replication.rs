@@ -173,8 +173,8 @@ async fn alone(config: &Config, active: Side) -> Result<OperatorLock, Failure> {
 }
 
 /// Brings the standby to life as a copy of the active side and both links into place. May be run again after any
-/// failure, and whenever tables or roles were added.
-pub async fn start(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
+/// failure, and whenever tables or roles were added. A first start's epoch comes after `seen`.
+pub async fn start(config: Arc<Config>, op: Operation, seen: u64) -> Result<Value, Failure> {
     op.event(
         "preflight",
         "started",
@@ -201,7 +201,7 @@ pub async fn start(config: Arc<Config>, op: Operation) -> Result<Value, Failure>
         json!({"findings": findings}),
     );
 
-    let (source, epoch) = who_is_active(&config).await?.unwrap_or((Side::Blue, 1));
+    let (source, epoch) = who_is_active(&config).await?.unwrap_or((Side::Blue, seen + 1));
     let _lock = alone(&config, source).await?;
     let run = Run {
         config,

@@ -549,6 +549,13 @@ impl Gate {
         }
     }
 
+    /// Counts from 0 again, on the side where clients are: nothing of what epochs count is left in the databases.
+    pub fn begin_anew(&self) {
+        if let Some(upstream) = &mut self.inner.lock().orders.upstream {
+            upstream.epoch = 0;
+        }
+    }
+
     /// Waits until no session is left on another side than the upstream's, or the deadline. To be called after
     /// [`Gate::release`]; idle sessions are moved in the background. May be cancelled.
     pub async fn settled(&self, deadline: Instant) -> Moved {
