@@ -3,12 +3,15 @@
 
 mod asleep;
 mod attacked;
+mod commit_hangs;
 mod common;
 mod drivers;
 mod flip_parts;
 mod killed;
 mod replication_pairs;
 mod sabotage;
+mod servers_killed;
 mod stragglers;
 mod surface_cli;
 mod there_and_back;
+mod two_controllers;
