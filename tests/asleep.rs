@@ -8,7 +8,7 @@ use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
 use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
 
-async fn asleep_after_every_step(blue: u32, green: u32) {
+async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {
     let shape = Shape {
         tables: 4,
         rows: 20,
@@ -24,11 +24,6 @@ async fn asleep_after_every_step(blue: u32, green: u32) {
         ..Load::default()
     };
     let ledger = Ledger::start(rig.app(), rig.others[awake].port(), &load);
-    let steps = REVERSIBLE
-        .iter()
-        .map(|step| step.name())
-        .chain([PIVOT])
-        .chain(FORWARD.iter().map(|step| step.name()));
     for step in steps {
         let source = rig.serving().await;
         let direction = if source == Side::Blue { "cutover" } else { "rollback" };
@@ -77,7 +72,42 @@ async fn asleep_after_every_step(blue: u32, green: u32) {
     }
 }
 
+/// Before anybody is held, in the window, after it: tests of their own, which run side by side.
+fn names(steps: std::ops::Range<usize>) -> Vec<&'static str> {
+    REVERSIBLE[steps].iter().map(|step| step.name()).collect()
+}
+
+fn forward() -> Vec<&'static str> {
+    [PIVOT]
+        .into_iter()
+        .chain(FORWARD.iter().map(|step| step.name()))
+        .collect()
+}
+
+/// Where `hold` and `catch_up` stand in the list.
+const PARTS: [usize; 2] = [4, 9];
+
 #[tokio::test]
-async fn a_controller_that_wakes_up_late_does_no_harm() {
-    asleep_after_every_step(16, 18).await;
+async fn a_controller_that_falls_asleep_before_it_holds_anybody_and_wakes_up_late_does_no_harm() {
+    asleep_after(16, 18, &names(0..PARTS[0])).await;
+}
+
+#[tokio::test]
+async fn a_controller_that_falls_asleep_around_the_fence_and_wakes_up_late_does_no_harm() {
+    asleep_after(16, 18, &names(PARTS[0]..PARTS[1])).await;
+}
+
+#[tokio::test]
+async fn a_controller_that_falls_asleep_before_the_pivot_and_wakes_up_late_does_no_harm() {
+    asleep_after(16, 18, &names(PARTS[1]..REVERSIBLE.len())).await;
+}
+
+#[tokio::test]
+async fn a_controller_that_falls_asleep_after_the_pivot_and_wakes_up_late_does_no_harm() {
+    asleep_after(16, 18, &forward()).await;
+}
+
+#[tokio::test]
+async fn a_controller_that_falls_asleep_in_the_window_and_wakes_up_late_does_no_harm_without_origin_filtering() {
+    asleep_after(15, 17, &["fence", "sequences", "links", "committing", PIVOT, "release"]).await;
 }

@@ -3,25 +3,18 @@
 
 use std::time::Duration;
 
-use crate::common::{LIMIT, Rig};
+use crate::common::{LIMIT, Rig, direction};
 use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
-use pgflip::demo::ledger::{Load, Shape};
+use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
 
-/// All steps in order, with whether the flip has happened once the step is over.
-fn steps() -> Vec<(&'static str, bool)> {
-    let before = REVERSIBLE.iter().map(|step| (step.name(), false));
-    let after = FORWARD.iter().map(|step| (step.name(), true));
-    before.chain([(PIVOT, true)]).chain(after).collect()
-}
-
-async fn killed_after_every_step(blue: u32, green: u32, databases: usize) {
+async fn start(blue: u32, green: u32, databases: usize) -> (Rig, Vec<Ledger>) {
     let shape = Shape {
         tables: 4,
         rows: 20,
         accounts: 200,
     };
-    let mut rig = Rig::new(blue, green).databases(databases).shape(shape).start().await;
+    let rig = Rig::new(blue, green).databases(databases).shape(shape).start().await;
     rig.replicate().await;
     let load = Load {
         clients: 6,
@@ -29,41 +22,30 @@ async fn killed_after_every_step(blue: u32, green: u32, databases: usize) {
         ..Load::default()
     };
     let ledgers = rig.ledgers(&load);
-    for (step, flipped) in steps() {
-        for source in Side::BOTH {
-            if rig.serving().await != source {
-                rig.flip_from(source.other()).await;
-            }
-            let direction = match source {
-                Side::Blue => "cutover",
-                Side::Green => "rollback",
-            };
-            let fault = format!("kill-after={direction}:{step}");
-            rig.sidecar.restart(&[("PGFLIP_FAULT", &fault)]).expect("pgflip starts");
-            rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
-            let said = rig.run(&[direction]).await;
-            assert_ne!(
-                said.code,
-                Some(0),
-                "{fault}: it was killed, and the command can't have seen it succeed"
-            );
-            let ended = rig.sidecar.wait(LIMIT);
-            assert!(
-                ended.is_some(),
-                "{fault}: no step of this name was reached: {}{}",
-                said.out,
-                said.err
-            );
-            rig.sidecar.restart(&[]).expect("pgflip starts again");
-            rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
-            let active = if flipped { source.other() } else { source };
-            assert_eq!(rig.serving().await, active, "{fault}");
-            assert_eq!(rig.writable().await, [active], "{fault}");
-            for ledger in &ledgers {
-                assert!(ledger.progress(10, LIMIT).await, "{fault}: clients go on");
-            }
-        }
+    (rig, ledgers)
+}
+
+/// Kills it after one step of the flip from `source`, and starts it again. `active`: where clients have to be then.
+async fn killed_after(rig: &mut Rig, ledgers: &[Ledger], source: Side, step: &str, active: Side) {
+    let direction = direction(source);
+    let fault = format!("kill-after={direction}:{step}");
+    rig.sidecar.restart(&[("PGFLIP_FAULT", &fault)]).expect("pgflip starts");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
+    // The command would wait for pgflip to come back, and say then that it does not know.
+    let mut asked = rig.sidecar.command(&[direction]).spawn().expect("the command starts");
+    rig.killed_itself(&fault).await;
+    let _ = asked.kill();
+    let _ = asked.wait();
+    rig.sidecar.restart(&[]).expect("pgflip starts again");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
+    assert_eq!(rig.serving().await, active, "{fault}");
+    assert_eq!(rig.writable().await, [active], "{fault}");
+    for ledger in ledgers {
+        assert!(ledger.progress(10, LIMIT).await, "{fault}: clients go on");
     }
+}
+
+async fn nothing_is_missing(rig: &Rig, ledgers: Vec<Ledger>) {
     for (n, ledger) in ledgers.into_iter().enumerate() {
         let report = ledger.stop().await;
         for side in Side::BOTH {
@@ -74,12 +56,54 @@ async fn killed_after_every_step(blue: u32, green: u32, databases: usize) {
     }
 }
 
-#[tokio::test]
-async fn nothing_is_lost_when_it_is_killed_after_any_step_with_origin_filtering() {
-    killed_after_every_step(16, 18, 1).await;
+async fn before_the_pivot(blue: u32, green: u32, databases: usize, source: Side) {
+    let (mut rig, ledgers) = start(blue, green, databases).await;
+    if source == Side::Green {
+        rig.cutover().await;
+    }
+    for step in REVERSIBLE {
+        killed_after(&mut rig, &ledgers, source, step.name(), source).await;
+    }
+    rig.flip_from(source).await;
+    nothing_is_missing(&rig, ledgers).await;
+}
+
+async fn from_the_pivot_on(blue: u32, green: u32, databases: usize) {
+    let (mut rig, ledgers) = start(blue, green, databases).await;
+    for step in [PIVOT].into_iter().chain(FORWARD.iter().map(|step| step.name())) {
+        for source in Side::BOTH {
+            killed_after(&mut rig, &ledgers, source, step, source.other()).await;
+        }
+    }
+    nothing_is_missing(&rig, ledgers).await;
 }
 
 #[tokio::test]
-async fn nothing_is_lost_when_it_is_killed_after_any_step_without_origin_filtering() {
-    killed_after_every_step(15, 17, 2).await;
+async fn a_cutover_killed_before_its_pivot_is_undone_with_origin_filtering() {
+    before_the_pivot(16, 18, 1, Side::Blue).await;
+}
+
+#[tokio::test]
+async fn a_rollback_killed_before_its_pivot_is_undone_with_origin_filtering() {
+    before_the_pivot(16, 18, 1, Side::Green).await;
+}
+
+#[tokio::test]
+async fn a_flip_killed_after_its_pivot_is_completed_with_origin_filtering() {
+    from_the_pivot_on(16, 18, 1).await;
+}
+
+#[tokio::test]
+async fn a_cutover_killed_before_its_pivot_is_undone_without_origin_filtering_in_two_databases() {
+    before_the_pivot(15, 17, 2, Side::Blue).await;
+}
+
+#[tokio::test]
+async fn a_rollback_killed_before_its_pivot_is_undone_without_origin_filtering_in_two_databases() {
+    before_the_pivot(15, 17, 2, Side::Green).await;
+}
+
+#[tokio::test]
+async fn a_flip_killed_after_its_pivot_is_completed_without_origin_filtering_in_two_databases() {
+    from_the_pivot_on(15, 17, 2).await;
 }

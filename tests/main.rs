@@ -3,6 +3,7 @@
 
 mod asleep;
 mod attacked;
+mod commit_hangs;
 mod common;
 mod drivers;
 mod fleet;
@@ -11,6 +12,8 @@ mod forced;
 mod killed;
 mod replication_pairs;
 mod sabotage;
+mod servers_killed;
 mod stragglers;
 mod surface_cli;
 mod there_and_back;
+mod two_controllers;

@@ -638,6 +638,13 @@ impl Flip {
 
     async fn settle(&mut self) -> Result<(), Stop> {
         let deadline = Instant::now() + self.config.flip.settle_timeout;
+        // What a flip before this one has left undone, because it died or was in a hurry. The guard would do it, but it
+        // stands still while a flip of this process runs.
+        for database in &self.databases {
+            for did in links::repair(&self.config, &database.name, self.source, self.attempt.epoch).await? {
+                tracing::info!(did, because = "the state rows say so", "repaired");
+            }
+        }
         if self.regime == Regime::Plain {
             for database in &self.databases {
                 let slot = links::slot_name(self.source, &database.name);

@@ -92,7 +92,11 @@ impl Plan {
         setup.pg_bin = Some(cluster::dump_tools(self.versions[0]).expect("pg_dump for tests"));
         setup.databases = apps.iter().map(|app| app.database.clone()).collect();
         setup.top = self.top;
-        setup.sections = self.sections;
+        // How long traffic is watched after a flip is nothing that clients feel, and most of a test's time.
+        setup.sections = match self.sections.contains("[flip]") {
+            true => self.sections.replacen("[flip]", "[flip]\nwatch = \"50ms\"", 1),
+            false => format!("{}[flip]\nwatch = \"50ms\"\n", self.sections),
+        };
         setup.environment = self.environment;
         let mut sidecar = Sidecar::start(setup.clone()).expect("pgflip starts");
         sidecar.ready(LIMIT).await.expect("pgflip is ready");
@@ -104,6 +108,14 @@ impl Plan {
             blue,
             green,
         }
+    }
+}
+
+/// The command that leaves this side.
+pub fn direction(source: Side) -> &'static str {
+    match source {
+        Side::Blue => "cutover",
+        Side::Green => "rollback",
     }
 }
 
@@ -267,6 +279,10 @@ impl Rig {
     /// Waits until pgflip serves, and returns the active side.
     pub async fn serving(&self) -> Side {
         let until = Instant::now() + LIMIT;
+        // This costs next to nothing, status a dozen logins.
+        while !matches!(self.sidecar.get("/readyz").await, Ok((200, _))) && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         loop {
             let last = self.sidecar.get("/v1/status").await;
             if let Ok((200, status)) = &last
@@ -277,7 +293,17 @@ impl Rig {
                 return side;
             }
             assert!(Instant::now() < until, "pgflip does not serve: {last:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            // Not more often: it asks both servers for everything.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Waits until pgflip has ended by itself, as a fault has told it to.
+    pub async fn killed_itself(&mut self, fault: &str) {
+        let until = Instant::now() + LIMIT;
+        while self.sidecar.exited().is_none() {
+            assert!(Instant::now() < until, "{fault}: no step of this name was reached");
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
