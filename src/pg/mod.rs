@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use connect::{Client, ConnectError, Purpose, Stream, connect, dial};
+pub use connect::{Client, ConnectError, Purpose, Stream, connect, dial, dial_again};
 
 /// One of the two servers. Neither name means "old": after a cutover green is active.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -2,10 +2,13 @@
 //! itself speaks on it.
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::time::timeout;
 
 use crate::config::Server;
@@ -74,10 +77,20 @@ impl LoginError {
 
 /// Opens a connection to `server` and logs in. `limit` bounds reaching it and the login, each.
 pub(super) async fn open(server: &Server, login: &Login, limit: Duration) -> Result<ServerConn, LoginError> {
-    let stream = crate::pg::dial(server, limit).await?;
-    timeout(limit, log_in(server, stream, login))
-        .await
-        .map_err(|_| LoginError::Timeout(limit))?
+    let bounded = async |stream| {
+        timeout(limit, log_in(server, stream, login))
+            .await
+            .map_err(|_| LoginError::Timeout(limit))?
+    };
+    let refused = match bounded(crate::pg::dial(server, limit).await?).await {
+        Err(refused @ LoginError::Refused(_)) => refused,
+        done => return done,
+    };
+    match crate::pg::dial_again(server, limit).await {
+        Some(Ok(stream)) => bounded(stream).await,
+        // What the server said on the plain stream tells more than that there is no TLS.
+        Some(Err(_)) | None => Err(refused),
+    }
 }
 
 async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<ServerConn, LoginError> {
@@ -208,6 +221,38 @@ impl ServerConn {
     pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes).await?;
         self.stream.flush().await
+    }
+
+    /// Has the server see the connection used: its `idle_session_timeout` begins anew. What it says beside that, a farewell
+    /// too, is put aside. To be called at the boundary.
+    pub async fn touch(&mut self) -> io::Result<()> {
+        let mut sync = Vec::new();
+        message::put_sync(&mut sync);
+        // A server that has closed may have said why.
+        let sent = self.send(&sync).await;
+        loop {
+            match self.message().await? {
+                (b'Z', _) => return sent,
+                (kind, body) => message::put(&mut self.aside, kind, |to| to.extend_from_slice(&body)),
+            }
+        }
+    }
+
+    /// False if the server has closed the connection, or says that it will. Keeps what it has said. Doesn't wait.
+    pub async fn is_alive(&mut self) -> bool {
+        let open = poll_fn(|cx| {
+            loop {
+                let mut chunk = [0u8; 4096];
+                let mut into = ReadBuf::new(&mut chunk);
+                match Pin::new(&mut self.stream).poll_read(cx, &mut into) {
+                    Poll::Pending => return Poll::Ready(true),
+                    Poll::Ready(Ok(())) if !into.filled().is_empty() => self.buffer.extend_from_slice(into.filled()),
+                    Poll::Ready(_) => return Poll::Ready(false),
+                }
+            }
+        })
+        .await;
+        open && self.buffer.first() != Some(&b'E')
     }
 
     /// What was read and not looked at: begins with a whole message's first byte.

@@ -10,13 +10,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::config::Config;
 use crate::pg::Side;
@@ -31,6 +30,12 @@ use crate::wire::scan::{Replies, Requests, at_boundary};
 
 /// Bytes of a held client that are kept. More stays in its socket.
 const HELD_MAX: usize = 64 << 10;
+/// A server whose limit on idle sessions is not known is asked for it after so long a hold.
+const ASK_IDLE_LIMIT: Duration = Duration::from_secs(1);
+/// Nothing is due.
+const NEVER: Duration = Duration::from_secs(86_400 * 30);
+/// Never different on the other side: pgjdbc drops a connection on which they change.
+const KEPT: [&[u8]; 2] = [b"client_encoding", b"DateStyle"];
 /// How often a held client whose bytes are not read is looked at: it may have gone.
 const FULL_LOOK: Duration = Duration::from_millis(250);
 /// How long a session whose count is uncertain has to be quiet before it is asked.
@@ -40,6 +45,7 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take to read its last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const SCRATCH: usize = 64 << 10;
+const IN_THE_WAY: &str = "It was in the way of a flip, or pgflip was stopping.";
 
 thread_local! {
     /// What a thread reads into. Used within one poll only.
@@ -165,6 +171,22 @@ struct Session {
     answered_hold: u64,
     quiet: Option<Pin<Box<Sleep>>>,
     full: Option<Pin<Box<Sleep>>>,
+    /// Since when the client has waited for an answer to what is held.
+    waiting_since: Option<Instant>,
+    /// While parked: how long the servers let a session be idle.
+    idle: IdleLimit,
+    /// While parked: when the servers are to see the session used, so that they don't end it.
+    touch_at: Option<Instant>,
+    /// The server has closed the connection after the session's state was taken from it.
+    source_gone: bool,
+}
+
+/// `idle_session_timeout`: a session that is held looks idle to its servers.
+#[derive(Clone, Copy)]
+enum IdleLimit {
+    Unknown,
+    None,
+    Some(Duration),
 }
 
 /// Leaves the gate's registry, even when the task is dropped.
@@ -239,6 +261,10 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         answered_hold: 0,
         quiet: None,
         full: None,
+        waiting_since: None,
+        idle: IdleLimit::Unknown,
+        touch_at: None,
+        source_gone: false,
     };
     session.greet();
     let end = session.relay().await;
@@ -271,11 +297,11 @@ async fn first_server(
             return tell(ClientError::shutting_down());
         }
         tokio::select! {
-            () = gone(client, held) => return Err(None),
+            () = gone(client, held, None) => return Err(None),
             bits = signals(shared) => if bits & signal::KILL != 0 {
                 return tell(ClientError::terminated("It was still logging in."));
             },
-            () = tokio::time::sleep_until(deadline) => {
+            () = sleep_until(deadline) => {
                 return tell(ClientError::not_now(env.gate.upstream().is_some()));
             }
         }
@@ -283,7 +309,8 @@ async fn first_server(
     let server = env.config.server(upstream.side);
     let opened = tokio::select! {
         opened = server::open(server, login, limits.server_connect_timeout) => opened,
-        () = gone(client, held) => return Err(None),
+        () = gone(client, held, None) => return Err(None),
+        () = killed(shared) => return tell(ClientError::terminated("It was still logging in.")),
     };
     match opened {
         Ok(conn) => Ok(conn),
@@ -306,8 +333,18 @@ async fn signals(shared: &Shared) -> u8 {
     .await
 }
 
-/// Keeps what the client sends meanwhile; returns when it has gone. May be cancelled.
-async fn gone(client: &mut crate::proxy::client::ClientStream, held: &mut Vec<u8>) {
+/// Returns when the session is to be ended; takes no other signal away. May be cancelled.
+async fn killed(shared: &Shared) {
+    poll_fn(|_| match shared.signals() & signal::KILL {
+        0 => Poll::Pending,
+        _ => Poll::Ready(()),
+    })
+    .await;
+}
+
+/// Keeps what the client sends meanwhile; returns when it has gone. `waiting` learns that it has sent something: a cancel
+/// that comes now is for that. May be cancelled.
+async fn gone(client: &mut crate::proxy::client::ClientStream, held: &mut Vec<u8>, waiting: Option<&Shared>) {
     loop {
         if held.len() >= HELD_MAX {
             if client.read_closed().await {
@@ -318,7 +355,11 @@ async fn gone(client: &mut crate::proxy::client::ClientStream, held: &mut Vec<u8
         }
         held.reserve(8192);
         match client.read_buf(held).await {
-            Ok(n) if n > 0 => {}
+            Ok(n) if n > 0 => {
+                if let Some(shared) = waiting {
+                    shared.set_waiting(true);
+                }
+            }
             _ => return,
         }
     }
@@ -365,8 +406,7 @@ impl Session {
     async fn relay_to_end(&mut self) -> Result<std::convert::Infallible, End> {
         // The first boundary.
         self.phase = Phase::Boundary;
-        self.env.gate.at_boundary(&self.shared);
-        self.env.gate.notify();
+        self.env.gate.arrived(&self.shared);
         self.on_signals(signal::LOOK).await?;
         loop {
             match poll_fn(|cx| self.poll_relay(cx)).await {
@@ -394,6 +434,9 @@ impl Session {
             match self.to_client.poll_empty(cx, &mut self.client) {
                 Poll::Ready(Err(_)) => return Poll::Ready(Event::ClientGone),
                 Poll::Pending => {}
+                // Its state has been taken and it goes over, or stays: what the server says is heard then. If it dies, the
+                // client need not know.
+                Poll::Ready(Ok(())) if self.parked && self.ready.is_some() => {}
                 Poll::Ready(Ok(())) => match self.poll_server(cx) {
                     Poll::Ready(Ok(true)) => progress = true,
                     Poll::Ready(Ok(false)) => return Poll::Ready(Event::Attention),
@@ -410,12 +453,15 @@ impl Session {
                     Poll::Pending => {}
                 }
             } else {
+                let was_full = !self.to_server.is_empty();
                 match self.to_server.poll_empty(cx, &mut self.server.stream) {
                     // What the server has said before it closed is still to be read.
                     Poll::Ready(Err(_)) if self.to_client.is_empty() => {
                         return Poll::Ready(Event::ServerGone);
                     }
                     Poll::Ready(Err(_)) | Poll::Pending => {}
+                    // The last answer may have come before the last bytes were out.
+                    Poll::Ready(Ok(())) if was_full && self.update_phase() => return Poll::Ready(Event::Attention),
                     Poll::Ready(Ok(())) => match self.poll_client(cx) {
                         Poll::Ready(Ok(true)) => progress = true,
                         Poll::Ready(Ok(false)) => return Poll::Ready(Event::Attention),
@@ -624,10 +670,26 @@ impl Session {
                 if self.said_goodbye() {
                     return Poll::Ready(Err(Event::ClientGone));
                 }
-                self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
+                let waited = self.waiting_since.is_some();
+                self.note_waiting();
+                if self.waiting_since.is_some() != waited {
+                    // From now on its patience counts.
+                    return Poll::Ready(Err(Event::Attention));
+                }
                 Poll::Ready(Ok(()))
             }
             other => other,
+        }
+    }
+
+    /// After anything that has changed what is held of a parked session.
+    fn note_waiting(&mut self) {
+        let waiting = !self.held.is_empty();
+        self.shared.set_waiting(waiting);
+        if waiting {
+            self.waiting_since.get_or_insert_with(Instant::now);
+        } else {
+            self.waiting_since = None;
         }
     }
 
@@ -692,7 +754,7 @@ impl Session {
                         self.dropping_batch = true;
                     }
                     let dropped = self.drop_canceled();
-                    self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
+                    self.note_waiting();
                     return dropped.map_err(|_| End::Tell(ClientError::protocol("invalid message length")));
                 }
             }
@@ -704,6 +766,8 @@ impl Session {
     fn may_settle(&self) -> bool {
         self.outstanding()
             && self.replies.status == b'I'
+            // A request sent since then is running, and its answer will come.
+            && self.replies.sent_at_ready == self.requests.sent
             && !self.replies.copy_in
             && !self.requests.batch_open
             && self.requests.between_messages()
@@ -732,14 +796,15 @@ impl Session {
     /// Asks the server where it is, with a statement whose answer is known: what comes before that is the client's.
     async fn settle(&mut self) -> Result<(), End> {
         self.shared.begin_own().await;
-        let limit = self.env.config.limits.server_connect_timeout;
+        // No time limit: a client that has sent one request behind the other may still have one running, before ours.
         let marked = tokio::select! {
-            marked = timeout(limit, transfer::mark(&mut self.server)) => marked,
-            () = gone(&mut self.client, &mut self.held) => return Err(End::Client),
+            marked = transfer::mark(&mut self.server) => marked,
+            () = gone(&mut self.client, &mut self.held, Some(&self.shared)) => return Err(End::Client),
+            () = killed(&self.shared) => return Err(End::Kill(ClientError::terminated(IN_THE_WAY))),
         };
         self.shared.end_own();
         match marked {
-            Ok(Ok(marked)) => {
+            Ok(marked) => {
                 if self.replies.scan(&marked.clients, &mut self.requests).is_err() {
                     return Err(End::Server);
                 }
@@ -755,24 +820,22 @@ impl Session {
                 }
             }
             // Nothing is known of what was said on the connection: it can't be used any more.
-            Ok(Err(_)) => return Err(End::Server),
-            Err(_) => {
-                return Err(End::Kill(ClientError::not_moved(
-                    "It was not clear what the session was doing.",
-                )));
-            }
+            Err(_) => return Err(End::Server),
         }
         if self.update_phase() {
             return self.park().await;
         }
+        self.shared.set_waiting(false);
         Ok(())
     }
 
     async fn on_signals(&mut self, bits: u8) -> Result<(), End> {
         if bits & signal::KILL != 0 {
-            return Err(End::Kill(ClientError::terminated(
-                "It was in the way of a flip, or pgflip was stopping.",
-            )));
+            return Err(End::Kill(ClientError::terminated(IN_THE_WAY)));
+        }
+        // Came when it was no longer parked, for what is still held.
+        if bits & signal::CANCEL_HELD != 0 && self.phase == Phase::Boundary && !self.held.is_empty() {
+            self.cancel_held()?;
         }
         let orders = self.env.gate.orders();
         self.open_ahead(&orders);
@@ -830,10 +893,13 @@ impl Session {
     async fn park(&mut self) -> Result<(), End> {
         self.parked = true;
         self.quiet = None;
-        self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
+        (self.waiting_since, self.idle) = (None, IdleLimit::Unknown);
+        self.touch_at = Some(Instant::now() + ASK_IDLE_LIMIT);
+        self.note_waiting();
         let done = self.parked().await;
         self.parked = false;
-        self.shared.waiting.store(false, Ordering::SeqCst);
+        self.waiting_since = None;
+        self.shared.set_waiting(false);
         // A cancel that found the request held, just before it goes on.
         if self.shared.signals() & signal::CANCEL_HELD != 0 {
             self.cancel_held()?;
@@ -855,6 +921,8 @@ impl Session {
                 match orders.upstream {
                     Some(upstream) if upstream.side == self.server.side => {
                         self.ready = None;
+                        // If the server has closed meanwhile, its last words are among this.
+                        self.pass_unasked()?;
                         return Ok(());
                     }
                     Some(upstream) => {
@@ -882,16 +950,28 @@ impl Session {
                 self.env.gate.report(&self.shared, outcome);
                 continue;
             }
-            match poll_fn(|cx| self.poll_relay(cx)).await {
+            let patience = self.env.config.limits.hold_timeout;
+            let too_long = self.waiting_since.map(|since| since + patience);
+            let due = [too_long, self.touch_at].into_iter().flatten().min();
+            let due = due.unwrap_or_else(|| Instant::now() + NEVER);
+            let event = tokio::select! {
+                event = poll_fn(|cx| self.poll_relay(cx)) => event,
+                () = sleep_until(due) => {
+                    if too_long.is_some_and(|too_long| too_long <= Instant::now()) {
+                        return Err(End::Tell(ClientError::not_now(orders.upstream.is_some())));
+                    }
+                    self.touch().await?;
+                    continue;
+                }
+            };
+            match event {
                 Event::ClientGone => return Err(End::Client),
                 Event::ServerGone => return Err(End::Server),
                 Event::Protocol(what) => return Err(End::Tell(ClientError::protocol(what))),
                 Event::Attention | Event::Settle => {}
                 Event::Signals(bits) => {
                     if bits & signal::KILL != 0 {
-                        return Err(End::Kill(ClientError::terminated(
-                            "It was in the way of a flip, or pgflip was stopping.",
-                        )));
+                        return Err(End::Kill(ClientError::terminated(IN_THE_WAY)));
                     }
                     if bits & signal::CANCEL_HELD != 0 {
                         self.cancel_held()?;
@@ -899,6 +979,82 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// What the server said unasked while pgflip spoke with it is the client's, and so is what it has begun to say.
+    fn pass_unasked(&mut self) -> Result<(), End> {
+        let aside = std::mem::take(&mut self.server.aside);
+        let unread = self.server.take_buffer();
+        for bytes in [aside, unread] {
+            if self.replies.scan(&bytes, &mut self.requests).is_err() {
+                return Err(End::Server);
+            }
+            self.to_client.rest.extend_from_slice(&bytes);
+        }
+        Ok(())
+    }
+
+    /// Keeps `idle_session_timeout` from ending the session while it is held: its servers are spoken to in time.
+    async fn touch(&mut self) -> Result<(), End> {
+        let limit = self.env.config.limits.server_connect_timeout;
+        // Half a message of the server's: what follows would be taken for an answer.
+        if !self.source_gone && self.replies.between_messages() {
+            self.shared.begin_own().await;
+            let Session {
+                server,
+                client,
+                held,
+                shared,
+                idle,
+                ..
+            } = &mut *self;
+            let work = async {
+                match idle {
+                    IdleLimit::Unknown => {
+                        *idle = match transfer::idle_limit(server).await? {
+                            None => IdleLimit::Unknown,
+                            Some(Duration::ZERO) => IdleLimit::None,
+                            Some(limit) => IdleLimit::Some(limit),
+                        };
+                        Ok(())
+                    }
+                    _ => server.touch().await,
+                }
+            };
+            let touched = tokio::select! {
+                touched = timeout(limit, work) => touched,
+                () = gone(client, held, Some(shared)) => return Err(End::Client),
+                () = killed(shared) => return Err(End::Kill(ClientError::terminated(IN_THE_WAY))),
+            };
+            self.shared.end_own();
+            match touched {
+                Ok(Ok(())) => self.pass_unasked()?,
+                Ok(Err(_)) if self.ready.is_some() => self.source_gone = true,
+                Ok(Err(_)) => {
+                    self.pass_unasked()?;
+                    return Err(End::Server);
+                }
+                Err(_) => return Err(End::Server),
+            }
+            self.note_waiting();
+        }
+        if let Some((_, conn)) = &mut self.ready
+            && !matches!(timeout(limit, conn.touch()).await, Ok(Ok(())))
+        {
+            // It is made again when it is needed.
+            self.ready = None;
+        }
+        self.touch_again();
+        Ok(())
+    }
+
+    /// When the servers are to be spoken to next.
+    fn touch_again(&mut self) {
+        self.touch_at = match self.idle {
+            IdleLimit::Unknown => Some(Instant::now() + ASK_IDLE_LIMIT),
+            IdleLimit::None => None,
+            IdleLimit::Some(limit) => Some(Instant::now() + (limit / 3).max(Duration::from_millis(20))),
+        };
     }
 
     /// Takes the session's state from its server and replays it on a connection to the other side.
@@ -919,8 +1075,10 @@ impl Session {
             client,
             held,
             requests,
+            replies,
             shared,
             login,
+            idle,
             ..
         } = self;
         let work = async {
@@ -936,6 +1094,12 @@ impl Session {
             let state = timeout(limit, transfer::harvest(server, &names, &requests.unnamed))
                 .await
                 .map_err(|_| TransferError::Stuck)??;
+            *idle = state.idle_limit.map_or(IdleLimit::None, IdleLimit::Some);
+            // What the client knows, and must not see change.
+            let kept: Vec<(&[u8], &[u8])> = KEPT
+                .iter()
+                .filter_map(|name| Some((*name, replies.parameters.get(*name)?.as_slice())))
+                .collect();
             let opened = match ahead {
                 Some((_, _, task)) => match timeout(limit, task).await {
                     Ok(Ok(Ok(conn))) => Some(conn),
@@ -949,13 +1113,13 @@ impl Session {
                 Some(conn) => (conn, true),
                 None => (fresh().await?, false),
             };
-            let replayed = timeout(limit, transfer::replay(&mut conn, &state)).await;
+            let replayed = timeout(limit, transfer::replay(&mut conn, &state, &kept)).await;
             match replayed {
                 Ok(Ok(())) => Ok(conn),
                 // Opened ahead and gone stale: once more with a new one.
                 Ok(Err(TransferError::Io(_))) if was_ahead => {
                     conn = fresh().await?;
-                    timeout(limit, transfer::replay(&mut conn, &state))
+                    timeout(limit, transfer::replay(&mut conn, &state, &kept))
                         .await
                         .map_err(|_| TransferError::Unmovable(format!("{to} did not answer in time")))??;
                     Ok(conn)
@@ -967,19 +1131,13 @@ impl Session {
         };
         let worked = tokio::select! {
             worked = work => worked,
-            () = gone(client, held) => return Err(NotReady::End(End::Client)),
+            () = gone(client, held, Some(shared)) => return Err(NotReady::End(End::Client)),
+            () = killed(shared) => return Err(NotReady::End(End::Kill(ClientError::terminated(IN_THE_WAY)))),
         };
         self.shared.end_own();
-        self.shared.waiting.store(!self.held.is_empty(), Ordering::SeqCst);
-        // What the server said unasked meanwhile is the client's, and so is what it has begun to say.
-        let aside = std::mem::take(&mut self.server.aside);
-        let unread = self.server.take_buffer();
-        for bytes in [aside, unread] {
-            if self.replies.scan(&bytes, &mut self.requests).is_err() {
-                return Err(NotReady::End(End::Server));
-            }
-            self.to_client.rest.extend_from_slice(&bytes);
-        }
+        self.note_waiting();
+        self.touch_again();
+        self.pass_unasked().map_err(NotReady::End)?;
         match worked {
             Ok(conn) => Ok(conn),
             Err(TransferError::Io(_)) => Err(NotReady::End(End::Server)),
@@ -992,8 +1150,19 @@ impl Session {
 
     /// Goes over to the active side.
     async fn go_over(&mut self, upstream: Upstream) -> Result<(), End> {
-        let conn = match self.ready.take() {
-            Some((_, conn)) if conn.side == upstream.side => conn,
+        let mut ready = self.ready.take().map(|(_, conn)| conn);
+        if let Some(conn) = &mut ready
+            && !(conn.side == upstream.side && conn.is_alive().await)
+        {
+            ready = None;
+        }
+        let conn = match ready {
+            Some(conn) => conn,
+            None if self.source_gone => {
+                return Err(End::NotMoved(
+                    "Both the server it was on and its new connection are gone.".into(),
+                ));
+            }
             _ if self.phase != Phase::Boundary => {
                 // Only with the boundary left out on purpose: nothing is taken along.
                 let limit = self.env.config.limits.server_connect_timeout;
@@ -1022,6 +1191,7 @@ impl Session {
             }
         }
         self.server.aside.clear();
+        self.source_gone = false;
         self.replies.parameters = self.server.parameters.clone();
         if self.phase != Phase::Boundary {
             let unnamed_max = self.env.config.limits.unnamed_statement_max;
@@ -1039,25 +1209,40 @@ impl Session {
         Ok(())
     }
 
-    /// Passes on what the old server has said already.
+    /// Passes on what the old server has said already, but for a farewell: the client goes on.
     async fn hear_out(&mut self) -> Result<(), End> {
+        let mut said = std::mem::take(&mut self.server.aside);
+        said.append(&mut self.server.take_buffer());
         poll_fn(|cx| {
             loop {
                 let mut chunk = [0u8; 4096];
                 let mut into = ReadBuf::new(&mut chunk);
                 match Pin::new(&mut self.server.stream).poll_read(cx, &mut into) {
-                    Poll::Ready(Ok(())) if !into.filled().is_empty() => {
-                        if self.replies.scan(into.filled(), &mut self.requests).is_err() {
-                            return Poll::Ready(());
-                        }
-                        self.to_client.rest.extend_from_slice(into.filled());
-                    }
+                    Poll::Ready(Ok(())) if !into.filled().is_empty() => said.extend_from_slice(into.filled()),
                     // Nothing more, or closed: it is left anyway.
                     _ => return Poll::Ready(()),
                 }
             }
         })
         .await;
+        let mut rest = said.as_slice();
+        // At the boundary only whole messages can be dropped, and a last one that has not come whole.
+        if self.phase == Phase::Boundary && self.replies.between_messages() {
+            while let Some(header) = rest.first_chunk::<5>() {
+                let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+                let Some((whole, tail)) = rest.split_at_checked(length.saturating_add(1)) else {
+                    break;
+                };
+                if header[0] != b'E' && self.replies.scan(whole, &mut self.requests).is_ok() {
+                    self.to_client.rest.extend_from_slice(whole);
+                }
+                rest = tail;
+            }
+            return Ok(());
+        }
+        if self.replies.scan(rest, &mut self.requests).is_ok() {
+            self.to_client.rest.extend_from_slice(rest);
+        }
         if self.phase == Phase::Boundary && !self.replies.between_messages() {
             return Err(End::Server);
         }
@@ -1119,17 +1304,17 @@ impl Session {
         }
         let mut goodbye = Box::pin(goodbye);
         // As with Postgres itself, what runs goes on to its end: until then the session counts as busy.
-        let killed = tokio::select! {
+        let told_to_end = tokio::select! {
             _ = &mut goodbye => false,
             () = killed(&shared) => true,
         };
         drop(goodbye);
         let mut rest = vec![0u8; 8192];
-        if !killed {
+        if !told_to_end {
             let ended = async { while matches!(server.stream.read(&mut rest).await, Ok(n) if n > 0) {} };
             tokio::select! {
                 () = ended => return,
-                () = killed_soon(&shared) => {}
+                () = killed(&shared) => {}
             }
         }
         if let Some(key) = shared.server_key() {
@@ -1137,14 +1322,6 @@ impl Session {
         }
         server.close(CLOSE_LIMIT).await;
     }
-}
-
-async fn killed(shared: &Shared) {
-    while signals(shared).await & signal::KILL == 0 {}
-}
-
-async fn killed_soon(shared: &Shared) {
-    killed(shared).await;
 }
 
 enum NotReady {

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::timeout;
 
@@ -43,6 +44,8 @@ pub(super) struct State {
     statements: Vec<Statement>,
     /// Body of the Parse.
     unnamed: Option<Vec<u8>>,
+    /// How long its server lets it be idle.
+    pub idle_limit: Option<Duration>,
 }
 
 struct Statement {
@@ -187,6 +190,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
         role: b"none".to_vec(),
         statements: Vec::new(),
         unnamed,
+        idle_limit: None,
     };
     let mut obstacles: Vec<(String, Vec<String>)> = Vec::new();
     for row in rows {
@@ -206,6 +210,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
                         state.settings.push((name.as_bytes().to_vec(), value.to_vec()));
                     }
                 }
+                state.idle_limit = milliseconds(column(9));
             }
             b"setting" if column(1) == Some(b"client_encoding") => state.settings.insert(0, (text(1), text(2))),
             b"setting" => state.settings.push((text(1), text(2))),
@@ -259,6 +264,33 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
     Ok(state)
 }
 
+/// A time in milliseconds, of which 0 means none.
+fn milliseconds(text: Option<&[u8]>) -> Option<Duration> {
+    let number = std::str::from_utf8(text?).ok()?.parse().ok()?;
+    (number > 0).then(|| Duration::from_millis(number))
+}
+
+/// How long the server lets this session be idle (`idle_session_timeout`, 14 and later).
+pub(super) async fn idle_limit(conn: &mut ServerConn) -> io::Result<Option<Duration>> {
+    const IDLE: &[u8] = b"pgflip:idle";
+    let mut out = Vec::new();
+    message::put_parse(&mut out, IDLE, include_bytes!("../pg/sql/session_idle.sql"), &[]);
+    message::put_run(&mut out, PORTAL, IDLE, &[]);
+    message::put_close_statement(&mut out, IDLE);
+    message::put_sync(&mut out);
+    let answers = ask(conn, &out, 1).await?;
+    if answers[0].error.is_some() {
+        // A time limit of the session's own, or rights taken away: not known, asked again.
+        let mut out = Vec::new();
+        close(&mut out, IDLE);
+        ask(conn, &out, 1).await?;
+    }
+    let row = answers[0].rows.first();
+    Ok(milliseconds(
+        row.and_then(|row| message::columns(row)?.first().copied().flatten()),
+    ))
+}
+
 fn type_name(text: &[u8]) -> Option<TypeName> {
     if text.contains(&1) {
         return Some(TypeName::Named(text.to_vec()));
@@ -267,7 +299,8 @@ fn type_name(text: &[u8]) -> Option<TypeName> {
 }
 
 /// Replays state on a new connection, in as few round trips as can be.
-pub(super) async fn replay(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
+/// `kept`: what the client knows of its parameters and must not see change, whatever this server's defaults are.
+pub(super) async fn replay(conn: &mut ServerConn, state: &State, kept: &[(&[u8], &[u8])]) -> Result<(), TransferError> {
     let side = conn.side;
     let oids = resolve(conn, state).await?;
     let mut out = Vec::new();
@@ -276,6 +309,12 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State) -> Result<(), T
         .iter()
         .map(|(n, v)| (n.as_slice(), v.as_slice()))
         .collect();
+    for (name, value) in kept {
+        let known = conn.parameters.get(*name).is_some_and(|now| now == value);
+        if !known && !settings.iter().any(|(set, _)| set.eq_ignore_ascii_case(name)) {
+            settings.insert(0, (name, value));
+        }
+    }
     // As the login user; then whom it pretends to be; the role last.
     settings.push((b"session_authorization", &state.session_user));
     settings.push((b"role", &state.role));

@@ -33,11 +33,16 @@ pub(super) struct Verifiers {
 
 impl Verifiers {
     pub fn new(config: Arc<Config>, gate: Arc<Gate>) -> Verifiers {
-        // The same in all sidecars, because their configs name the same servers.
+        // The same in all sidecars, because their configs name the same servers; and unknown to others, because the
+        // configs hold passwords: who can compute the salt can tell a made-up user from a real one.
         let mut hash = Sha256::new();
         hash.update(b"pgflip mock salt");
         for server in [&config.blue, &config.green] {
             hash.update(format!("{}:{}:{}\0", server.host, server.port, server.user));
+            if let Some(password) = &server.password {
+                hash.update(password.expose());
+            }
+            hash.update(b"\0");
         }
         hash.update(config.databases.join("\0"));
         let mock_key = hash.finalize().into();

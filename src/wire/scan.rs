@@ -196,6 +196,9 @@ impl Requests {
             b'Q' | b'F' => {
                 self.behind_batch |= self.batch_open;
                 self.sent += 1;
+                // It ends the batch as Sync does: it commits what came before it.
+                self.batch_open = false;
+                self.parses_in_batch = 0;
             }
             b'S' => {
                 self.sent += 1;
@@ -241,6 +244,8 @@ pub struct Replies {
     /// Fewer answers than requests may be due: a Sync sent within COPY IN is swallowed, a Query behind a failed batch is
     /// skipped. Never more.
     pub uncertain: bool,
+    /// Requests that had been sent when the last ReadyForQuery came.
+    pub sent_at_ready: u64,
     parses_done: u32,
     capture: Vec<u8>,
     /// What the client has been told by ParameterStatus.
@@ -257,6 +262,7 @@ impl Default for Replies {
             status: b'I',
             copy_in: false,
             uncertain: false,
+            sent_at_ready: 0,
             parses_done: 0,
             capture: Vec::new(),
             parameters: BTreeMap::new(),
@@ -322,6 +328,7 @@ impl Replies {
         self.copy_in = false;
         self.parses_done = 0;
         self.answered += 1;
+        self.sent_at_ready = requests.sent;
         if self.answered >= requests.sent {
             self.answered = requests.sent;
             self.uncertain = false;
@@ -483,6 +490,28 @@ mod tests {
         assert_eq!(requests.sent, 1);
         assert_eq!(requests.scan(&bytes[first..], true).unwrap(), bytes.len() - first);
         assert_eq!(requests.sent, 2);
+    }
+
+    #[test]
+    fn a_query_ends_an_open_batch() {
+        let (mut requests, mut replies) = (Requests::new(1000), Replies::default());
+        let mut bytes = Vec::new();
+        put(&mut bytes, b'P', b"s\0select 1\0\0\0");
+        put(&mut bytes, b'Q', b"select 2\0");
+        put(&mut bytes, b'P', b"\0select 3\0\0\0");
+        put(&mut bytes, b'S', b"");
+        requests.scan(&bytes, false).unwrap();
+        let mut bytes = Vec::new();
+        for (kind, body) in [(b'1', &b""[..]), (b'C', b"SELECT 1\0"), (b'Z', b"I")] {
+            put(&mut bytes, kind, body);
+        }
+        replies.scan(&bytes, &mut requests).unwrap();
+        assert!(!at_boundary(&requests, &replies) && !requests.unnamed.confirmed);
+        let mut bytes = Vec::new();
+        put(&mut bytes, b'1', b"");
+        put(&mut bytes, b'Z', b"I");
+        replies.scan(&bytes, &mut requests).unwrap();
+        assert!(at_boundary(&requests, &replies) && requests.unnamed.confirmed);
     }
 
     #[test]

@@ -9,4 +9,5 @@ select 'limits',
        pg_catalog.set_config('lock_timeout', '0', true),
        pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true),
        case when pg_catalog.current_setting('transaction_timeout', true) is not null
-            then pg_catalog.set_config('transaction_timeout', '0', true) end
+            then pg_catalog.set_config('transaction_timeout', '0', true) end,
+       (select s.setting from pg_catalog.pg_settings s where s.name OPERATOR(pg_catalog.=) 'idle_session_timeout')
