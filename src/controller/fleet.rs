@@ -7,14 +7,16 @@
 //! is registered then: one of the two sees the other. Whoever follows lets its clients go again when the call is over,
 //! or its caller dead, and the state rows say where: that is the guard's.
 //!
-//! Nothing here is what data is safe by: a sidecar that missed a call has clients that see the fence's error.
+//! Nothing here is what data is safe by: clients of a sidecar that missed a call see the fence's error. That can only be
+//! one that has said nothing for ten seconds, although saying it waits for nobody: its process stands still, and its
+//! clients with it.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Json, ToSql};
 
@@ -35,6 +37,8 @@ const ANSWERS: &str = "pgflip_answers";
 pub const PREPARE_LIMIT: Duration = Duration::from_secs(30);
 /// What is added to the others' time to drain for the way there and back.
 const ANSWER_SPARE: Duration = Duration::from_secs(1);
+/// How long one reading may take.
+const READ_LIMIT: Duration = Duration::from_secs(3);
 /// How often a follower looks whether the call still stands, told or not.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -47,6 +51,9 @@ pub enum FleetError {
     /// A server refused, or went away.
     #[error("{}", describe(.0))]
     Sql(#[from] tokio_postgres::Error),
+    /// The active side says nothing.
+    #[error("the active side did not answer within {READ_LIMIT:?}")]
+    NoAnswer,
     /// Another sidecar has begun to call since.
     #[error("another sidecar calls by now")]
     Superseded,
@@ -161,9 +168,10 @@ pub async fn report(on: &Client, me: &Me, gate: &Gate) -> Result<Option<Call>, F
 }
 
 async fn read(on: &Client, me: &Me) -> Result<Option<Call>, FleetError> {
-    let row = on
-        .query_opt(include_str!("../pg/sql/sidecar_call.sql"), &[&me.id])
-        .await?;
+    let statement = include_str!("../pg/sql/sidecar_call.sql");
+    let row = timeout(READ_LIMIT, on.query_opt(statement, &[&me.id]))
+        .await
+        .map_err(|_| FleetError::NoAnswer)??;
     Ok(row.and_then(|row| {
         let (step, target): (String, String) = (row.get("step"), row.get("target"));
         Some(Call {

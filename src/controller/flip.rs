@@ -40,6 +40,9 @@ const ORIGINS_AHEAD: usize = 3;
 /// A marker's round trip must be shorter than this, or than the window if that is shorter, before anybody is held.
 const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
 
+/// How long telling the other sidecars may take.
+const TELL_LIMIT: Duration = Duration::from_secs(1);
+
 /// How long reading both sides' rows may take, before anything is begun.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -152,7 +155,7 @@ impl From<FleetError> for Stop {
                 error.to_string(),
                 "Every sidecar has to hold its clients: look at its log, or stop it, then try again.",
             ),
-            FleetError::Connect(_) | FleetError::Sql(_) => Stop::Broken(error.to_string()),
+            FleetError::Connect(_) | FleetError::Sql(_) | FleetError::NoAnswer => Stop::Broken(error.to_string()),
         }
     }
 }
@@ -312,6 +315,8 @@ pub struct Flip {
     timings: Vec<Timing>,
     sessions: Sessions,
     burnt: bool,
+    /// The pivot has been committed, for sure.
+    pivoted: bool,
     traffic: Option<Traffic>,
     /// Forward steps that clients did not have to wait for and that the guard goes on trying.
     left_undone: Vec<String>,
@@ -482,6 +487,7 @@ impl Flip {
             timings: Vec::new(),
             sessions: Sessions::default(),
             burnt: false,
+            pivoted: false,
             traffic: None,
             left_undone: Vec::new(),
         })
@@ -687,14 +693,18 @@ impl Flip {
             Some(_) => {}
         }
         let seconds = self.config.flip.drain_timeout.as_secs_f64();
+        let (clients, ended) = (
+            self.gate.server_pids(self.source),
+            self.stragglers == Stragglers::Terminate,
+        );
         let open = database
             .source
-            .query(include_str!("../pg/sql/open_xids.sql"), &[&seconds])
+            .query(include_str!("../pg/sql/open_xids.sql"), &[&seconds, &clients, &ended])
             .await?;
         if !open.is_empty() {
             let open: Vec<String> = open.iter().map(|row| row.get(0)).collect();
             return Ok(Some(format!(
-                "database {name}: open transactions that have written: {}",
+                "database {name}: transactions open for longer than flip.drain_timeout, which everybody would be held for: {}",
                 open.join(", ")
             )));
         }
@@ -870,8 +880,11 @@ impl Flip {
 
     /// Lets the other sidecars go, wherever the state rows lead them.
     async fn let_others_go(&mut self) {
-        if let Some(caller) = &self.fleet {
-            caller.over().await;
+        if let Some(caller) = &self.fleet
+            && timeout(TELL_LIMIT, caller.over()).await.is_err()
+        {
+            // Its session ends: then the others know as well.
+            self.fleet = None;
         }
     }
 
@@ -1228,10 +1241,13 @@ impl Flip {
             let before_anybody = self.held_since.is_none();
             result["failed_step"] = json!(step);
             result["why"] = json!(what);
-            result["means"] = json!(if before_anybody {
-                UNTOUCHED.to_owned()
-            } else {
-                format!("Clients go on on {} where they were; nothing was lost.", self.source)
+            result["means"] = json!(match (before_anybody, self.sessions.ended) {
+                (true, _) => UNTOUCHED.to_owned(),
+                (false, 0) => format!("Clients go on on {} where they were; nothing was lost.", self.source),
+                (false, n) => format!(
+                    "Clients go on on {} where they were, but for {n} sessions that were ended, as asked; no committed write was lost.",
+                    self.source
+                ),
             });
             result["next"] = json!(next);
             if !findings.is_empty() {
@@ -1288,8 +1304,8 @@ impl Flip {
                     .map_err(Undo::from)
             }
             Reversible::Hold => {
-                self.let_others_go().await;
                 self.released();
+                self.let_others_go().await;
                 Ok(())
             }
             Reversible::Prepare => {
@@ -1330,6 +1346,7 @@ impl Flip {
     /// Somebody else moved a side on, or undoing does not work: the rows decide, and the guard acts on them. Clients
     /// stay held until it has found out who is active.
     async fn left_to_the_rows(&mut self, step: &'static str, why: String) -> Ended {
+        let held = self.held_since.is_some();
         tracing::warn!(
             step,
             because = why,
@@ -1338,12 +1355,19 @@ impl Flip {
             "the rows decide"
         );
         self.gate.forget_prepared();
-        let mut result = self.result("failed");
+        let mut result = self.result(if self.pivoted { "pivoted" } else { "failed" });
         result["failed_step"] = json!(step);
         result["why"] = json!(why);
-        result["means"] = json!(
-            "This flip changes nothing any more. pgflip finds out from the state rows who is active; clients wait until it has."
-        );
+        result["means"] = json!(match (self.pivoted, held) {
+            (true, _) => format!(
+                "The flip has taken place: {} is active. pgflip completes it from the state rows; clients wait until they can go on there.",
+                self.target
+            ),
+            (false, true) =>
+                "This flip changes nothing any more. pgflip finds out from the state rows who is active; clients wait until it has."
+                    .to_owned(),
+            (false, false) => UNTOUCHED.to_owned(),
+        });
         result["next"] = json!("`pgflip status` shows how both sides stand.");
         Ended {
             status: Status::Failed,
@@ -1355,6 +1379,7 @@ impl Flip {
     // ---- forward ----
 
     async fn forward(&mut self) -> Ended {
+        self.pivoted = true;
         for step in FORWARD {
             let began = Instant::now();
             let (one_try, deadline) = match step {
@@ -1444,7 +1469,7 @@ impl Flip {
             Forward::Release => {
                 self.released();
                 self.let_others_go().await;
-                fleet::tell(&self.databases[0].target).await;
+                let _ = timeout(TELL_LIMIT, fleet::tell(&self.databases[0].target)).await;
                 Ok(())
             }
             Forward::EnableReverse => match self.regime {
@@ -1562,11 +1587,11 @@ impl Flip {
 
     fn result(&self, outcome: &str) -> Value {
         let active = match outcome {
-            "completed" => json!(self.target),
+            "completed" | "pivoted" => json!(self.target),
             "unwound" | "rehearsed" => json!(self.source),
             _ => Value::Null,
         };
-        let epoch = self.attempt.epoch + u64::from(outcome == "completed");
+        let epoch = self.attempt.epoch + u64::from(self.pivoted);
         json!({
             "outcome": outcome,
             "direction": self.direction,

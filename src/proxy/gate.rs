@@ -579,6 +579,15 @@ impl Gate {
             .unwrap_or_else(look)
     }
 
+    /// The pids of the sessions' server processes on a side.
+    pub fn server_pids(&self, side: Side) -> Vec<i32> {
+        let inner = self.inner.lock();
+        let keys = inner.sessions.values().filter_map(|session| session.server_key());
+        keys.filter(|key| key.side == side)
+            .filter_map(|key| i32::try_from(key.pid).ok())
+            .collect()
+    }
+
     /// Every session, for `GET /v1/sessions`.
     pub fn sessions(&self) -> Vec<SessionView> {
         let inner = self.inner.lock();
