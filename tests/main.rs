@@ -7,6 +7,7 @@ mod common;
 mod drivers;
 mod flip_parts;
 mod killed;
+mod proxy;
 mod replication_pairs;
 mod sabotage;
 mod stragglers;
