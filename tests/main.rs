@@ -10,6 +10,7 @@ mod fleet;
 mod flip_parts;
 mod forced;
 mod killed;
+mod proxy;
 mod replication_pairs;
 mod sabotage;
 mod servers_killed;

@@ -1,0 +1,272 @@
+//! TLS on both legs.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pgflip::demo::cluster::Cluster;
+use pgflip::pg::Side;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
+
+use super::raw::{self, Raw};
+use super::{PASSWORD, Servers};
+
+const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+const GSSENC_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 48];
+
+/// Not every build of Postgres that tests get speaks TLS; the distribution's does.
+const WITH_TLS: [u32; 2] = [15, 15];
+
+/// An authority, and certificates that it has signed.
+struct Authority {
+    directory: tempfile::TempDir,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Authority {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        std::fs::write(directory.path().join("root.crt"), certificate.pem()).unwrap();
+        // Servers run as another user when the tests run as root.
+        use std::os::unix::fs::PermissionsExt as _;
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        Authority {
+            directory,
+            issuer: Issuer::new(params, key),
+        }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.directory.path().join("root.crt")
+    }
+
+    /// Certificate and key for a name, in files.
+    fn sign(&self, name: &str) -> (PathBuf, PathBuf) {
+        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let path = |extension| self.directory.path().join(format!("{name}.{extension}"));
+        std::fs::write(path("crt"), certificate.pem()).unwrap();
+        std::fs::write(path("key"), key.serialize_pem()).unwrap();
+        (path("crt"), path("key"))
+    }
+}
+
+async fn reloaded(cluster: &Cluster, setting: &str, value: &str) {
+    cluster.reload();
+    let until = std::time::Instant::now() + super::LIMIT;
+    loop {
+        assert!(std::time::Instant::now() < until, "{setting}: {}", cluster.log_tail(5));
+        let client = cluster.connect("postgres").await.unwrap();
+        let now: String = client.query_one(&format!("show {setting}"), &[]).await.unwrap().get(0);
+        if now == value {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+/// Gives both servers a certificate.
+async fn give_tls(servers: &mut Servers, certificate: &Path, key: &Path) {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    for side in Side::BOTH {
+        let cluster = match side {
+            Side::Blue => &mut servers.blue,
+            Side::Green => &mut servers.green,
+        };
+        let owner = std::fs::metadata(cluster.log_path()).unwrap();
+        let own = key.with_extension(format!("{side}.key"));
+        std::fs::copy(key, &own).unwrap();
+        std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::chown(&own, Some(owner.uid()), Some(owner.gid())).unwrap();
+        cluster.set("ssl_cert_file", certificate.to_str().unwrap()).unwrap();
+        cluster.set("ssl_key_file", own.to_str().unwrap()).unwrap();
+        cluster.set("ssl", "on").unwrap();
+        reloaded(cluster, "ssl", "on").await;
+    }
+}
+
+/// Whether the server sees TLS on a client's connection through a proxy with this `sslmode`; or the error.
+async fn leg(servers: &Servers, query: &str) -> Result<bool, String> {
+    let front = servers.serve(query, "");
+    let mut raw = Raw::connect(front.port()).await;
+    raw.startup(0, &[("user", "app"), ("database", "app")]).await;
+    match raw.authenticate(PASSWORD).await {
+        Ok(_) => {
+            let before = raw
+                .value("select ssl from pg_stat_ssl where pid = pg_backend_pid()")
+                .await;
+            front.flip().await;
+            let after = raw
+                .value("select ssl from pg_stat_ssl where pid = pg_backend_pid()")
+                .await;
+            assert_eq!(before, after, "{query}");
+            Ok(before == "t")
+        }
+        Err(error) => Err(raw::describe(&[error])),
+    }
+}
+
+#[tokio::test]
+async fn every_sslmode_towards_servers_means_what_it_means_in_libpq() {
+    let mut servers = Servers::with(WITH_TLS, &[], "").await;
+    let authority = Authority::new();
+    let root = authority.root().display().to_string();
+    assert_eq!(leg(&servers, "sslmode=prefer").await, Ok(false), "without TLS");
+    assert!(leg(&servers, "sslmode=require").await.is_err(), "there is no TLS");
+    let (certificate, key) = authority.sign("127.0.0.1");
+    give_tls(&mut servers, &certificate, &key).await;
+    for (query, tls) in [
+        ("sslmode=disable".to_owned(), false),
+        ("sslmode=allow".to_owned(), false),
+        ("sslmode=prefer".to_owned(), true),
+        ("sslmode=require".to_owned(), true),
+        (format!("sslmode=require&sslrootcert={root}"), true),
+        (format!("sslmode=verify-ca&sslrootcert={root}"), true),
+        (format!("sslmode=verify-full&sslrootcert={root}"), true),
+    ] {
+        assert_eq!(leg(&servers, &query).await, Ok(tls), "{query}");
+    }
+    // A server that wants TLS gets it with `allow` as well.
+    for side in Side::BOTH {
+        let admin = servers.admin(side).await;
+        let file: String = admin.query_one("show hba_file", &[]).await.unwrap().get(0);
+        let before = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(
+            &file,
+            format!("hostnossl all app,postgres 127.0.0.1/32 reject\n{before}"),
+        )
+        .unwrap();
+        admin.batch_execute("select pg_reload_conf()").await.unwrap();
+        let until = std::time::Instant::now() + super::LIMIT;
+        loop {
+            assert!(std::time::Instant::now() < until, "the file is not read");
+            if servers.cluster(side).connect("app").await.is_err() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+    assert_eq!(leg(&servers, "sslmode=allow").await, Ok(true));
+    assert!(leg(&servers, "sslmode=disable").await.is_err());
+    // Another authority, and another name.
+    let stranger = Authority::new();
+    let wrong = stranger.root().display().to_string();
+    assert!(
+        leg(&servers, &format!("sslmode=verify-ca&sslrootcert={wrong}"))
+            .await
+            .is_err()
+    );
+    assert!(
+        leg(&servers, &format!("sslmode=require&sslrootcert={wrong}"))
+            .await
+            .is_err()
+    );
+}
+
+#[tokio::test]
+async fn only_verify_full_looks_at_the_name() {
+    let mut servers = Servers::with(WITH_TLS, &[], "").await;
+    let authority = Authority::new();
+    let root = authority.root().display().to_string();
+    let (certificate, key) = authority.sign("db.example");
+    give_tls(&mut servers, &certificate, &key).await;
+    assert_eq!(
+        leg(&servers, &format!("sslmode=verify-ca&sslrootcert={root}")).await,
+        Ok(true)
+    );
+    assert!(
+        leg(&servers, &format!("sslmode=verify-full&sslrootcert={root}"))
+            .await
+            .is_err()
+    );
+}
+
+#[tokio::test]
+async fn requests_for_encryption_are_answered_once_each() {
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = Raw::connect(front.port()).await;
+    for request in [GSSENC_REQUEST, SSL_REQUEST] {
+        raw.send(&request).await;
+        assert_eq!(raw.stream.read_u8().await.unwrap(), b'N');
+    }
+    raw.startup(0, &[("user", "app"), ("database", "app")]).await;
+    raw.authenticate(PASSWORD).await.expect("a login");
+    assert_eq!(raw.value("select 1").await, "1");
+    for request in [GSSENC_REQUEST, SSL_REQUEST] {
+        let mut raw = Raw::connect(front.port()).await;
+        raw.send(&request).await;
+        assert_eq!(raw.stream.read_u8().await.unwrap(), b'N');
+        raw.send(&request).await;
+        assert_eq!(raw::code(&[raw.message().await]), "08P01");
+        assert!(raw.next().await.is_none());
+    }
+}
+
+#[tokio::test]
+async fn clients_with_tls_are_served_and_bytes_before_it_are_refused() {
+    let servers = Servers::start("").await;
+    let authority = Authority::new();
+    let (certificate, key) = authority.sign("127.0.0.1");
+    let tls = |required: bool| {
+        format!(
+            "[tls]\ncert = \"{}\"\nkey = \"{}\"\nrequired = {required}",
+            certificate.display(),
+            key.display()
+        )
+    };
+    let front = servers.serve("sslmode=disable", &tls(true));
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(authority.root()).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+
+    let mut socket = TcpStream::connect(("127.0.0.1", front.port())).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut socket, &SSL_REQUEST)
+        .await
+        .unwrap();
+    assert_eq!(socket.read_u8().await.unwrap(), b'S');
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    let stream = connector.connect(name, socket).await.expect("a TLS handshake");
+    let mut raw = Raw::on(Box::new(stream), front.port());
+    raw.startup(0, &[("user", "app"), ("database", "app")]).await;
+    raw.authenticate(PASSWORD).await.expect("a login");
+    assert_eq!(raw.value("select repeat('x', 300000)").await.len(), 300_000);
+    front.flip().await;
+    assert_eq!(raw.value("select repeat('y', 300000)").await.len(), 300_000);
+
+    // Without TLS: refused, because it is required.
+    let mut raw = Raw::connect(front.port()).await;
+    raw.startup(0, &[("user", "app"), ("database", "app")]).await;
+    assert_eq!(raw::code(&[raw.message().await]), "28000");
+
+    // What comes with the request itself was put there by somebody in between.
+    let mut raw = Raw::connect(front.port()).await;
+    let mut early = SSL_REQUEST.to_vec();
+    early.extend_from_slice(&[0, 0, 0, 8, 0, 3, 0, 0, 0]);
+    raw.send(&early).await;
+    let (kind, body) = raw.message().await;
+    assert_eq!(kind, b'E');
+    let text = pgflip::wire::message::ErrorFields(&body).describe();
+    assert_eq!(text, "received unencrypted data after SSL request (08P01)");
+    assert!(raw.next().await.is_none());
+
+    // Not required: plain ones are served as well.
+    let front = servers.serve("sslmode=disable", &tls(false));
+    assert_eq!(front.raw().await.value("select 1").await, "1");
+}

@@ -1,0 +1,245 @@
+//! The proxy by itself before two real servers, with the gate in the test's hand: no controller, no replication. What a
+//! driver does not do, or hides, is said byte by byte ([`raw`]).
+
+mod encryption;
+mod held;
+mod login;
+mod messages;
+mod moved;
+mod process;
+pub mod raw;
+mod tools;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pgflip::config::Config;
+use pgflip::demo::cluster::{self, Cluster, Options, Port};
+use pgflip::pg::Side;
+use pgflip::proxy::gate::{Drained, Gate, Upstream};
+use pgflip::proxy::{self, Proxy};
+use raw::Raw;
+use tokio::sync::watch;
+
+use crate::common::LIMIT;
+
+const PASSWORD: &str = "wer's nicht \"weiß\"";
+
+/// Blue and green with a database `app` and a role `app` that logs in with the same verifier on both, and what is made
+/// in them.
+struct Servers {
+    blue: Cluster,
+    green: Cluster,
+    epoch: std::sync::atomic::AtomicU64,
+}
+
+impl Servers {
+    async fn start(sql: &str) -> Servers {
+        Servers::with([16, 18], &[], sql).await
+    }
+
+    /// Of these versions, and with settings of green's.
+    async fn with(versions: [u32; 2], green: &[(&str, &str)], sql: &str) -> Servers {
+        let [blue, green] =
+            [("blue", versions[0], &[][..]), ("green", versions[1], green)].map(|(name, version, settings)| {
+                let mut options = Options::named(name);
+                options
+                    .settings
+                    .extend(settings.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())));
+                Cluster::start(&cluster::find(version).expect("Postgres"), options).expect("a server")
+            });
+        let quoted = PASSWORD.replace('\'', "''");
+        let admin = blue.connect("postgres").await.expect("a login");
+        admin
+            .batch_execute(&format!("create role app login password '{quoted}'"))
+            .await
+            .unwrap();
+        let verifier: String = admin
+            .query_one("select rolpassword from pg_authid where rolname = 'app'", &[])
+            .await
+            .unwrap()
+            .get(0);
+        let admin = green.connect("postgres").await.expect("a login");
+        admin
+            .batch_execute(&format!("create role app login password '{verifier}'"))
+            .await
+            .unwrap();
+        let servers = Servers {
+            blue,
+            green,
+            epoch: 1.into(),
+        };
+        for side in Side::BOTH {
+            let admin = servers.cluster(side).connect("postgres").await.unwrap();
+            admin.batch_execute("create database app owner app").await.unwrap();
+            let inside = servers.admin(side).await;
+            inside.batch_execute("set role app").await.unwrap();
+            inside.batch_execute(sql).await.unwrap();
+        }
+        servers
+    }
+
+    fn cluster(&self, side: Side) -> &Cluster {
+        match side {
+            Side::Blue => &self.blue,
+            Side::Green => &self.green,
+        }
+    }
+
+    /// The superuser, around the proxy.
+    async fn admin(&self, side: Side) -> tokio_postgres::Client {
+        self.cluster(side).connect("app").await.expect("a superuser's login")
+    }
+
+    /// A count on a side, around the proxy.
+    async fn count(&self, side: Side, from: &str) -> i64 {
+        let row = self.admin(side).await;
+        row.query_one(&format!("select count(*) from {from}"), &[])
+            .await
+            .unwrap()
+            .get(0)
+    }
+
+    /// A proxy before them, open, on blue. `query`: of both URLs, such as `sslmode=disable`.
+    fn serve(&self, query: &str, sections: &str) -> Front {
+        self.serve_closed(query, sections, true)
+    }
+
+    fn serve_closed(&self, query: &str, sections: &str, open: bool) -> Front {
+        let port = Port::take().expect("a port");
+        let url = |cluster: &Cluster| {
+            let (password, port) = (cluster.password().expose(), cluster.port());
+            format!("postgresql://postgres:{password}@127.0.0.1:{port}?{query}")
+        };
+        let text = format!(
+            "listen = \"127.0.0.1:{}\"\ndatabases = [\"app\"]\nworkers = 2\n[blue]\nurl = \"{}\"\n[green]\nurl = \"{}\"\n{sections}\n",
+            port.number(),
+            url(&self.blue),
+            url(&self.green)
+        );
+        let config = Arc::new(Config::parse(&text, Path::new("/nowhere/pgflip.toml")).expect("a valid configuration"));
+        let gate = Gate::new();
+        let (stop, stopped) = watch::channel(false);
+        let proxy = proxy::serve(config, gate.clone(), stopped).expect("the proxy starts");
+        if open {
+            let epoch = self.epoch.load(std::sync::atomic::Ordering::SeqCst);
+            let side = Side::Blue;
+            gate.switch(Upstream { side, epoch }).unwrap();
+            gate.release();
+        }
+        Front {
+            proxy: Some(proxy),
+            gate,
+            stop,
+            port,
+        }
+    }
+}
+
+/// A running proxy. Ends when it is dropped.
+struct Front {
+    proxy: Option<Proxy>,
+    gate: Arc<Gate>,
+    stop: watch::Sender<bool>,
+    port: Port,
+}
+
+impl Front {
+    fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    async fn raw(&self) -> Raw {
+        Raw::login(self.port(), "app", PASSWORD).await
+    }
+
+    /// A driver's connection.
+    async fn driver(&self) -> tokio_postgres::Client {
+        let mut options = tokio_postgres::Config::new();
+        options
+            .host("127.0.0.1")
+            .port(self.port())
+            .user("app")
+            .password(PASSWORD)
+            .dbname("app");
+        let (client, connection) = options.connect(tokio_postgres::NoTls).await.expect("a login");
+        tokio::spawn(connection);
+        client
+    }
+
+    fn upstream(&self) -> Upstream {
+        self.gate.upstream().expect("it was switched")
+    }
+
+    /// Holds, has connections opened ahead, and drains: everybody has to be ready.
+    async fn hold(&self) -> Drained {
+        let to = self.upstream().side.other();
+        let (_, failed) = self.gate.prepare(to, soon(30)).await;
+        assert!(failed.is_empty(), "{failed:?}");
+        self.gate.hold();
+        self.gate.drain(soon(10)).await
+    }
+
+    async fn hold_all(&self) {
+        let drained = self.hold().await;
+        assert!(
+            drained.stragglers.is_empty() && drained.unmovable.is_empty(),
+            "{drained:?}"
+        );
+    }
+
+    /// Lets everybody go on where they were.
+    fn unwind(&self) {
+        self.gate.forget_prepared();
+        self.gate.release();
+    }
+
+    /// Leads everybody to the other side.
+    async fn go_over(&self) {
+        let Upstream { side, epoch } = self.upstream();
+        let to = Upstream {
+            side: side.other(),
+            epoch: epoch + 1,
+        };
+        self.gate.switch(to).unwrap();
+        self.gate.release();
+        let moved = self.gate.settled(soon(10)).await;
+        assert_eq!((moved.left, moved.ended), (0, 0), "{moved:?}");
+        self.gate.forget_prepared();
+    }
+
+    async fn flip(&self) {
+        self.hold_all().await;
+        self.go_over().await;
+    }
+
+    /// Waits until so many sessions are in this state (`held`, `idle` …).
+    async fn sessions(&self, state: &str, n: usize) {
+        wait_until(&format!("{n} sessions {state}"), || {
+            let sessions = self.gate.sessions();
+            sessions.iter().filter(|session| session.state == state).count() == n
+        })
+        .await;
+    }
+}
+
+impl Drop for Front {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        drop(self.proxy.take());
+    }
+}
+
+fn soon(seconds: u64) -> tokio::time::Instant {
+    tokio::time::Instant::now() + Duration::from_secs(seconds)
+}
+
+/// Looks until it is so. Panics if it takes too long.
+async fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
+    let until = Instant::now() + LIMIT;
+    while !so() {
+        assert!(Instant::now() < until, "not seen in time: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
