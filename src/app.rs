@@ -90,7 +90,13 @@ async fn serve(
         source,
     })?;
     let controller = Controller::start(config.clone(), gate.clone());
-    let admin = Admin::new(config.clone(), controller.clone(), gate, Some(metrics.clone()), closing);
+    let admin = Admin::new(
+        config.clone(),
+        controller.clone(),
+        gate.clone(),
+        Some(metrics.clone()),
+        closing,
+    );
     let answering = tokio::spawn(admin::serve(admin.clone(), port));
     // The recorder keeps samples of histograms until somebody has them added up.
     let upkeep = tokio::spawn(async move {
@@ -106,8 +112,9 @@ async fn serve(
         databases = ?config.databases,
         blue = %format_args!("{}:{}", config.blue.host, config.blue.port),
         green = %format_args!("{}:{}", config.green.host, config.green.port),
-        "pgflip is up"
+        "pgflip listens; clients wait until it is known which side is active"
     );
+    let telling = tokio::spawn(tell(controller.clone(), gate));
 
     let mut running = config;
     let why = loop {
@@ -140,8 +147,48 @@ async fn serve(
         why = signals.stop() => tracing::warn!(from = "stopping", to = "stopped", because = why, "pgflip leaves at once, for the second signal"),
     }
     answering.abort();
+    telling.abort();
     upkeep.abort();
     Ok(())
+}
+
+/// How long nobody is told that clients are not served yet; and how often from then on.
+const PATIENCE: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(30)];
+
+/// Says when the first clients can be served, and until then what is in the way. May be cancelled at any time.
+async fn tell(controller: Arc<Controller>, gate: Arc<Gate>) {
+    let mut next = tokio::time::Instant::now() + PATIENCE[0];
+    loop {
+        if controller.ready().is_ok()
+            && let Some(upstream) = gate.upstream()
+        {
+            tracing::info!(active = %upstream.side, epoch = upstream.epoch, "pgflip is up: clients are served");
+            return;
+        }
+        if tokio::time::Instant::now() >= next {
+            let status = controller.status().await;
+            let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+            let mut why: Vec<String> = ["blue", "green"]
+                .iter()
+                .flat_map(|side| {
+                    status["sides"][side]["databases"]
+                        .as_array()
+                        .cloned()
+                        .unwrap_or_default()
+                })
+                .map(|database| text(&database["why"]))
+                .chain([text(&status["why"])])
+                .filter(|why| !why.is_empty())
+                .collect();
+            why.dedup();
+            tracing::warn!(
+                because = why.join("; "),
+                "clients are NOT served yet: it is not known which side is active. `pgflip check` says what to mend"
+            );
+            next = tokio::time::Instant::now() + PATIENCE[1];
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Choices that are allowed, but should be known.

@@ -117,8 +117,10 @@ impl Default for Load {
 /// What happened between two points in time.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Stats {
-    /// Transactions acknowledged.
+    /// Transactions acknowledged. A pipeline or a COPY counts as one: its client waits once.
     pub transactions: u64,
+    /// Rows of the ledger in them: what [`Verdict::transactions`] counts.
+    pub writes: u64,
     /// Errors that clients saw.
     pub errors: u64,
     /// How long it was.
@@ -153,6 +155,8 @@ pub struct Report {
     pub deviations: Vec<String>,
     /// Over the whole time.
     pub stats: Stats,
+    /// Since the last [`Ledger::lap`].
+    pub rest: Stats,
 }
 
 /// What a comparison with the server found. Everything but `transactions` and `unknown_there` should be zero.
@@ -300,6 +304,7 @@ impl App {
 struct Measured {
     /// Microseconds of each acknowledged transaction.
     micros: Vec<u32>,
+    writes: u64,
     errors: u64,
 }
 
@@ -314,6 +319,7 @@ impl Measured {
         };
         Stats {
             transactions: self.micros.len() as u64,
+            writes: self.writes,
             errors: self.errors,
             seconds,
             p50_ms: at(0.5),
@@ -401,6 +407,7 @@ impl Ledger {
         let measured = self.shared.measured.lock();
         let all = Measured {
             micros: measured.0.micros.clone(),
+            writes: measured.0.writes,
             errors: measured.0.errors,
         };
         drop(measured);
@@ -443,6 +450,7 @@ impl Ledger {
             }
         }
         whole.stats = self.stats();
+        whole.rest = self.lap();
         whole
     }
 }
@@ -469,6 +477,7 @@ impl Report {
     /// This report and that of an earlier or later run in the same database, as one: for [`Report::verify`].
     pub fn join(mut self, other: Report) -> Report {
         self.stats.transactions += other.stats.transactions;
+        self.stats.writes += other.stats.writes;
         self.stats.errors += other.stats.errors;
         self.add(other);
         self
@@ -667,8 +676,11 @@ impl Worker {
                 Ok(done) => {
                     let micros = u32::try_from(begun.elapsed().as_micros()).unwrap_or(u32::MAX);
                     let mut measured = self.shared.measured.lock();
-                    measured.0.micros.push(micros);
-                    measured.1.micros.push(micros);
+                    let (whole, lap, _) = &mut *measured;
+                    for measured in [whole, lap] {
+                        measured.micros.push(micros);
+                        measured.writes += batch as u64;
+                    }
                     drop(measured);
                     let report = &mut self.notes.report;
                     report.acknowledged.extend(ids);
@@ -1214,8 +1226,11 @@ mod tests {
             },
         );
         assert!(ledger.progress(120, Duration::from_secs(60)).await);
-        assert!(ledger.lap().longest_ms > 0.0);
+        let lap = ledger.lap();
+        assert!(lap.longest_ms > 0.0);
         let report = ledger.stop().await;
+        let writes = report.acknowledged.len() as u64;
+        assert_eq!((lap.writes + report.rest.writes, report.stats.writes), (writes, writes));
         let server = cluster.connect("app").await.unwrap();
         let verdict = report.verify(&server).await.unwrap();
         assert!(verdict.is_perfect(), "{verdict}");
