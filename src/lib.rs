@@ -10,8 +10,10 @@
 //!    cli/           one file a subcommand; talks to the admin port like any other client
 //!    demo/          `pgflip demo`: throwaway servers, an application with a ledger, a flip there and back
 //!    admin/         HTTP: route table, JSON types, error → status, metrics
-//! 3  controller/    what an operator asks for: flip (THE LIST of steps), preflight, epoch, fence, links, lag,
-//!                   sequences, copy … each usable alone; steps of a flip are thin
+//! 3  controller/    what an operator asks for: flip (THE LIST of steps), preflight, fence, links, lag, sequences,
+//!                   copy … each usable alone; steps of a flip are thin. state: the rows that say who is right;
+//!                   recovery: what to do from them alone; guard and upkeep: doing it, for ever; fleet: the other
+//!                   sidecars; force: going on without a dead side
 //! 2  proxy/         what a client goes through: listener, handshake, session, boundary, gate, transfer, cancel
 //! 1  wire/          bytes: scan headers, startup, SCRAM, errors; no sockets inside
 //!    pg/            the servers: Side, Lsn, Ident, connecting, server features, SQL (`pg/sql/*.sql`)
@@ -31,7 +33,8 @@
 //! 5. The proxy never parses what it only has to pass on, never buffers a whole message (but one bounded copy of the
 //!    last unnamed Parse), and gives every wait a limit.
 //! 6. The data plane knows nothing of the controller.
-//! 7. Many sidecars may stand before the same two servers; the databases coordinate them.
+//! 7. Many sidecars may stand before the same two servers; the databases coordinate them: all hold before one of them
+//!    flips ([`controller::fleet`]).
 //! 8. Servers 13 to 18, green never older than blue. Several databases flip together: the first listed is the carrier.
 
 pub mod admin;
