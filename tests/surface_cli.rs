@@ -80,7 +80,7 @@ impl Running {
             seen: Vec::new(),
             admin: String::new(),
         };
-        let up: Value = serde_json::from_str(&running.until("pgflip is up")).unwrap();
+        let up: Value = serde_json::from_str(&running.until("pgflip listens")).unwrap();
         running.admin = format!("http://{}", up["admin"].as_str().unwrap());
         running
     }
@@ -141,7 +141,45 @@ fn wrong_usage_and_a_wrong_configuration_exit_with_2_and_say_where() {
     }
     let json = pgflip(&["check", "--json", "--config", path.to_str().unwrap()]);
     let json: Value = serde_json::from_slice(&json.stdout).unwrap();
-    assert_eq!(json["problems"][0]["line"], 12);
+    assert_eq!(json["error"]["problems"][0]["line"], 12);
+}
+
+/// The last line of standard output, which has to be an object.
+fn last(output: &Output) -> Value {
+    let said = text(&output.stdout);
+    let last: Value =
+        serde_json::from_str(said.lines().last().unwrap_or("")).unwrap_or_else(|e| panic!("{e}: {output:?}"));
+    assert!(last.is_object(), "{last}");
+    last
+}
+
+#[test]
+fn for_programs_every_error_is_one_object_in_the_last_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = config(directory.path(), "127.0.0.1:0", "127.0.0.1:0", "[flip]\nnonsense = 1\n");
+    let path = path.to_str().unwrap();
+    for (arguments, code_, name) in [
+        (&["check", "--config", path][..], 2, "config"),
+        (&["run", "--config", path], 2, "config"),
+        (&["status", "--config", path], 2, "config"),
+        (&["lag", "--config", "/nowhere/pgflip.toml"], 2, "config"),
+        (&["status", "--admin", "ftp://x"], 2, "usage"),
+        (&["cutover", "--rehearse", "--force"], 2, "usage"),
+        (&["no-such-command"], 2, "usage"),
+        (&["demo", "--blue", "18", "--green", "16"], 2, "usage"),
+        (&["watch", "--admin", "http://127.0.0.1:1"], 5, "unreachable"),
+    ] {
+        let output = pgflip(&[arguments, &["--json"]].concat());
+        assert_eq!(code(&output), code_, "{arguments:?}: {output:?}");
+        let error = &last(&output)["error"];
+        assert_eq!(error["code"], name, "{arguments:?}: {error}");
+        for key in ["what", "means", "next"] {
+            assert!(
+                error[key].as_str().is_some_and(|text| !text.is_empty()),
+                "{arguments:?}: {key}: {error}"
+            );
+        }
+    }
 }
 
 #[test]
@@ -185,12 +223,18 @@ fn help_teaches_and_completions_complete() {
         "A whole migration",
         "Exit codes:",
         "6  in doubt",
+        "130  interrupted",
         "replication start",
         "cutover --rehearse",
     ] {
         assert!(help.contains(part), "{part} is not in {help}");
     }
-    assert!(text(&pgflip(&["cutover", "--help"]).stdout).contains("Examples:"));
+    let cutover = text(&pgflip(&["cutover", "--help"]).stdout);
+    assert!(
+        cutover.contains("Examples:") && cutover.contains("A rehearsal holds clients as well"),
+        "{cutover}"
+    );
+    assert!(!text(&pgflip(&["demo", "--help"]).stdout).contains("--token"));
     for shell in ["bash", "zsh", "fish"] {
         let output = pgflip(&["completions", shell]);
         assert_eq!(code(&output), 0);
@@ -241,6 +285,29 @@ fn it_starts_without_servers_reloads_what_it_can_and_leaves_when_told_to() {
     assert!([1, 3, 4].contains(&code(&flip)), "{flip:?}");
     // Nobody is there to consent.
     assert_eq!(code(&running.ask(&["rollback", "--force"])), 2);
+    for (arguments, code_, name) in [
+        (&["rollback", "--force"][..], 2, "not_confirmed"),
+        (&["replication", "stop"], 2, "not_confirmed"),
+        // It looks before it asks.
+        (&["finalize"], 1, "unreachable_side"),
+        (&["watch", "7"], 1, "not_found"),
+    ] {
+        let refused = running.ask(&[arguments, &["--json"]].concat());
+        assert_eq!(code(&refused), code_, "{arguments:?}: {refused:?}");
+        assert_eq!(last(&refused)["error"]["code"], name, "{arguments:?}");
+        assert!(!text(&running.ask(arguments).stderr).contains("/v1/"), "{arguments:?}");
+    }
+    // The flip above, told again with the same end.
+    let again = running.ask(&["watch", "--json"]);
+    assert_eq!(code(&again), code(&flip), "{again:?}");
+    assert_eq!(last(&again), last(&flip));
+    // Clients are not said to be served before they are.
+    running.until("clients are NOT served yet");
+    assert!(
+        !running.seen.iter().any(|line| line.contains("pgflip is up")),
+        "{:#?}",
+        running.seen
+    );
     assert_eq!(code(&running.ask(&["check"])), 4);
 
     config(
@@ -273,6 +340,76 @@ fn it_starts_without_servers_reloads_what_it_can_and_leaves_when_told_to() {
     running.seen.extend(running.log.try_iter());
     for line in &running.seen {
         assert!(!line.contains("hunter2"), "{line}");
+    }
+}
+
+/// A command that follows an operation of a port that says no more than how it begins.
+fn follower(json: bool) -> (Child, TcpListener) {
+    use std::io::Write as _;
+    let port = TcpListener::bind("127.0.0.1:0").unwrap();
+    let admin = format!("http://{}", port.local_addr().unwrap());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgflip"));
+    command
+        .args(["cutover", "--admin", &admin])
+        .args(json.then_some("--json"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let answer = |status: &str, kind: &str, body: &str| {
+        let (mut stream, _) = port.accept().unwrap();
+        let mut asked = [0; 4096];
+        let _ = std::io::Read::read(&mut stream, &mut asked).unwrap();
+        write!(
+            stream,
+            "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\n{body}"
+        )
+        .unwrap();
+        stream
+    };
+    answer(
+        "202 Accepted",
+        "application/json",
+        "Content-Length: 8\r\n\r\n{\"id\":7}",
+    );
+    let stream = answer(
+        "200 OK",
+        "text/event-stream",
+        "\r\nid: 0\nevent: step\ndata: {\"seq\":0,\"step\":\"preflight\",\"state\":\"started\",\"message\":\"looking\"}\n\n",
+    );
+    // Left open until the command ends.
+    std::mem::forget(stream);
+    (child, port)
+}
+
+#[test]
+fn an_interrupted_command_says_that_the_operation_goes_on() {
+    for json in [false, true] {
+        let (mut child, _port) = follower(json);
+        // It listens to signals once it has shown the first event.
+        let mut shown = String::new();
+        match json {
+            true => BufReader::new(child.stdout.as_mut().unwrap())
+                .read_line(&mut shown)
+                .unwrap(),
+            false => BufReader::new(child.stderr.as_mut().unwrap())
+                .read_line(&mut shown)
+                .unwrap(),
+        };
+        assert!(shown.contains("looking"), "{shown}");
+        // SAFETY: kill(2) touches no memory; the child has not been waited for, so its pid is its own.
+        assert_eq!(unsafe { libc::kill(child.id().cast_signed(), libc::SIGINT) }, 0);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(code(&output), 130, "{output:?}");
+        if json {
+            assert_eq!(last(&output)["error"]["code"], "interrupted");
+        } else {
+            let said = text(&output.stderr);
+            assert!(
+                said.contains("The operation goes on in pgflip") && said.contains("`pgflip watch`"),
+                "{said}"
+            );
+        }
     }
 }
 

@@ -187,11 +187,16 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
 
 fn begin(admin: &Admin, order: Order) -> Answer {
     let operation = admin.controller.begin(order).map_err(|refused| {
-        let status = match refused.code {
-            "not_ready" => StatusCode::SERVICE_UNAVAILABLE,
-            _ => StatusCode::CONFLICT,
+        let (status, next) = match refused.code {
+            "not_ready" => (StatusCode::SERVICE_UNAVAILABLE, refused.next),
+            // Most who read this have typed a command.
+            "busy" => (
+                StatusCode::CONFLICT,
+                "Wait until it has ended: `pgflip watch` follows it.".to_owned(),
+            ),
+            _ => (StatusCode::CONFLICT, refused.next),
         };
-        Refusal::new(status, refused.code, refused.what, refused.next)
+        Refusal::new(status, refused.code, refused.what, next)
     })?;
     admin.remember(&operation);
     let location = format!("/v1/operations/{}", operation.id());
@@ -294,7 +299,7 @@ fn find(admin: &Admin, id: &str) -> Result<crate::controller::operation::Operati
     let id: u64 = id.parse().map_err(|_| {
         Refusal::bad_request(
             format!("{id:?} is not an operation's id."),
-            "Ids are numbers; GET /v1/operations lists them.",
+            "Ids are numbers. `pgflip watch` without one follows the newest.",
         )
     })?;
     admin.operation(id).ok_or_else(|| {
@@ -302,7 +307,7 @@ fn find(admin: &Admin, id: &str) -> Result<crate::controller::operation::Operati
             StatusCode::NOT_FOUND,
             "not_found",
             format!("There is no operation {id} in this process."),
-            "GET /v1/operations lists them. After a restart, GET /v1/status tells what became of a flip.",
+            "`pgflip watch` follows the newest. After a restart, `pgflip status` tells what became of a flip.",
         )
     })
 }

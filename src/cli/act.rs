@@ -1,23 +1,23 @@
 //! `pgflip cutover`, `pgflip rollback`, `pgflip finalize`.
 
-use std::io::{BufRead as _, IsTerminal as _, Write as _};
-
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{Client, ClientError};
-use super::{Common, StragglersChoice, exit, fail, lag, print, progress, status};
+use super::{Common, StragglersChoice, consent, exit, fail, lag, outcome, print, progress};
 
 /// Options of a flip.
 #[derive(Debug, Args)]
 pub struct Flip {
     /// Do everything up to the last step, then undo it: how long it takes, and what would stop it.
+    ///
+    /// Clients are held as in a real flip, for the drain and for the window; then they go on where they were.
     #[arg(long, conflicts_with = "force")]
     pub rehearse: bool,
     /// What happens to sessions that don't reach the end of their transaction in time, or can't be moved.
     #[arg(long, value_name = "POLICY")]
     pub stragglers: Option<StragglersChoice>,
-    /// Go on although the side that is left can't be reached. What it alone has is lost. Says how much, and asks.
+    /// Go on although the side that is left can't be reached: what it alone has is lost. Says how much, and asks.
     #[arg(long)]
     pub force: bool,
     /// Don't ask (for scripts).
@@ -50,18 +50,13 @@ async fn flip_or(direction: &str, options: &Flip, common: &Common) -> Result<u8,
     if options.force {
         let told = loss(&client.get("/v1/status").await?, source);
         told.iter().for_each(|line| eprintln!("{line}"));
-        if !options.yes && !consent(source) {
-            return Ok(exit::USAGE);
+        if !options.yes {
+            consent::typed(source, &format!("give up what only {source} has"))?;
         }
         body["force"] = json!(source);
     }
     let view = progress::act(&client, common, &format!("/v1/{direction}"), &body).await?;
-    if common.json {
-        print(&view["result"]);
-    } else {
-        status::outcome(&view["result"]).iter().for_each(print);
-    }
-    Ok(progress::exit_code(&view))
+    Ok(outcome::conclude(common, &view))
 }
 
 /// What a forced flip may lose, from what was last known.
@@ -97,22 +92,6 @@ fn loss(status: &Value, source: &str) -> Vec<String> {
     lines
 }
 
-/// Has the side's name typed. Never assumes consent.
-fn consent(side: &str) -> bool {
-    if !std::io::stdin().is_terminal() {
-        eprintln!("Nothing was done: there is nobody to ask. In a script, add --yes.");
-        return false;
-    }
-    eprint!("Type {side} to give up what only {side} has: ");
-    let _ = std::io::stderr().flush();
-    let mut line = String::new();
-    let typed = std::io::stdin().lock().read_line(&mut line).is_ok() && line.trim() == side;
-    if !typed {
-        eprintln!("Nothing was done.");
-    }
-    typed
-}
-
 /// Ends the migration.
 pub async fn finalize(options: &Finalize, common: &Common) -> u8 {
     finalize_or(options, common)
@@ -122,51 +101,124 @@ pub async fn finalize(options: &Finalize, common: &Common) -> u8 {
 
 async fn finalize_or(options: &Finalize, common: &Common) -> Result<u8, ClientError> {
     let client = Client::new(common)?;
+    // What a script wants done is done again where nothing is left to do: that is how what was left half done is ended.
     if !options.yes {
-        let status = client.get("/v1/status").await?;
-        let Some(active) = status["active"].as_str() else {
-            eprintln!("Nothing was done: it is not known which side is active. Look at `pgflip status`.");
-            return Ok(exit::FAILED);
-        };
-        eprintln!(
-            "{active} stays active, the links are dropped, the other side stays fenced. There is no way back after that."
-        );
-        if !confirm(active) {
-            return Ok(exit::USAGE);
+        let (status, links) = tokio::try_join!(client.get("/v1/status"), client.get("/v1/replication"))?;
+        match to_finalize(&status, &links)? {
+            ToFinalize::Links(active) => {
+                eprintln!(
+                    "{active} stays active, the links are dropped, the other side stays fenced. There is no way back after that."
+                );
+                consent::typed(&active, "go on")?;
+            }
+            ToFinalize::Nothing => {
+                if common.json {
+                    print(json!({ "active": status["active"], "already": true }));
+                } else {
+                    print("Nothing is left to finalize: there are no links any more.");
+                }
+                return Ok(exit::DONE);
+            }
         }
     }
     let view = progress::act(&client, common, "/v1/finalize", &json!({})).await?;
-    let code = progress::exit_code(&view);
-    if common.json {
-        print(&view["result"]);
-    } else if code == exit::DONE {
-        print("Done: the links are gone, the old side stays fenced.");
-    } else {
-        progress::trouble(&view["result"])
-            .iter()
-            .for_each(|line| eprintln!("{line}"));
-    }
-    Ok(code)
+    Ok(outcome::conclude(common, &view))
 }
 
-fn confirm(active: &str) -> bool {
-    if !std::io::stdin().is_terminal() {
-        eprintln!("Nothing was done: there is nobody to ask. In a script, add --yes.");
-        return false;
+enum ToFinalize {
+    /// There are links, and this side is active.
+    Links(String),
+    /// It has been done.
+    Nothing,
+}
+
+/// Whether there is anything to finalize, before anybody is asked.
+fn to_finalize(status: &Value, links: &Value) -> Result<ToFinalize, ClientError> {
+    let refused = |code: &'static str, what: &str, next: &str| {
+        Err(ClientError::NotDone {
+            code,
+            what: what.to_owned(),
+            next: next.to_owned(),
+            exit: exit::FAILED,
+        })
+    };
+    let sides = ["blue", "green"].map(|side| &status["sides"][side]);
+    if let Some(side) = sides.iter().position(|side| side["reachable"] == false) {
+        return refused(
+            "unreachable_side",
+            &format!("{} can't be reached.", ["blue", "green"][side]),
+            "Both servers are needed to take the links down: `pgflip status`.",
+        );
     }
-    eprint!("Type {active} to go on: ");
-    let _ = std::io::stderr().flush();
-    let mut line = String::new();
-    let typed = std::io::stdin().lock().read_line(&mut line).is_ok() && line.trim() == active;
-    if !typed {
-        eprintln!("Nothing was done.");
+    let databases = || {
+        sides
+            .iter()
+            .flat_map(|side| side["databases"].as_array().map_or(&[][..], Vec::as_slice))
+    };
+    if databases().next().is_some() && databases().all(|database| database["state"].is_null()) {
+        return refused(
+            "nothing_to_finalize",
+            "There is nothing to finalize: replication has never been started.",
+            "`pgflip replication start` begins a migration.",
+        );
     }
-    typed
+    let Some(active) = status["active"].as_str() else {
+        return refused(
+            "unknown_active",
+            "It is not known which side is active.",
+            "`pgflip status` says why.",
+        );
+    };
+    // Not read counts as there.
+    let gone = |link: &Value| link.get("error").is_none() && link["enabled"].is_null() && link["slot_active"].is_null();
+    let none = links["databases"].as_array().is_some_and(|all| {
+        let gone = |database: &Value| database["links"].as_array().is_some_and(|links| links.iter().all(gone));
+        !all.is_empty() && all.iter().all(gone)
+    });
+    Ok(match none {
+        true => ToFinalize::Nothing,
+        false => ToFinalize::Links(active.to_owned()),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn finalize_looks_whether_there_is_anything_before_it_asks() {
+        let sides = |blue: Value, green: Value| {
+            json!({"active": "green", "sides": {
+            "blue": {"reachable": true, "databases": [{"name": "app", "state": blue}]},
+            "green": {"reachable": true, "databases": [{"name": "app", "state": green}]}}})
+        };
+        let links = |enabled: Value| {
+            json!({"databases": [{"database": "app", "links": [
+            {"enabled": enabled, "slot_active": null}, {"enabled": null, "slot_active": null}]}]})
+        };
+        let started = sides(json!("standby"), json!("active"));
+        assert!(matches!(
+            to_finalize(&started, &links(json!(true))),
+            Ok(ToFinalize::Links(active)) if active == "green"
+        ));
+        assert!(matches!(
+            to_finalize(&started, &links(Value::Null)),
+            Ok(ToFinalize::Nothing)
+        ));
+        let unread = json!({"databases": [{"database": "app", "error": "x"}]});
+        assert!(matches!(to_finalize(&started, &unread), Ok(ToFinalize::Links(_))));
+        let code = |status: &Value| match to_finalize(status, &links(Value::Null)) {
+            Err(ClientError::NotDone { code, .. }) => code,
+            _ => "",
+        };
+        assert_eq!(code(&sides(Value::Null, Value::Null)), "nothing_to_finalize");
+        let mut dead = started.clone();
+        dead["sides"]["blue"]["reachable"] = json!(false);
+        assert_eq!(code(&dead), "unreachable_side");
+        let mut unknown = started;
+        unknown["active"] = Value::Null;
+        assert_eq!(code(&unknown), "unknown_active");
+    }
 
     #[test]
     fn what_may_be_lost_is_said_in_bytes_and_transactions_and_never_as_zero_when_unknown() {

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::client::{Client, ClientError};
 use super::{Common, exit, fail, print, progress};
-use crate::config::{Config, ConfigError};
+use crate::config::Config;
 use crate::controller::preflight;
 
 /// Says everything that is wrong.
@@ -15,7 +15,7 @@ pub async fn run(common: &Common) -> u8 {
     let config = match (&common.admin, Config::load(&common.config)) {
         (Some(_), _) => None,
         (None, Ok(config)) => Some(config),
-        (None, Err(error)) => return bad_config(common, &error),
+        (None, Err(error)) => return fail(common, &ClientError::OwnConfig(error)),
     };
     let client = match Client::new(common) {
         Ok(client) => client,
@@ -52,17 +52,4 @@ fn verdict(blockers: usize, warnings: usize, by: &str) -> String {
         (0, warnings) => format!("✓ Nothing is in the way; {warnings} to know (looked at by {by})."),
         (blockers, _) => format!("✗ {blockers} to mend first (looked at by {by})."),
     }
-}
-
-fn bad_config(common: &Common, error: &ConfigError) -> u8 {
-    if common.json {
-        let problems: Value = match error {
-            ConfigError::Invalid { problems, .. } => json!(problems),
-            ConfigError::Unreadable { .. } => json!([]),
-        };
-        print(json!({ "go": false, "error": error.to_string(), "problems": problems }));
-    } else {
-        eprintln!("{error}");
-    }
-    exit::USAGE
 }

@@ -21,6 +21,39 @@ pub enum ClientError {
     /// The configuration, which was to tell where the admin port is, can't be read.
     #[error("{0}\n(It was read to find the admin port. With --admin URL it is not needed.)")]
     Config(#[from] ConfigError),
+    /// The configuration, which the command itself needs, can't be read.
+    #[error("{0}")]
+    OwnConfig(#[source] ConfigError),
+    /// The command itself did not go on: nobody agreed, or there is nothing to do.
+    #[error("{what} Nothing was done.\n{next}")]
+    NotDone {
+        /// For programs.
+        code: &'static str,
+        /// Why.
+        what: String,
+        /// What to do next.
+        next: String,
+        /// The command's exit code.
+        exit: u8,
+    },
+    /// Ctrl-C or SIGTERM while an operation was followed, or was asked for and not yet answered.
+    #[error("{}", detached(.0))]
+    Detached(Option<u64>),
+    /// The connection broke while an operation was followed, and pgflip did not come back.
+    #[error(
+        "pgflip at {url} does not answer any more: {reason}\n{LOST}\nStart it again with `pgflip run`, then look at `pgflip status`."
+    )]
+    Lost {
+        /// Where.
+        url: String,
+        /// Why.
+        reason: String,
+    },
+    /// Another process answers by now: it does not know the operation.
+    #[error(
+        "pgflip was started anew while operation {0} was followed.\n{LOST}\n`pgflip status` shows what became of it."
+    )]
+    Restarted(u64),
     /// The token's file can't be read.
     #[error("{path}: {source}")]
     TokenFile {
@@ -65,12 +98,33 @@ pub enum ClientError {
     },
 }
 
+/// What holds for an operation whose pgflip is gone.
+const LOST: &str = "An operation that was under way is completed or undone from what the two databases say, as soon as a pgflip runs; a copy goes on with `pgflip replication start`.";
+
+fn detached(id: &Option<u64>) -> String {
+    match id {
+        Some(id) => format!(
+            "The operation goes on in pgflip: `pgflip status` shows it, `pgflip watch` follows it (its id is {id})."
+        ),
+        None => "If pgflip has heard the request, the operation goes on: `pgflip status` shows it, `pgflip watch` follows it."
+            .to_owned(),
+    }
+}
+
 impl ClientError {
     /// The command's exit code.
     pub fn exit_code(&self) -> u8 {
         match self {
-            ClientError::Config(_) | ClientError::TokenFile { .. } | ClientError::BadUrl(_) => exit::USAGE,
-            ClientError::Unreachable { .. } | ClientError::Nonsense { .. } => exit::UNREACHABLE,
+            ClientError::Config(_)
+            | ClientError::OwnConfig(_)
+            | ClientError::TokenFile { .. }
+            | ClientError::BadUrl(_) => exit::USAGE,
+            ClientError::NotDone { exit, .. } => *exit,
+            ClientError::Detached(_) => exit::INTERRUPTED,
+            ClientError::Restarted(_) => exit::FAILED,
+            ClientError::Unreachable { .. } | ClientError::Lost { .. } | ClientError::Nonsense { .. } => {
+                exit::UNREACHABLE
+            }
             ClientError::Refused { status: 401 | 403, .. } => exit::UNREACHABLE,
             ClientError::Refused {
                 status: 400..=499,
@@ -81,33 +135,91 @@ impl ClientError {
         }
     }
 
-    /// For `--json`.
+    /// For `--json`: `code`, `what`, `means`, `next`, whatever the error is; of a configuration its `problems` as well.
     pub fn as_json(&self) -> Value {
+        const NOTHING: &str = "Nothing was done.";
+        const UNKNOWN: &str = "It is not known whether anything was done.";
+        const STATUS: &str = "`pgflip status` shows how things stand.";
+        let shape = |code: &str, what: &dyn std::fmt::Display, means: &str, next: &str| json!({ "code": code, "what": what.to_string(), "means": means, "next": next });
         match self {
+            ClientError::Config(error) | ClientError::OwnConfig(error) => {
+                let mut shown = shape(
+                    "config",
+                    error,
+                    NOTHING,
+                    "Mend the configuration, or name another one with --config.",
+                );
+                shown["problems"] = match error {
+                    ConfigError::Invalid { problems, .. } => json!(problems),
+                    ConfigError::Unreadable { .. } => json!([]),
+                };
+                shown
+            }
+            ClientError::TokenFile { .. } | ClientError::BadUrl(_) => {
+                shape("usage", self, NOTHING, "`pgflip --help` explains the options.")
+            }
+            ClientError::NotDone { code, what, next, .. } => shape(code, what, NOTHING, next),
+            ClientError::Detached(id) => shape(
+                "interrupted",
+                &"This command was interrupted.",
+                "The operation goes on in pgflip.",
+                &match id {
+                    Some(id) => format!("`pgflip status` shows it, `pgflip watch {id}` follows it."),
+                    None => "`pgflip status` shows it, `pgflip watch` follows it.".to_owned(),
+                },
+            ),
+            ClientError::Unreachable { url, reason } => shape(
+                "unreachable",
+                &format!("No pgflip answers at {url}: {reason}."),
+                UNKNOWN,
+                "Start one with `pgflip run`, or say where it is with --admin.",
+            ),
+            ClientError::Lost { url, reason } => shape(
+                "lost",
+                &format!("pgflip at {url} does not answer any more: {reason}."),
+                LOST,
+                "Start it again with `pgflip run`, then look at `pgflip status`.",
+            ),
+            ClientError::Restarted(id) => shape(
+                "restarted",
+                &format!("pgflip was started anew while operation {id} was followed."),
+                LOST,
+                STATUS,
+            ),
             ClientError::Refused {
                 code,
                 what,
                 means,
                 next,
                 ..
-            } => {
-                json!({ "code": code, "what": what, "means": means, "next": next })
-            }
-            other => {
-                let code = match other.exit_code() {
-                    exit::USAGE => "usage",
-                    _ => "unreachable",
-                };
-                json!({ "code": code, "what": other.to_string() })
-            }
+            } => shape(code, what, means, next),
+            ClientError::Nonsense { .. } => shape(
+                "unreachable",
+                self,
+                UNKNOWN,
+                "Say with --admin where pgflip's admin port is.",
+            ),
         }
     }
 }
 
 /// How long an answer may take. Reads go to two servers, each with a limit of its own; the port itself gives up at 60 s.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(75);
-/// The port sends something at least every 5 s while events are streamed.
-const SILENCE: Duration = Duration::from_secs(30);
+/// The port sends something at least every 5 s while events are streamed: after this the connection counts as lost.
+const SILENCE: Duration = Duration::from_secs(12);
+/// How long a lost connection is tried again.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What [`Client::follow`] tells.
+#[derive(Debug)]
+pub enum Heard<'a> {
+    /// An event of the operation.
+    Event(&'a Value),
+    /// The connection is lost, and why; it is tried again.
+    Lost(&'a str),
+    /// It is there again.
+    Back,
+}
 
 /// A client of one admin port.
 pub struct Client {
@@ -258,45 +370,52 @@ impl Client {
     }
 
     /// Follows an operation to its end: `each` sees every event once, in order; returns the operation as it ended.
-    /// A connection that breaks is opened again where it broke, for as long as the port answers within `SILENCE`.
-    pub async fn follow(&self, id: u64, mut each: impl FnMut(&Value)) -> Result<Value, ClientError> {
+    /// A connection that breaks is opened again where it broke; `each` hears of that at once.
+    pub async fn follow(&self, id: u64, mut each: impl FnMut(Heard<'_>)) -> Result<Value, ClientError> {
         let mut last: Option<u64> = None;
-        let mut broken = None;
-        let mut since = tokio::time::Instant::now();
+        // When something was heard last, and whether `each` knows that nothing is.
+        let (mut since, mut lost) = (tokio::time::Instant::now(), false);
         loop {
-            match self.follow_once(id, &mut last, &mut each, &mut since).await {
+            let was_lost = lost;
+            let heard = |event: Option<&Value>| {
+                since = tokio::time::Instant::now();
+                if std::mem::take(&mut lost) {
+                    each(Heard::Back);
+                }
+                if let Some(event) = event {
+                    each(Heard::Event(event));
+                }
+            };
+            let reason = match self.follow_once(id, &mut last, heard).await {
                 Ok(Some(view)) => return Ok(view),
-                Ok(None) => {}
+                Ok(None) => "it has closed the connection".to_owned(),
+                Err(ClientError::Refused { status: 404, .. }) if was_lost => return Err(ClientError::Restarted(id)),
                 Err(error @ (ClientError::Refused { .. } | ClientError::Nonsense { .. })) => return Err(error),
-                Err(error) => broken = Some(error),
+                Err(ClientError::Unreachable { reason, .. }) => reason,
+                Err(error) => error.to_string(),
+            };
+            if since.elapsed() > PATIENCE {
+                let url = self.base.clone();
+                return Err(ClientError::Lost { url, reason });
             }
-            if since.elapsed() > SILENCE {
-                let reason = "the connection broke while the operation was under way; it may still be going on: look at `pgflip status`";
-                return Err(match broken {
-                    Some(ClientError::Unreachable { url, reason: why }) => ClientError::Unreachable {
-                        url,
-                        reason: format!("{why}; {reason}"),
-                    },
-                    _ => ClientError::Unreachable {
-                        url: self.base.clone(),
-                        reason: reason.into(),
-                    },
-                });
+            if !lost {
+                lost = true;
+                each(Heard::Lost(&reason));
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
 
+    /// One connection. `heard` is called with every event, and with none for every other sign of life.
     async fn follow_once(
         &self,
         id: u64,
         last: &mut Option<u64>,
-        each: &mut impl FnMut(&Value),
-        since: &mut tokio::time::Instant,
+        mut heard: impl FnMut(Option<&Value>),
     ) -> Result<Option<Value>, ClientError> {
         let silent = |_| ClientError::Unreachable {
             url: self.base.clone(),
-            reason: "it has gone silent".into(),
+            reason: format!("it has been silent for {} s", SILENCE.as_secs()),
         };
         let path = format!("/v1/operations/{id}/events");
         let sent = self.send(Method::GET, &path, None, *last);
@@ -310,8 +429,12 @@ impl Client {
         }
         let mut lines = Lines::default();
         while let Some(frame) = tokio::time::timeout(SILENCE, body.frame()).await.map_err(silent)? {
-            let frame = frame.map_err(|error| self.broken(&error))?;
-            *since = tokio::time::Instant::now();
+            // hyper's words here are about chunks.
+            let frame = frame.map_err(|_| ClientError::Unreachable {
+                url: self.base.clone(),
+                reason: "the connection broke off".into(),
+            })?;
+            heard(None);
             for message in lines.feed(frame.data_ref().map_or(&[], |data| data)) {
                 let value: Value = serde_json::from_str(&message.data).map_err(|error| ClientError::Nonsense {
                     url: self.base.clone(),
@@ -321,7 +444,7 @@ impl Client {
                     return Ok(Some(value));
                 }
                 *last = message.id.or(*last);
-                each(&value);
+                heard(Some(&value));
             }
         }
         Ok(None)
@@ -392,7 +515,104 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
+
+    #[test]
+    fn every_error_has_the_same_shape_for_programs() {
+        let url = || "http://127.0.0.1:1".to_owned();
+        let invalid = Config::load(std::path::Path::new("/nowhere")).unwrap_err();
+        for error in [
+            ClientError::OwnConfig(invalid),
+            ClientError::BadUrl("x".into()),
+            ClientError::NotDone {
+                code: "not_confirmed",
+                what: "What.".into(),
+                next: "Next.".into(),
+                exit: exit::USAGE,
+            },
+            ClientError::Detached(Some(7)),
+            ClientError::Detached(None),
+            ClientError::Unreachable {
+                url: url(),
+                reason: "no".into(),
+            },
+            ClientError::Lost {
+                url: url(),
+                reason: "no".into(),
+            },
+            ClientError::Restarted(7),
+            ClientError::Nonsense {
+                url: url(),
+                reason: "no".into(),
+            },
+        ] {
+            let shown = error.as_json();
+            for key in ["code", "what", "means", "next"] {
+                assert!(
+                    shown[key].as_str().is_some_and(|text| !text.is_empty()),
+                    "{key}: {shown}"
+                );
+            }
+        }
+    }
+
+    /// Answers each connection with one of these, then closes it.
+    async fn port(answers: Vec<&'static str>) -> Client {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            for answer in answers {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut asked = [0; 4096];
+                let _ = stream.read(&mut asked).await.unwrap();
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        Client {
+            http: Http::builder(TokioExecutor::new()).build(HttpConnector::new()),
+            base,
+            token: None,
+        }
+    }
+
+    const STREAM: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n";
+
+    #[tokio::test]
+    async fn a_lost_connection_is_told_at_once_and_a_restart_is_not_taken_for_an_unknown_operation() {
+        let begun = format!("{STREAM}id: 0\nevent: step\ndata: {{\"seq\": 0}}\n\n").leak();
+        let ended =
+            format!("{STREAM}id: 1\nevent: step\ndata: {{\"seq\": 1}}\n\nevent: end\ndata: {{\"id\": 7}}\n\n").leak();
+        let unknown =
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 22\r\nConnection: close\r\n\r\n{\"error\":{\"what\":\"x\"}}";
+        let follow = async |answers: Vec<&'static str>| {
+            let mut told = Vec::new();
+            let client = port(answers).await;
+            let done = client
+                .follow(7, |heard| {
+                    told.push(match heard {
+                        Heard::Event(event) => format!("event {}", event["seq"]),
+                        Heard::Lost(_) => "lost".to_owned(),
+                        Heard::Back => "back".to_owned(),
+                    });
+                })
+                .await;
+            (done, told)
+        };
+        let (done, told) = follow(vec![begun, ended]).await;
+        assert_eq!(done.unwrap()["id"], 7);
+        assert_eq!(told, ["event 0", "lost", "back", "event 1"]);
+        let (done, told) = follow(vec![begun, unknown]).await;
+        assert!(matches!(done, Err(ClientError::Restarted(7))), "{done:?}");
+        assert_eq!(told, ["event 0", "lost"]);
+        let (done, told) = follow(vec![unknown]).await;
+        assert!(
+            matches!(done, Err(ClientError::Refused { status: 404, .. })),
+            "{done:?}"
+        );
+        assert!(told.is_empty(), "{told:?}");
+    }
 
     #[test]
     fn events_are_the_same_wherever_the_stream_is_cut() {

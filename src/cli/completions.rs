@@ -1,8 +1,8 @@
 //! `pgflip completions`.
 
-use clap::{Args, CommandFactory as _};
+use clap::Args;
 
-use super::{Cli, exit};
+use super::{command, exit};
 
 /// For which shell.
 #[derive(Debug, Args)]
@@ -14,7 +14,7 @@ pub struct Completions {
 /// Prints them.
 pub fn run(options: &Completions) -> u8 {
     let mut script = Vec::new();
-    clap_complete::generate(options.shell, &mut Cli::command(), "pgflip", &mut script);
+    clap_complete::generate(options.shell, &mut command(), "pgflip", &mut script);
     super::print(String::from_utf8_lossy(&script).trim_end());
     exit::DONE
 }

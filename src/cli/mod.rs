@@ -5,17 +5,20 @@ pub mod act;
 pub mod check;
 pub mod client;
 pub mod completions;
+pub mod consent;
 pub mod demo;
 pub mod lag;
+pub mod outcome;
 pub mod progress;
 pub mod replication;
 pub mod run;
 pub mod sessions;
 pub mod status;
+pub mod watch;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 use crate::config::Stragglers;
 
@@ -39,6 +42,10 @@ pub mod exit {
             IN_DOUBT,
             "in doubt: it is not known whether the flip took place; clients are held",
         ),
+        (
+            INTERRUPTED,
+            "interrupted (Ctrl-C); an operation that was followed goes on in pgflip",
+        ),
     ];
     /// Done.
     pub const DONE: u8 = 0;
@@ -54,12 +61,14 @@ pub mod exit {
     pub const UNREACHABLE: u8 = 5;
     /// In doubt.
     pub const IN_DOUBT: u8 = 6;
+    /// Ctrl-C or SIGTERM (what a shell shows for a command that SIGINT ended).
+    pub const INTERRUPTED: u8 = 130;
 }
 
 fn exit_codes() -> String {
     let mut text = String::from("Exit codes:\n");
     for (code, meaning) in exit::CODES {
-        text.push_str(&format!("  {code}  {meaning}\n"));
+        text.push_str(&format!("  {code:>3}  {meaning}\n"));
     }
     text
 }
@@ -70,6 +79,7 @@ fn after_help() -> String {
          pgflip check                    what is wrong with the configuration and the servers, and how to mend it\n  \
          pgflip run                      serve clients (leave it running)\n  \
          pgflip replication start        copy blue to green and keep it in step\n  \
+         pgflip replication status       how far the copy is\n  \
          pgflip lag                      how far green is behind\n  \
          pgflip cutover --rehearse       all of it up to the last step, then back: how long, and what would stop it\n  \
          pgflip cutover                  move every client to green\n  \
@@ -171,6 +181,8 @@ pub enum Command {
     ///
     /// Clients wait for a moment, at the end of their transaction; none gets an error. If anything goes wrong before the
     /// new side is active, the flip is unwound and clients go on where they were (exit code 3).
+    ///
+    /// A rehearsal holds clients as well, for as long as the flip itself would: for the drain and for the window.
     #[command(
         after_help = "Examples:\n  pgflip cutover --rehearse\n  pgflip cutover --stragglers terminate\n  pgflip cutover --json | tail -1"
     )]
@@ -182,6 +194,10 @@ pub enum Command {
     Rollback(act::Flip),
     /// End the migration: drop the links, leave the old side fenced. After this there is no way back.
     Finalize(act::Finalize),
+    /// Follow an operation to its end: the one under way, else the last one.
+    ///
+    /// Shows what the command that began it showed, and has its exit code.
+    Watch(watch::Watch),
     /// List the clients.
     Sessions,
     /// Print completions for a shell.
@@ -207,15 +223,47 @@ impl From<StragglersChoice> for Stragglers {
     }
 }
 
+/// The arguments as clap reads them. Options of every command that mean nothing to one of them are not in its help.
+pub(crate) fn command() -> clap::Command {
+    let command = Cli::command();
+    let hide = |name: &'static str, options: &[&str], command: clap::Command| {
+        let hidden: Vec<clap::Arg> = command
+            .get_arguments()
+            .filter(|argument| options.contains(&argument.get_id().as_str()))
+            .map(|argument| argument.clone().hide(true))
+            .collect();
+        // One of the command's own is not replaced by the one of every command.
+        command.mut_subcommand(name, |one| one.args(hidden))
+    };
+    let command = hide("run", &["admin", "token", "token_file"], command);
+    let command = hide("demo", &["admin", "token", "token_file", "config"], command);
+    hide(
+        "completions",
+        &["admin", "token", "token_file", "config", "json"],
+        command,
+    )
+}
+
 /// Does what the arguments say; returns the exit code.
 pub fn main() -> u8 {
-    let cli = match Cli::try_parse() {
+    let parsed = command()
+        .try_get_matches()
+        .and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
-            let code = error.exit_code();
-            // Nothing to be done if standard output is closed.
-            let _ = error.print();
-            return u8::try_from(code).unwrap_or(exit::USAGE);
+            let code = u8::try_from(error.exit_code()).unwrap_or(exit::USAGE);
+            // Not parsed, so looked for. Help and version are no errors.
+            if code != exit::DONE && std::env::args_os().any(|argument| argument == "--json") {
+                let what = error.render().to_string();
+                let next = "`pgflip --help` explains the commands and their options.";
+                let error = serde_json::json!({ "code": "usage", "what": what.trim_end(), "means": "Nothing was done.", "next": next });
+                print(serde_json::json!({ "error": error }));
+            } else {
+                // Nothing to be done if standard output is closed.
+                let _ = error.print();
+            }
+            return code;
         }
     };
     let common = &cli.common;
@@ -246,6 +294,7 @@ pub fn main() -> u8 {
             Command::Cutover(options) => act::flip("cutover", options, common).await,
             Command::Rollback(options) => act::flip("rollback", options, common).await,
             Command::Finalize(options) => act::finalize(options, common).await,
+            Command::Watch(options) => watch::run(options, common).await,
             Command::Sessions => sessions::run(common).await,
         }
     })
@@ -261,28 +310,52 @@ pub(crate) fn print(line: impl std::fmt::Display) {
 
 /// Reports an error of the command itself, and its exit code.
 pub(crate) fn fail(common: &Common, error: &client::ClientError) -> u8 {
-    if common.json {
-        print(serde_json::json!({ "error": error.as_json() }));
-    } else {
-        eprintln!("pgflip: {error}");
+    use client::ClientError::{Detached, Lost, NotDone, OwnConfig, Restarted};
+    match error {
+        _ if common.json => print(serde_json::json!({ "error": error.as_json() })),
+        // The terminal has shown ^C in this line.
+        Detached(_) => eprintln!("\n{error}"),
+        // Not a failure of anything, or they begin with a name of their own.
+        NotDone { .. } | OwnConfig(_) | Lost { .. } | Restarted(_) => eprintln!("{error}"),
+        _ => eprintln!("pgflip: {error}"),
     }
     error.exit_code()
 }
 
+/// 1 session, 2 sessions.
+pub(crate) fn counted(many: u64, one: &str) -> String {
+    format!("{many} {one}{}", if many == 1 { "" } else { "s" })
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]
     fn the_arguments_are_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
+    }
+
+    #[test]
+    fn an_option_is_in_the_help_of_those_commands_that_it_means_something_to() {
+        let help = |name: &str| {
+            let mut command = command();
+            command.build();
+            let found = command.find_subcommand_mut(name).map(clap::Command::render_long_help);
+            found.unwrap_or_else(|| panic!("{name}")).to_string()
+        };
+        assert!(help("status").contains("--admin <URL>") && help("status").contains("--token"));
+        assert!(!help("demo").contains("--admin") && !help("demo").contains("--token"));
+        assert!(!help("run").contains("--admin <URL>") && help("run").contains("--config"));
+        // Hidden is not gone: a script may give them to every command.
+        let cli = command().try_get_matches_from(["pgflip", "--admin", "http://x", "demo", "--seconds", "2", "--json"]);
+        let cli = Cli::from_arg_matches(&cli.unwrap()).unwrap();
+        assert!(cli.common.json && cli.common.admin.as_deref() == Some("http://x"));
     }
 
     #[test]
     fn exit_codes_are_in_the_help_and_in_the_readme() {
-        let help = Cli::command().render_long_help().to_string();
+        let help = command().render_long_help().to_string();
         let readme = include_str!("../../README.md");
         for (code, meaning) in exit::CODES {
             let first = meaning.split(';').next().expect("split gives at least one part");

@@ -5,49 +5,121 @@ use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use serde_json::Value;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
-use super::client::{Client, ClientError};
+use super::client::{Client, ClientError, Heard};
 use super::sessions::clean;
 use super::{Common, exit, print};
 
-/// Starts an operation and follows it to its end. Prints what happens; the result is returned, not printed.
+/// Starts an operation and follows it to its end. Prints what happens; the operation is returned, not printed. Ctrl-C
+/// ends the following and not the operation.
 pub async fn act(client: &Client, common: &Common, path: &str, body: &Value) -> Result<Value, ClientError> {
-    let begun = client.post(path, body).await?;
+    let mut interrupted = Interrupted::new(client)?;
+    let begun = tokio::select! {
+        () = interrupted.wait() => return Err(ClientError::Detached(None)),
+        begun = client.post(path, body) => begun?,
+    };
     let id = begun["id"].as_u64().ok_or_else(|| ClientError::Nonsense {
         url: client.url().to_owned(),
         reason: "an operation without an id".into(),
     })?;
+    follow_until(client, common, id, interrupted).await
+}
+
+/// Follows an operation to its end, as [`act`] does.
+pub async fn follow(client: &Client, common: &Common, id: u64) -> Result<Value, ClientError> {
+    follow_until(client, common, id, Interrupted::new(client)?).await
+}
+
+async fn follow_until(
+    client: &Client,
+    common: &Common,
+    id: u64,
+    mut interrupted: Interrupted,
+) -> Result<Value, ClientError> {
     let mut shown = Shown::new(common);
-    let view = client.follow(id, |event| shown.event(event)).await;
-    shown.done();
-    view
+    tokio::select! {
+        () = interrupted.wait() => Err(ClientError::Detached(Some(id))),
+        view = client.follow(id, |heard| shown.heard(client, heard)) => view,
+    }
+}
+
+/// Ctrl-C, or SIGTERM.
+struct Interrupted(tokio::signal::unix::Signal, tokio::signal::unix::Signal);
+
+impl Interrupted {
+    fn new(client: &Client) -> Result<Interrupted, ClientError> {
+        let unheard = |error: std::io::Error| ClientError::Unreachable {
+            url: client.url().to_owned(),
+            reason: format!("the operating system gives no signals: {error}"),
+        };
+        Ok(Interrupted(
+            signal(SignalKind::interrupt()).map_err(unheard)?,
+            signal(SignalKind::terminate()).map_err(unheard)?,
+        ))
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.0.recv() => {}
+            _ = self.1.recv() => {}
+        }
+    }
 }
 
 /// Where there are no bars, a copy says every so often how far it is.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-enum Shown {
+enum How {
     Json,
     Lines { progressed: Option<Instant> },
     Bars(Bars),
 }
 
+struct Shown {
+    how: How,
+    /// Warnings of preflight that were shortened.
+    shortened: usize,
+}
+
 impl Shown {
     fn new(common: &Common) -> Shown {
-        if common.json {
-            Shown::Json
+        let how = if common.json {
+            How::Json
         } else if std::io::stderr().is_terminal() {
-            Shown::Bars(Bars::default())
+            How::Bars(Bars::default())
         } else {
-            Shown::Lines { progressed: None }
-        }
+            How::Lines { progressed: None }
+        };
+        Shown { how, shortened: 0 }
+    }
+
+    fn heard(&mut self, client: &Client, heard: Heard<'_>) {
+        let message = match heard {
+            Heard::Event(event) => return self.event(event),
+            Heard::Lost(reason) => format!(
+                "the connection to pgflip at {} is lost ({reason}); trying again for 30 s. If pgflip has ended, start it \
+                 again with `pgflip run`: it completes or undoes what was under way",
+                client.url()
+            ),
+            Heard::Back => "pgflip answers again".to_owned(),
+        };
+        self.event(&json!({ "step": "connection", "state": "info", "message": message }));
     }
 
     fn event(&mut self, event: &Value) {
-        match self {
-            Shown::Json => print(event),
-            Shown::Lines { progressed } => {
+        if let How::Json = self.how {
+            return print(event);
+        }
+        let is_short = short_warning(event).is_some();
+        if self.shortened > 0 && !is_short {
+            self.explain();
+        }
+        self.shortened += usize::from(is_short);
+        match &mut self.how {
+            How::Json => {}
+            How::Lines { progressed } => {
                 if event["state"] == "progress" {
                     if progressed.is_some_and(|at| at.elapsed() < LINE_EVERY) {
                         return;
@@ -56,12 +128,31 @@ impl Shown {
                 }
                 eprintln!("{}", line(event));
             }
-            Shown::Bars(bars) => bars.event(event),
+            How::Bars(bars) => bars.event(event),
         }
     }
 
-    fn done(&mut self) {
-        if let Shown::Bars(bars) = self {
+    /// After the last of the warnings that were shortened.
+    fn explain(&mut self) {
+        self.shortened = 0;
+        let line = format!("  {:<14} `pgflip check` explains these", "");
+        match &self.how {
+            How::Json => {}
+            How::Lines { .. } => eprintln!("{line}"),
+            How::Bars(bars) => {
+                let _ = bars.all.println(line);
+            }
+        }
+    }
+}
+
+/// However it ends, the terminal is left in order.
+impl Drop for Shown {
+    fn drop(&mut self) {
+        if self.shortened > 0 {
+            self.explain();
+        }
+        if let How::Bars(bars) = &mut self.how {
             bars.live.drain().for_each(|(_, bar)| bar.finish_and_clear());
             // Not drawn if the terminal has gone away.
             let _ = bars.all.clear();
@@ -69,10 +160,33 @@ impl Shown {
     }
 }
 
+/// How long the rest of a shortened warning may be.
+const SHORT: usize = 72;
+
+/// A warning of a flip's preflight: known since `pgflip check`, and the same at every flip. Its code and what it is
+/// about. None for every other event.
+fn short_warning(event: &Value) -> Option<String> {
+    let finding = &event["data"];
+    if event["step"] != "preflight" || event["state"] != "info" || finding["severity"] != "warning" {
+        return None;
+    }
+    let (code, what) = (finding["code"].as_str()?, finding["what"].as_str()?);
+    let database = finding["database"]
+        .as_str()
+        .map_or(String::new(), |name| format!(" ({name})"));
+    let mut what: String = what.lines().next().unwrap_or("").to_owned();
+    if what.chars().count() > SHORT {
+        what = format!("{}…", what.chars().take(SHORT - 1).collect::<String>());
+    }
+    Some(clean(&format!("{code}{database}: {what}")))
+}
+
 /// One event as one line.
 fn line(event: &Value) -> String {
     let text = |key: &str| clean(event[key].as_str().unwrap_or(""));
+    let message = short_warning(event).unwrap_or_else(|| text("message"));
     let mark = match event["state"].as_str() {
+        _ if short_warning(event).is_some() || event["step"] == "connection" => "!",
         Some("done") => "✓",
         Some("failed") => "✗",
         Some("undone") => "↩",
@@ -83,7 +197,7 @@ fn line(event: &Value) -> String {
         (Some("done"), Some(ms)) => format!("  ({ms:.1} ms)"),
         _ => String::new(),
     };
-    format!("{mark} {:<12} {}{took}", text("step"), text("message"))
+    format!("{mark} {:<14} {message}{took}", text("step"))
 }
 
 /// What is under way has a line of its own at the bottom: a step and, of a copy, each table that is copied just now.
@@ -204,8 +318,16 @@ pub fn trouble(result: &Value) -> Vec<String> {
     let text = |key: &str| result[key].as_str().filter(|text| !text.is_empty()).map(clean);
     let mut lines: Vec<String> = ["what", "why", "means"].into_iter().filter_map(text).collect();
     lines.extend(findings(result["findings"].as_array().map_or(&[][..], Vec::as_slice)));
-    lines.extend(text("next").map(|next| format!("Next: {next}")));
+    lines.extend(text("next").map(|next| format!("Next: {}", as_typed(&next))));
     lines
+}
+
+/// What the result says in the configuration's and the admin port's words, in the command line's.
+fn as_typed(next: &str) -> String {
+    next.replace(
+        "flip with stragglers = \"terminate\"",
+        "flip with `--stragglers terminate`, which ends them with 57P01",
+    )
 }
 
 #[cfg(test)]
@@ -213,6 +335,28 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_flips_warnings_are_short_and_in_line_with_the_steps() {
+        let finding = json!({"severity": "warning", "code": "settings_differ", "database": "app",
+            "what": format!("Settings differ: {}.", "work_mem, ".repeat(40)), "means": "M.", "mend": "Do."});
+        let warning = json!({"step": "preflight", "state": "info", "message": "long", "data": finding});
+        let told = line(&warning);
+        assert!(
+            told.starts_with("! preflight      settings_differ (app): Settings differ: ") && told.ends_with('…'),
+            "{told}"
+        );
+        assert!(told.chars().count() < 120, "{told}");
+        let step =
+            line(&json!({"step": "enable_reverse", "state": "done", "message": "it runs", "data": {"ms": 1.25}}));
+        assert_eq!(step, "✓ enable_reverse it runs  (1.2 ms)");
+    }
+
+    #[test]
+    fn what_to_do_next_is_told_in_the_command_lines_words() {
+        let told = trouble(&json!({"next": "Let them end, or flip with stragglers = \"terminate\"."}));
+        assert!(told[0].contains("--stragglers terminate"), "{told:?}");
+    }
 
     #[test]
     fn every_end_of_an_operation_has_its_exit_code() {

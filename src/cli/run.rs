@@ -1,6 +1,7 @@
 //! `pgflip run`.
 
-use super::{Common, exit};
+use super::client::ClientError;
+use super::{Common, exit, fail};
 use crate::app;
 use crate::config::Config;
 use crate::telemetry;
@@ -9,10 +10,7 @@ use crate::telemetry;
 pub fn run(common: &Common) -> u8 {
     let config = match Config::load(&common.config) {
         Ok(config) => config,
-        Err(error) => {
-            eprintln!("{error}");
-            return exit::USAGE;
-        }
+        Err(error) => return fail(common, &ClientError::OwnConfig(error)),
     };
     let level = match telemetry::logs(config.log_format, &config.log_level) {
         Ok(level) => level,

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::client::{Client, ClientError};
 use super::lag;
 use super::sessions::clean;
-use super::{Common, exit, fail, print};
+use super::{Common, counted, exit, fail, outcome, print};
 
 /// Prints it.
 pub async fn run(common: &Common) -> u8 {
@@ -61,25 +61,32 @@ pub fn screen(status: &Value) -> Vec<String> {
             Value::Number(number) => format!("   Postgres {number}"),
             _ => String::new(),
         };
-        let why = server["error"]
-            .as_str()
-            .map(|why| format!("   {}", clean(why)))
-            .unwrap_or_default();
-        lines.push(format!("{side:<12} {reach}{version}{why}"));
+        lines.push(format!("{side:<12} {reach}{version}"));
         for database in list(&server["databases"]) {
             let epoch = database["epoch"]
                 .as_u64()
                 .map(|epoch| format!("   epoch {epoch}"))
                 .unwrap_or_default();
-            lines.push(format!(
-                "  {:<10} {}{epoch}",
-                text(&database["name"]),
-                database["state"].as_str().map_or("no state of pgflip's".into(), clean)
-            ));
+            let state = match (database["state"].as_str(), database["reachable"].as_bool()) {
+                (Some(state), _) => clean(state),
+                (None, Some(true)) => "no state of pgflip's".to_owned(),
+                (None, _) => match database["why"].as_str() {
+                    Some(why) => format!("unknown (can't be reached: {})", clean(why)),
+                    None => "unknown (can't be reached)".to_owned(),
+                },
+            };
+            lines.push(format!("  {:<10} {state}{epoch}", text(&database["name"])));
         }
     }
-    lines.push(format!("replication  {}", text(&status["replication"])));
-    lines.extend(list(&status["lag"]).iter().map(|link| format!("  {}", lag::line(link))));
+    if is_not_started(status) {
+        lines.push("replication  not started".to_owned());
+    } else {
+        lines.push(format!("replication  {}", text(&status["replication"])));
+    }
+    // Where no link is meant to be there is no lag, known or not.
+    if !is_not_started(status) && status["replication"] != "none" {
+        lines.extend(list(&status["lag"]).iter().map(|link| format!("  {}", lag::line(link))));
+    }
     let count = |key: &str| {
         status["sessions"][key]
             .as_u64()
@@ -98,9 +105,11 @@ pub fn screen(status: &Value) -> Vec<String> {
         lines.push(format!("sidecars     {}", sidecars.len()));
         lines.extend(sidecars.iter().map(|sidecar| {
             format!(
-                "  {:<32} {} sessions   epoch {}",
+                "  {:<32} {}   epoch {}",
                 text(&sidecar["name"]),
-                sidecar["sessions"],
+                sidecar["sessions"]
+                    .as_u64()
+                    .map_or("unknown".to_owned(), |n| counted(n, "session")),
                 sidecar["epoch"]
             )
         }));
@@ -117,22 +126,13 @@ pub fn screen(status: &Value) -> Vec<String> {
     let flip = &status["last_flip"];
     if flip.is_object() {
         lines.push("last flip".to_owned());
-        lines.extend(outcome(flip).into_iter().map(|line| format!("  {line}")));
-        let steps = list(&flip["steps"]);
-        if !steps.is_empty() {
-            let steps = steps
-                .iter()
-                .map(|step| format!("{} {:.1}", text(&step["step"]), step["ms"].as_f64().unwrap_or(0.0)));
-            lines.push(format!("  steps, ms: {}", steps.collect::<Vec<_>>().join(", ")));
-        }
+        let told = outcome::flip(flip).into_iter().chain(outcome::steps(flip));
+        lines.extend(told.map(|line| format!("  {line}")));
     }
-    match &status["traffic"] {
-        Value::Null => {}
-        Value::String(words) => lines.push(format!("traffic      {}", clean(words))),
-        other => {
-            lines.push("traffic".to_owned());
-            lines.extend(super::replication::outline(other, 1));
-        }
+    let traffic = outcome::traffic(&status["traffic"]);
+    if !traffic.is_empty() {
+        lines.push("traffic".to_owned());
+        lines.extend(traffic.into_iter().map(|line| format!("  {line}")));
     }
     for warning in list(&status["warnings"]) {
         let warning = match &warning {
@@ -142,83 +142,103 @@ pub fn screen(status: &Value) -> Vec<String> {
         lines.push(format!("! {warning}"));
     }
     lines.push(String::new());
-    lines.push(format!("Next: {}", next(status)));
+    lines.push(format!("Next: {}", next(status).replace('\n', "\n      ")));
     lines
 }
 
-/// What a flip came to, in a line or a few.
-pub fn outcome(result: &Value) -> Vec<String> {
-    let text = |key: &str| clean(result[key].as_str().unwrap_or("unknown"));
-    let ms = |key: &str| {
-        result[key]
-            .as_f64()
-            .map_or("unknown".to_owned(), |ms| format!("{ms:.1} ms"))
-    };
-    let direction = text("direction");
-    let epoch = result["epoch"]
-        .as_u64()
-        .map_or("unknown".to_owned(), |epoch| epoch.to_string());
-    let sessions = &result["sessions"];
-    let count = |key: &str| sessions[key].as_u64().map_or("unknown".to_owned(), |n| n.to_string());
-    let held = format!("clients held {}, of which drain {}", ms("held_ms"), ms("drain_ms"));
-    match result["outcome"].as_str() {
-        Some("completed") => {
-            let mut lines = vec![
-                format!("{direction} completed: {} is active, epoch {epoch}", text("active")),
-                held,
-                format!(
-                    "sessions: {} moved, {} ended, {} left",
-                    count("moved"),
-                    count("ended"),
-                    count("left")
-                ),
-            ];
-            // A forced flip says what was lost.
-            lines.extend(super::progress::trouble(result));
-            lines
+/// True if a side that can be reached has no state of pgflip's in one of the databases (or not even the database).
+fn is_not_started(status: &Value) -> bool {
+    ["blue", "green"].iter().any(|side| {
+        let databases = status["sides"][side]["databases"].as_array();
+        databases.is_some_and(|all| {
+            all.iter()
+                .any(|database| database["reachable"] == true && database["state"].is_null())
+        })
+    })
+}
+
+fn next(status: &Value) -> String {
+    let is_gone = |side: &str| status["sides"][side]["reachable"] == false;
+    let active = status["active"].as_str();
+    match (status["phase"].as_str(), status["replication"].as_str()) {
+        (Some("in_doubt"), _) => {
+            return "it is not known whether the flip took place. Bring both servers back: pgflip settles it by itself.\n\
+                    If the flip's target is gone for good, only --force goes on without it."
+                .to_owned();
         }
-        Some("rehearsed") => vec![
-            format!("{direction} rehearsed: everything up to the last step works; nothing was changed"),
-            held,
-        ],
-        Some("unwound") => {
-            let mut lines = vec![format!(
-                "{direction} unwound at step {}: nothing was changed",
-                text("failed_step")
-            )];
-            lines.extend(super::progress::trouble(result));
-            lines
+        (Some("flipping" | "recovering"), _) => return "wait; it ends by itself. pgflip watch follows it.".to_owned(),
+        _ => {}
+    }
+    match (is_gone("blue"), is_gone("green")) {
+        (true, true) => return "bring back blue and green: neither can be reached.".to_owned(),
+        (true, false) => return without(status, "blue"),
+        (false, true) => return without(status, "green"),
+        (false, false) => {}
+    }
+    if status["operation"].is_object() {
+        return "wait until it has ended: pgflip watch follows it.".to_owned();
+    }
+    if is_not_started(status) {
+        return "pgflip check, then pgflip replication start".to_owned();
+    }
+    match (status["phase"].as_str(), active, status["replication"].as_str()) {
+        (Some("starting" | "unknown") | None, ..) | (_, None, _) => {
+            "pgflip does not know yet which side is active; it keeps looking.".to_owned()
         }
-        _ => {
-            let mut lines = vec![format!("{direction}: {}", text("outcome").replace('_', " "))];
-            lines.extend(super::progress::trouble(result));
-            lines
+        (_, Some(active), Some("none")) if is_finalized(status, active) => format!(
+            "finalized: nothing is left to do.\nTo retire pgflip: point the application at {} directly and stop pgflip.",
+            clean(active)
+        ),
+        (.., Some("none")) => "pgflip check, then pgflip replication start".to_owned(),
+        (.., Some("copying")) => "wait until the copy is done: pgflip replication status".to_owned(),
+        (_, Some("green"), Some("running")) => {
+            "pgflip rollback goes back; pgflip finalize ends the migration.".to_owned()
         }
+        (_, Some("blue"), Some("running")) => "pgflip cutover --rehearse, then pgflip cutover".to_owned(),
+        (.., Some("broken" | "unknown")) => {
+            "pgflip replication status says which link is not as it should be.".to_owned()
+        }
+        _ => "pgflip check says what is in the way.".to_owned(),
     }
 }
 
-fn next(status: &Value) -> &'static str {
-    let unreachable = ["blue", "green"]
-        .iter()
-        .any(|side| status["sides"][side]["reachable"] == false);
-    match (
-        status["phase"].as_str(),
-        status["active"].as_str(),
-        status["replication"].as_str(),
-    ) {
-        (Some("in_doubt"), ..) => {
-            "it is not known whether the flip took place. Bring both servers back: pgflip settles it by itself."
-        }
-        (Some("flipping" | "recovering"), ..) => "wait; it ends by itself.",
-        _ if unreachable => "bring back the server that can't be reached.",
-        (Some("starting" | "unknown") | None, ..) => "pgflip does not know yet which side is active; it keeps looking.",
-        (_, _, Some("none")) => "pgflip check, then pgflip replication start",
-        (_, _, Some("copying")) => "wait until the copy is done: pgflip replication status",
-        (_, Some("green"), Some("running")) => "pgflip rollback goes back; pgflip finalize ends the migration.",
-        (_, Some("blue"), Some("running")) => "pgflip cutover --rehearse, then pgflip cutover",
-        (_, _, Some("broken" | "unknown")) => "pgflip replication status says which link is not as it should be.",
-        _ => "pgflip check says what is in the way.",
+/// No links (the caller's business), one side active, and the other one fenced: what `finalize` leaves.
+fn is_finalized(status: &Value, active: &str) -> bool {
+    let standby = if active == "blue" { "green" } else { "blue" };
+    let all = |side: &str, state: &str| {
+        let databases = status["sides"][side]["databases"].as_array();
+        databases.is_some_and(|all| !all.is_empty() && all.iter().all(|database| database["state"] == state))
+    };
+    all(active, "active") && all(standby, "standby")
+}
+
+/// What to do while one side can't be reached.
+fn without(status: &Value, dead: &str) -> String {
+    let (alive, flip) = if dead == "blue" {
+        ("green", "cutover")
+    } else {
+        ("blue", "rollback")
+    };
+    let databases = status["sides"][alive]["databases"]
+        .as_array()
+        .map_or(&[][..], Vec::as_slice);
+    // Only a side that follows can go on without the other one.
+    let follows = !databases.is_empty()
+        && databases.iter().all(|database| {
+            ["standby", "fenced", "committing"].contains(&database["state"].as_str().unwrap_or_default())
+        });
+    if status["active"] == alive {
+        return format!(
+            "bring {dead} back. Clients are served by {alive} meanwhile.\nIt keeps the WAL that {dead} lacks: watch its disk."
+        );
     }
+    if !follows {
+        return format!("bring {dead} back.");
+    }
+    format!(
+        "bring {dead} back: then nothing is lost.\nIf it is gone for good: pgflip {flip} --force makes {alive} active with what has \
+         arrived there.\nWhat {dead} had acknowledged beyond that is lost: the command says what is known of it, and asks."
+    )
 }
 
 #[cfg(test)]
@@ -252,6 +272,140 @@ mod tests {
         ] {
             assert!(screen.contains(part), "{part:?} is not in\n{screen}");
         }
+    }
+
+    fn sides(blue: Value, green: Value) -> Value {
+        let side = |state: Value| match state.as_str() {
+            Some("dead") => json!({"reachable": false, "databases": [
+                {"name": "app", "reachable": false, "why": "connection refused"}]}),
+            _ => json!({"reachable": true, "databases": [{"name": "app", "reachable": true, "state": state}]}),
+        };
+        json!({"blue": side(blue), "green": side(green)})
+    }
+
+    #[test]
+    fn next_says_what_to_do_in_every_state() {
+        let none = || Value::Null;
+        for (phase, active, replication, blue, green, part) in [
+            (
+                "serving",
+                json!("blue"),
+                "unknown",
+                none(),
+                none(),
+                "check, then pgflip replication start",
+            ),
+            (
+                "serving",
+                json!("blue"),
+                "unknown",
+                json!("active"),
+                none(),
+                "check, then pgflip replication start",
+            ),
+            (
+                "serving",
+                json!("blue"),
+                "copying",
+                json!("active"),
+                json!("standby"),
+                "replication status",
+            ),
+            (
+                "serving",
+                json!("blue"),
+                "running",
+                json!("active"),
+                json!("standby"),
+                "cutover --rehearse",
+            ),
+            (
+                "serving",
+                json!("green"),
+                "running",
+                json!("standby"),
+                json!("active"),
+                "pgflip finalize",
+            ),
+            (
+                "serving",
+                json!("green"),
+                "none",
+                json!("standby"),
+                json!("active"),
+                "point the application at green",
+            ),
+            (
+                "unknown",
+                json!("blue"),
+                "unknown",
+                json!("dead"),
+                json!("standby"),
+                "pgflip cutover --force",
+            ),
+            ("unknown", none(), "unknown", json!("dead"), json!("standby"), "is lost"),
+            (
+                "unknown",
+                json!("green"),
+                "unknown",
+                json!("standby"),
+                json!("dead"),
+                "pgflip rollback --force",
+            ),
+            (
+                "serving",
+                json!("green"),
+                "unknown",
+                json!("dead"),
+                json!("active"),
+                "bring blue back. Clients are served",
+            ),
+            ("unknown", none(), "unknown", json!("dead"), none(), "bring blue back."),
+            (
+                "unknown",
+                none(),
+                "unknown",
+                json!("dead"),
+                json!("dead"),
+                "blue and green",
+            ),
+            ("in_doubt", none(), "unknown", json!("fenced"), json!("dead"), "--force"),
+            (
+                "flipping",
+                json!("blue"),
+                "running",
+                json!("active"),
+                json!("standby"),
+                "pgflip watch",
+            ),
+        ] {
+            let status =
+                json!({"phase": phase, "active": active, "replication": replication, "sides": sides(blue, green)});
+            let told = next(&status);
+            assert!(told.contains(part), "{part:?} is not in {told:?} of {status}");
+        }
+    }
+
+    #[test]
+    fn the_state_of_a_dead_side_is_unknown_and_not_absent() {
+        let status = json!({"phase": "serving", "active": "green", "sides": sides(json!("dead"), json!("active"))});
+        let screen = screen(&status).join("\n");
+        assert!(
+            screen.contains("app        unknown (can't be reached: connection refused)"),
+            "{screen}"
+        );
+        assert!(!screen.contains("no state"), "{screen}");
+    }
+
+    #[test]
+    fn one_session_is_not_one_sessions() {
+        let status =
+            json!({"sidecars": [{"name": "a", "sessions": 1, "epoch": 2}, {"name": "b", "sessions": 2, "epoch": 2}]});
+        let screen = screen(&status).join("\n");
+        assert!(
+            screen.contains("1 session   epoch 2") && screen.contains("2 sessions"),
+            "{screen}"
+        );
     }
 
     #[test]
