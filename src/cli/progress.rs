@@ -318,16 +318,8 @@ pub fn trouble(result: &Value) -> Vec<String> {
     let text = |key: &str| result[key].as_str().filter(|text| !text.is_empty()).map(clean);
     let mut lines: Vec<String> = ["what", "why", "means"].into_iter().filter_map(text).collect();
     lines.extend(findings(result["findings"].as_array().map_or(&[][..], Vec::as_slice)));
-    lines.extend(text("next").map(|next| format!("Next: {}", as_typed(&next))));
+    lines.extend(text("next").map(|next| format!("Next: {next}")));
     lines
-}
-
-/// What the result says in the configuration's and the admin port's words, in the command line's.
-fn as_typed(next: &str) -> String {
-    next.replace(
-        "flip with stragglers = \"terminate\"",
-        "flip with `--stragglers terminate`, which ends them with 57P01",
-    )
 }
 
 #[cfg(test)]

@@ -58,8 +58,8 @@ pub enum FleetError {
     #[error("another sidecar calls by now")]
     Superseded,
     /// Sidecars that live and did not answer in time.
-    #[error("no answer within {after:?} from {} with clients before the same servers: {}",
-        if .names.len() == 1 { "a sidecar".to_owned() } else { format!("{} sidecars", .names.len()) }, .names.join(", "))]
+    #[error("no answer within {:.1} s from {} with clients before the same servers: {}",
+        .after.as_secs_f64(), if .names.len() == 1 { "a sidecar".to_owned() } else { format!("{} sidecars", .names.len()) }, .names.join(", "))]
     Silent {
         /// Where their clients connect.
         names: Vec<String>,

@@ -511,14 +511,17 @@ impl Flip {
         let name = step.name();
         // Between the drain and the pivot nobody reads along: what is told of those steps is told after them.
         if !step.in_window() && step != Reversible::Preflight {
-            self.operation.event(name, "started", step_message(step), Value::Null);
+            self.operation.event(name, "started", step_began(step), Value::Null);
         }
         let limit = self.limit(step);
         let began = Instant::now();
         let applied = match timeout(limit, self.apply(step)).await {
             Ok(Ok(())) => self.verify(step),
             Ok(Err(stop)) => Err(stop),
-            Err(_) => Err(Stop::Broken(format!("{name} did not end within {limit:?}"))),
+            Err(_) => Err(Stop::Broken(format!(
+                "{name} did not end within {:.1} s",
+                limit.as_secs_f64()
+            ))),
         };
         let took = began.elapsed();
         self.timings.push(Timing {
@@ -822,7 +825,7 @@ impl Flip {
         );
         match self.stragglers {
             _ if failed.is_empty() => Ok(()),
-            Stragglers::Unwind => Err(obstructed("can't be moved", &failed)),
+            Stragglers::Unwind => Err(obstructed(("can't be moved", "can't be moved"), &failed)),
             // They are found again, and ended, in `drain`.
             Stragglers::Terminate => Ok(()),
         }
@@ -843,7 +846,13 @@ impl Flip {
         if !in_the_way.is_empty() {
             match self.stragglers {
                 Stragglers::Unwind => {
-                    return Err(obstructed("do not reach their boundary or can't be moved", &in_the_way));
+                    return Err(obstructed(
+                        (
+                            "does not reach its boundary or can't be moved",
+                            "do not reach their boundary or can't be moved",
+                        ),
+                        &in_the_way,
+                    ));
                 }
                 Stragglers::Terminate => self.terminate(&mine, &in_the_way).await?,
             }
@@ -869,7 +878,10 @@ impl Flip {
         let rest = again.stragglers.into_iter().chain(again.unmovable);
         let rest: Vec<Obstacle> = rest.chain(theirs).collect();
         if !left.is_empty() || !rest.is_empty() {
-            return Err(obstructed("could not be ended in time", &rest));
+            return Err(obstructed(
+                ("could not be ended in time", "could not be ended in time"),
+                &rest,
+            ));
         }
         Ok(())
     }
@@ -924,8 +936,9 @@ impl Flip {
             match state::fence(&database.source, &database.prepared()?.fence, attempt, words, limit).await {
                 Err(StateError::Sql(e)) if e.code().is_some_and(|code| code.code() == "55P03") => Err(Stop::no_go(
                     format!(
-                        "database {}: direct writers did not end within {limit:?}",
-                        database.name
+                        "database {}: direct writers did not end within {:.1} s",
+                        database.name,
+                        limit.as_secs_f64()
                     ),
                     "Sessions that go around pgflip hold transactions open: let them end, then try again.",
                 )),
@@ -1125,7 +1138,10 @@ impl Flip {
             }
             Ok(Ok(false)) => "the target's row is not what the pivot expects".to_owned(),
             Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("the target did not answer the pivot's commit within {limit:?}"),
+            Err(_) => format!(
+                "the target did not answer the pivot's commit within {:.1} s",
+                limit.as_secs_f64()
+            ),
         };
         // Whatever was heard, only a write that waits for the pivot settles whether it has happened.
         tracing::warn!(
@@ -1398,7 +1414,10 @@ impl Flip {
             loop {
                 let tried = match timeout(one_try, self.apply_forward(step)).await {
                     Ok(done) => done,
-                    Err(_) => Err(Stop::Broken(format!("{name} did not end within {one_try:?}"))),
+                    Err(_) => Err(Stop::Broken(format!(
+                        "{name} did not end within {:.1} s",
+                        one_try.as_secs_f64()
+                    ))),
                 };
                 match tried {
                     Ok(()) => break,
@@ -1647,7 +1666,8 @@ fn not_called() -> Stop {
     Stop::Broken("the other sidecars were not called".into())
 }
 
-fn obstructed(what: &str, obstacles: &[Obstacle]) -> Stop {
+/// `what`: of one, of many.
+fn obstructed(what: (&str, &str), obstacles: &[Obstacle]) -> Stop {
     let shown: Vec<String> = obstacles
         .iter()
         .take(5)
@@ -1659,8 +1679,11 @@ fn obstructed(what: &str, obstacles: &[Obstacle]) -> Stop {
         })
         .collect();
     Stop::no_go(
-        format!("{} sessions {what}: {}", obstacles.len(), shown.join("; ")),
-        "Let them end what they do, or flip with stragglers = \"terminate\".",
+        match obstacles.len() {
+            1 => format!("A session that {}: {}", what.0, shown.join("; ")),
+            n => format!("{n} sessions that {}: {}", what.1, shown.join("; ")),
+        },
+        "Let them end what they do, or flip with `--stragglers terminate`, which ends them with 57P01.",
     )
 }
 
@@ -1675,6 +1698,26 @@ fn origin_on<'a>(config: &'a Config, side: Side, database: &'a str) -> BoxFuture
         .await?)
     }
     .boxed()
+}
+
+fn step_began(step: Reversible) -> &'static str {
+    match step {
+        Reversible::Preflight => "looking at both sides",
+        Reversible::Settle => "waiting until replication is close behind",
+        Reversible::Arm => "switching fence triggers on, checking tables",
+        Reversible::Prepare => "opening connections ahead",
+        Reversible::Hold => "closing the gate",
+        Reversible::Drain => "waiting for every session to reach its boundary",
+        // Nobody reads along while clients wait for pgflip alone.
+        Reversible::Fence
+        | Reversible::OldXids
+        | Reversible::Tables
+        | Reversible::CatchUp
+        | Reversible::Sequences
+        | Reversible::Links
+        | Reversible::Verify
+        | Reversible::Committing => step_message(step),
+    }
 }
 
 fn step_message(step: Reversible) -> &'static str {

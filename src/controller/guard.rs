@@ -127,7 +127,13 @@ impl Guard {
         let (blue, green) = self.look(&config).await;
         let decision = recovery::decide(&blue, &green);
         if self.said.as_ref() != Some(&decision) {
-            tracing::info!(from = ?self.said, to = ?decision, because = ?(&blue, &green), "the rows say");
+            let from = self.said.as_ref().map_or("nothing yet".to_owned(), ToString::to_string);
+            match decision {
+                Decision::Unknown { .. } | Decision::InDoubt { .. } => {
+                    tracing::warn!(from, to = %decision, blue = %blue, green = %green, "the state rows");
+                }
+                _ => tracing::info!(from, to = %decision, blue = %blue, green = %green, "the state rows"),
+            }
             self.said = Some(decision.clone());
         }
         self.controller.saw(&blue, &green);
@@ -138,7 +144,7 @@ impl Guard {
                 self.controller.set_phase(Phase::InDoubt(why));
             }
             Err(error) => {
-                tracing::warn!(%error, ?decision, "the guard could not act; again in a second");
+                tracing::warn!(%error, %decision, "the guard could not act; again in a second");
                 if self.controller.phase() == Phase::Starting {
                     self.controller.warn_once(error.to_string());
                 }
@@ -336,8 +342,8 @@ impl Guard {
             Ok(()) => {
                 if from != Some(to) {
                     tracing::info!(
-                        ?from,
-                        ?to,
+                        from = from.map_or("nowhere".to_owned(), |from| from.to_string()),
+                        %to,
                         because = "the state rows say so",
                         "clients are led to {}",
                         to.side

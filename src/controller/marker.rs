@@ -16,7 +16,7 @@ use crate::pg::connect::describe;
 #[derive(Debug, thiserror::Error)]
 pub enum MarkerError {
     /// It was not seen in time.
-    #[error("the marker written on {side} was not seen on the other side within {after:?}")]
+    #[error("the marker written on {side} was not seen on the other side within {:.1} s", .after.as_secs_f64())]
     NotSeen {
         /// Where it was written.
         side: Side,

@@ -271,7 +271,10 @@ impl Controller {
             let operation = {
                 let mut inner = controller.inner.lock();
                 if matches!(kind, Kind::Cutover | Kind::Rollback) {
-                    inner.last_flip = Some(result.clone());
+                    // One that was refused before anything was done does not hide the last one that was.
+                    if result["failed_step"] != "preflight" || inner.last_flip.is_none() {
+                        inner.last_flip = Some(result.clone());
+                    }
                 }
                 inner.running.take()
             };

@@ -74,6 +74,16 @@ pub enum Known {
     Unreachable(String),
 }
 
+impl std::fmt::Display for Known {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Known::Row(row) => row.fmt(f),
+            Known::Absent => f.write_str("no schema pgflip"),
+            Known::Unreachable(why) => write!(f, "can't be read: {why}"),
+        }
+    }
+}
+
 /// What the carrier's rows say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -127,6 +137,25 @@ pub enum Decision {
         /// What they say.
         why: String,
     },
+}
+
+impl std::fmt::Display for Decision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Decision::Fresh => f.write_str("nothing is replicated: blue serves"),
+            Decision::Steady { active, epoch } => write!(f, "{active} is active at epoch {epoch}"),
+            Decision::Unwind { source, attempt } => write!(f, "attempt {} from {source} is to be unwound", attempt.id),
+            Decision::Burn { source, attempt } => write!(f, "attempt {} from {source} is to be burnt", attempt.id),
+            Decision::Forward { source, attempt } => {
+                write!(f, "attempt {} from {source} is to be completed", attempt.id)
+            }
+            Decision::Demote { stale, active, epoch } => {
+                write!(f, "{stale} slept: {active} is active at epoch {epoch}")
+            }
+            Decision::Unknown { why } => write!(f, "unknown: {why}"),
+            Decision::InDoubt { why } => write!(f, "in doubt: {why}"),
+        }
+    }
 }
 
 /// What to do, from the rows of the carrier alone.

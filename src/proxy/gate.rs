@@ -33,6 +33,12 @@ pub struct Upstream {
     pub epoch: u64,
 }
 
+impl std::fmt::Display for Upstream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} at epoch {}", self.side, self.epoch)
+    }
+}
+
 /// A session's number: unique in this process, never used again. Also the `pid` its client knows it by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -79,7 +85,7 @@ pub struct Moved {
 
 /// The gate refuses to go back to a lower epoch.
 #[derive(Debug, thiserror::Error)]
-#[error("a switch to {to:?} came after the gate had gone to {now:?}")]
+#[error("a switch to {to} came after the gate had gone to {now}")]
 pub struct Superseded {
     /// Where the switch wanted to go.
     pub to: Upstream,

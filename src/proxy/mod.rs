@@ -100,7 +100,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
             .spawn(move || runtime.block_on(work(worker, listener, shutdown, stopped)))?;
         threads.push(thread);
     }
-    tracing::info!(%address, workers = threads.len(), "clients are served");
+    tracing::info!(%address, workers = threads.len(), "listening for clients");
     Ok(Proxy {
         address,
         env,
