@@ -9,6 +9,7 @@ mod fleet;
 mod flip_parts;
 mod killed;
 mod replication_pairs;
+mod roles;
 mod sabotage;
 mod stragglers;
 mod surface_cli;

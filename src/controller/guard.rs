@@ -17,6 +17,7 @@ use super::flip;
 use super::links;
 use super::marker;
 use super::recovery::{self, Burnt, Decision, Known, OperatorLock, RecoveryError};
+use super::roles;
 use super::state::{self, Expect, Row, State, Unwinding};
 use crate::config::Config;
 use crate::pg::connect::connect_listening;
@@ -53,6 +54,7 @@ pub(super) struct Guard {
     clients: HashMap<(Side, String), Client>,
     upkeep_at: Instant,
     said: Option<Decision>,
+    roles: roles::Keeper,
     /// Follows another sidecar's call.
     following: Option<tokio::task::JoinHandle<()>>,
 }
@@ -72,6 +74,7 @@ impl Guard {
             clients: HashMap::new(),
             upkeep_at: Instant::now(),
             said: None,
+            roles: roles::Keeper::default(),
             following: None,
         }
     }
@@ -398,6 +401,7 @@ impl Guard {
                 tracing::warn!(database, %error, "the fence could not be looked after");
             }
         }
+        self.roles.keep(config, active, epoch).await;
         drop(lock);
     }
 

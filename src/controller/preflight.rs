@@ -972,8 +972,10 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
         types(target, &from, &to, &mut of_this).await;
         if database == config.carrier() {
             felt(target, &from, &to, &mut of_this).await;
-            let user = &config.server(target).user;
-            match roles::differences(&from, source, &to, target, user, &config.databases).await {
+            // `standing` has said what there is to say of the row.
+            let epoch = state::read(&*from).await.ok().flatten().map_or(0, |row| row.epoch);
+            let server = config.server(target);
+            match roles::differences(&from, source, &to, server, &config.databases, epoch).await {
                 Ok(differences) => of_this.extend(differences),
                 Err(error) => of_this.push(unread("The roles", error)),
             }
