@@ -4,6 +4,7 @@
 mod asleep;
 mod attacked;
 mod common;
+mod drift;
 mod drivers;
 mod fleet;
 mod flip_parts;

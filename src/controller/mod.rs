@@ -4,6 +4,7 @@
 //! follows the state rows for ever.
 
 pub mod copy;
+pub mod drift;
 pub mod fence;
 pub mod fleet;
 pub mod flip;

@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{roles, schema};
+use super::{drift, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -969,6 +969,7 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
             }
             Err(error) => of_this.push(unread("The servers' versions", error)),
         }
+        drifted(source, &from, &to, &mut of_this).await;
         types(target, &from, &to, &mut of_this).await;
         if database == config.carrier() {
             felt(target, &from, &to, &mut of_this).await;
@@ -1027,6 +1028,23 @@ async fn standing(source: Side, from: &Client, to: &Client, found: &mut Vec<Find
             ),
             "If replication was never started: `pgflip replication start`. If a flip is under way: wait for it.",
         ));
+    }
+}
+
+/// What was changed in the schema of one side only.
+async fn drifted(source: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
+    let read = async {
+        let (here, there) = tokio::try_join!(drift::read(&**from), drift::read(&**to))?;
+        let sides = drift::Sides {
+            source,
+            from: Features::read(&**from).await?,
+            to: Features::read(&**to).await?,
+        };
+        Ok::<_, tokio_postgres::Error>(drift::compare(sides, &here, &there))
+    };
+    match read.await {
+        Ok(differences) => found.extend(differences),
+        Err(error) => found.push(unread("The schemas", describe(&error))),
     }
 }
 
