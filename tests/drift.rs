@@ -1,6 +1,10 @@
 //! What changes on one side after `replication start`: found before a flip, named, with what mends it.
 
-use crate::common::Rig;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::common::{LIMIT, Rig};
 use crate::roles::check;
 use pgflip::demo::ledger::Shape;
 use pgflip::pg::Side;
@@ -94,6 +98,12 @@ async fn everything_that_changed_on_one_side_only_is_named_by_what_it_would_do()
             "15 and 18 write the same in other words"
         );
     }
+    let oids = of(&found, "type_oids");
+    assert!(
+        oids.iter()
+            .any(|what| what.contains("public.feeling (in public.kept.f)")),
+        "{oids:?}"
+    );
 
     blue.batch_execute(
         "alter type feeling add value 'better';
@@ -147,4 +157,67 @@ async fn everything_that_changed_on_one_side_only_is_named_by_what_it_would_do()
             "Index by_owner on public.guarded",
         ],
     );
+}
+
+#[tokio::test]
+async fn a_physical_standby_that_no_commit_waits_for_is_named_with_what_may_be_lost() {
+    let rig = Rig::new(16, 18).shape(small()).start().await;
+    rig.replicate().await;
+    assert_eq!(
+        of(&check(&rig).await, "async_standby"),
+        Vec::<&str>::new(),
+        "links are no standbys"
+    );
+    let green = rig.admin(Side::Green).await;
+    let hba: String = green
+        .query_one("select current_setting('hba_file')", &[])
+        .await
+        .expect("a file")
+        .get(0);
+    green
+        .batch_execute(&format!(
+            "copy (values ('host replication all 127.0.0.1/32 trust'), ('host all all 127.0.0.1/32 scram-sha-256')) to '{hba}';
+             select pg_reload_conf();"
+        ))
+        .await
+        .expect("pg_hba.conf");
+    let at: String = green
+        .query_one("select pg_current_wal_flush_lsn()::text", &[])
+        .await
+        .expect("a position")
+        .get(0);
+    // What a walreceiver says, and no more.
+    let deadline = Instant::now() + LIMIT;
+    let _receiver = loop {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", rig.green.port()))
+            .await
+            .expect("green");
+        let mut startup = 196_608_u32.to_be_bytes().to_vec();
+        let user = rig.green.user();
+        startup.extend(format!("user\0{user}\0replication\0true\0application_name\0spare\0\0").into_bytes());
+        let mut message = u32::try_from(startup.len() + 4).expect("short").to_be_bytes().to_vec();
+        message.extend(startup);
+        stream.write_all(&message).await.expect("startup");
+        let statement = format!("START_REPLICATION PHYSICAL {at}\0");
+        let mut query = vec![b'Q'];
+        query.extend(u32::try_from(statement.len() + 4).expect("short").to_be_bytes());
+        query.extend(statement.into_bytes());
+        let _ = stream.write_all(&query).await;
+        let mut first = [0_u8; 9];
+        // R, length 8, 0: trusted. The file is read again soon, not at once.
+        if stream.read_exact(&mut first).await.is_ok() && first == *b"R\0\0\0\x08\0\0\0\0" {
+            break stream;
+        }
+        assert!(Instant::now() < deadline, "never trusted");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    loop {
+        let found = check(&rig).await;
+        if let [what] = of(&found, "async_standby").as_slice() {
+            assert!(what.contains("green") && what.contains("spare"), "{what}");
+            break;
+        }
+        assert!(Instant::now() < deadline, "{found:#?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
