@@ -4,6 +4,7 @@
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
@@ -136,7 +137,7 @@ impl LogLevel {
 pub fn logs(format: LogFormat, level: &str) -> Result<LogLevel, TelemetryError> {
     use std::io::IsTerminal as _;
     let (filter, handle) = reload::Layer::new(EnvFilter::try_new(level)?);
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(never_told());
     let lines = fmt::layer().with_writer(std::io::stderr);
     match format {
         LogFormat::Human => registry
@@ -145,6 +146,14 @@ pub fn logs(format: LogFormat, level: &str) -> Result<LogLevel, TelemetryError> 
         LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init()?,
     }
     Ok(LogLevel(handle))
+}
+
+/// What no configured level makes visible. tokio-postgres logs every statement at `debug`, also those that have a password
+/// or a verifier in them (CREATE SUBSCRIPTION, CREATE ROLE): of its own it may only warn.
+fn never_told() -> Targets {
+    Targets::new()
+        .with_default(LevelFilter::TRACE)
+        .with_target("tokio_postgres", LevelFilter::WARN)
 }
 
 /// Starts recording metrics; the handle renders them. Once a process.
@@ -185,6 +194,23 @@ fn describe() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn statements_of_the_driver_are_told_to_nobody_whatever_the_level_is() {
+        use tracing::Level;
+        let never = never_told();
+        for target in [
+            "tokio_postgres",
+            "tokio_postgres::simple_query",
+            "tokio_postgres::query",
+        ] {
+            for level in [Level::TRACE, Level::DEBUG, Level::INFO] {
+                assert!(!never.would_enable(target, &level), "{target} {level}");
+            }
+            assert!(never.would_enable(target, &Level::WARN));
+        }
+        assert!(never.would_enable("pgflip::controller", &Level::TRACE));
+    }
 
     #[test]
     fn every_metric_is_in_the_readme() {

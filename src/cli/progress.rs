@@ -345,12 +345,6 @@ mod tests {
     }
 
     #[test]
-    fn what_to_do_next_is_told_in_the_command_lines_words() {
-        let told = trouble(&json!({"next": "Let them end, or flip with stragglers = \"terminate\"."}));
-        assert!(told[0].contains("--stragglers terminate"), "{told:?}");
-    }
-
-    #[test]
     fn every_end_of_an_operation_has_its_exit_code() {
         let blocker = json!([{"severity": "Blocker", "what": "x"}]);
         for (view, code) in [

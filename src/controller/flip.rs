@@ -20,6 +20,7 @@ use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
 use super::preflight::{self, Finding};
 use super::recovery::{self, Burnt, OperatorLock, RecoveryError, go_to};
+use super::roles::{self, RolesError};
 use super::sequences::{self, SequenceError};
 use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
 use super::steps::{FORWARD, Forward, PIVOT, REVERSIBLE, Reversible};
@@ -156,6 +157,15 @@ impl From<FleetError> for Stop {
                 "Every sidecar has to hold its clients: look at its log, or stop it, then try again.",
             ),
             FleetError::Connect(_) | FleetError::Sql(_) | FleetError::NoAnswer => Stop::Broken(error.to_string()),
+        }
+    }
+}
+
+impl From<RolesError> for Stop {
+    fn from(error: RolesError) -> Stop {
+        match error {
+            RolesError::State(state) => state.into(),
+            other => Stop::Broken(other.to_string()),
         }
     }
 }
@@ -646,6 +656,8 @@ impl Flip {
     }
 
     async fn settle(&mut self) -> Result<(), Stop> {
+        // What was taken away from a role since the guard looked last must not come back with the flip.
+        no_findings(roles::settle(&self.config, self.source, self.attempt.epoch).await?)?;
         let deadline = Instant::now() + self.config.flip.settle_timeout;
         // What a flip before this one has left undone, because it died or was in a hurry. The guard would do it, but it
         // stands still while a flip of this process runs.
@@ -1645,7 +1657,16 @@ impl From<RecoveryError> for Undo {
 }
 
 /// What the guard or the servers mend by themselves within seconds: waited for in `settle`, no reason to refuse at once.
-const TRANSIENT: [&str; 4] = ["link_down", "link_disabled", "link_enabled", "worker_missing"];
+const TRANSIENT: [&str; 8] = [
+    "link_down",
+    "link_disabled",
+    "link_enabled",
+    "worker_missing",
+    "role_missing",
+    "role_differs",
+    "role_gone",
+    "database_differs",
+];
 
 fn no_findings(found: Vec<Finding>) -> Result<(), Stop> {
     let blockers: Vec<Finding> = found.into_iter().filter(Finding::stops).collect();

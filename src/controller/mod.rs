@@ -4,6 +4,7 @@
 //! follows the state rows for ever.
 
 pub mod copy;
+pub mod drift;
 pub mod fence;
 pub mod fleet;
 pub mod flip;
@@ -126,6 +127,8 @@ pub struct Controller {
     wake: Arc<Notify>,
     /// What is looked after beside the guard, if it is under way.
     upkeep: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    /// The two sides' roles as they were when they were the same last.
+    roles: Arc<tokio::sync::Mutex<roles::Keeper>>,
     /// This one among the sidecars before the same servers.
     me: Arc<fleet::Me>,
 }
@@ -171,6 +174,7 @@ impl Controller {
             acting: tokio::sync::Mutex::new(()),
             wake: Arc::new(Notify::new()),
             upkeep: Mutex::new(None),
+            roles: Arc::default(),
             me,
         });
         let guard = tokio::spawn(Guard::new(controller.clone()).run());
@@ -290,12 +294,8 @@ impl Controller {
     fn look_after(&self, config: &Arc<Config>, active: Side, epoch: u64) {
         let mut upkeep = self.upkeep.lock();
         if upkeep.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
-            *upkeep = Some(tokio::spawn(upkeep::run(
-                config.clone(),
-                self.me.clone(),
-                active,
-                epoch,
-            )));
+            let (config, me, roles) = (config.clone(), self.me.clone(), self.roles.clone());
+            *upkeep = Some(tokio::spawn(upkeep::run(config, me, roles, active, epoch)));
         }
     }
 

@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{roles, schema};
+use super::{drift, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -985,11 +985,17 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
             }
             Err(error) => of_this.push(unread("The servers' versions", error)),
         }
+        drifted(source, &from, &to, &mut of_this).await;
         types(target, &from, &to, &mut of_this).await;
         if database == config.carrier() {
             felt(target, &from, &to, &mut of_this).await;
-            let user = &config.server(target).user;
-            match roles::differences(&from, source, &to, target, user, &config.databases).await {
+            for (side, client) in [(source, &from), (target, &to)] {
+                physical_standbys(side, side == target, client, &mut of_this).await;
+            }
+            // `standing` has said what there is to say of the row.
+            let epoch = state::read(&*from).await.ok().flatten().map_or(0, |row| row.epoch);
+            let server = config.server(target);
+            match roles::differences(&from, source, &to, server, &config.databases, epoch).await {
                 Ok(differences) => of_this.extend(differences),
                 Err(error) => of_this.push(unread("The roles", error)),
             }
@@ -1044,25 +1050,113 @@ async fn standing(source: Side, from: &Client, to: &Client, found: &mut Vec<Find
     }
 }
 
+/// What was changed in the schema of one side only.
+async fn drifted(source: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
+    let read = async {
+        let (here, there) = tokio::try_join!(drift::read(&**from), drift::read(&**to))?;
+        let sides = drift::Sides {
+            source,
+            from: Features::read(&**from).await?,
+            to: Features::read(&**to).await?,
+        };
+        Ok::<_, tokio_postgres::Error>(drift::compare(sides, &here, &there))
+    };
+    match read.await {
+        Ok(differences) => found.extend(differences),
+        Err(error) => found.push(unread("The schemas", describe(&error))),
+    }
+}
+
+/// Physical standbys that a commit does not wait for.
+async fn physical_standbys(side: Side, target: bool, client: &Client, found: &mut Vec<Finding>) {
+    let statement = include_str!("../pg/sql/physical_standbys.sql");
+    let rows = rows(&**client, statement, &[], &format!("The standbys of {side}"), found).await;
+    let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    if names.is_empty() {
+        return;
+    }
+    let after = if target { "a flip to" } else { "a flip back to" };
+    found.push(Finding::warning(
+        "async_standby",
+        format!("Physical standbys of {side} that are not synchronous: {}.", list(&names)),
+        format!(
+            "If {side} fails over to one of them soon after {after} it, what that one had not received is lost: \
+             acknowledged writes, and perhaps the flip itself. The other side then says that the flip is done and {side} \
+             knows nothing of it: clients are held until you decide, and links have to be made anew."
+        ),
+        format!(
+            "On {side}: ALTER SYSTEM SET synchronous_standby_names = '…'; SELECT pg_reload_conf(); at least from before \
+             the flip until the standby has caught up. Or don't fail over meanwhile."
+        ),
+    ));
+}
+
+/// A type whose OID drivers may keep.
+struct KeptType {
+    oids: (u32, u32),
+    kind: String,
+    places: Vec<String>,
+}
+
 /// Types whose OIDs differ: drivers keep them.
 async fn types(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
     let statement = include_str!("../pg/sql/type_oids.sql");
-    let mut read = async |client: &Client| -> BTreeMap<String, u32> {
+    let mut read = async |client: &Client| -> BTreeMap<String, KeptType> {
         let rows = rows(&**client, statement, &[], "The types", found).await;
-        rows.iter().map(|row| (row.get("name"), row.get("oid"))).collect()
+        let kept = |row: &tokio_postgres::Row| KeptType {
+            oids: (row.get("oid"), row.get("array_oid")),
+            kind: row.get("kind"),
+            places: row.get("places"),
+        };
+        rows.iter().map(|row| (row.get("name"), kept(row))).collect()
     };
     let (here, there) = (read(from).await, read(to).await);
-    let differ: Vec<_> = here
-        .iter()
-        .filter(|(name, oid)| there.get(*name) != Some(oid))
-        .map(|(name, _)| name)
-        .collect();
-    if !differ.is_empty() {
+    let mut kinds: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (name, kept) in &here {
+        let differs = there.get(name).is_none_or(|there| there.oids != kept.oids);
+        // What no column and no function shows to a client is nobody's concern.
+        if differs && !kept.places.is_empty() {
+            let named = format!("{name} (in {})", kept.places.join(", "));
+            kinds.entry(&kept.kind).or_default().push(named);
+        }
+    }
+    for (kind, names) in kinds {
+        let (called, breaks) = match kind {
+            "enum" => (
+                "Enums",
+                "psycopg 3 with registered enums, asyncpg and pgjdbc (arrays of them) send the old OID and get XX000 \
+                 (\"cache lookup failed for type\") or, where that OID is another type there, read and write that one; \
+                 Npgsql, SQLx and tokio-postgres keep the OIDs of the types that they have loaded; node-postgres returns \
+                 text where a parser was set by OID",
+            ),
+            "composite" => (
+                "Composite types",
+                "asyncpg reads another record without an error, psycopg with registered composites and pgjdbc (PGobject, \
+                 Struct, arrays) get XX000; records carry the OIDs of their fields inside",
+            ),
+            "domain" => (
+                "Domains (arrays of them, and parameters)",
+                "what is of the domain itself is shown as its base type and works on; drivers that have loaded the domain \
+                 by name (asyncpg, Npgsql, SQLx, tokio-postgres) send the old OID for parameters and arrays and get XX000",
+            ),
+            "range" => (
+                "Range types",
+                "psycopg with registered ranges, asyncpg, Npgsql and SQLx keep their OIDs: XX000, or text instead of a range",
+            ),
+            _ => (
+                "Types of extensions (hstore, citext, vector …)",
+                "psycopg (register_hstore, pgvector …), asyncpg codecs, pgjdbc, Npgsql, SQLx and node-postgres parsers set by \
+                 OID keep them: XX000, text instead of a value, or another type's value",
+            ),
+        };
         found.push(Finding::warning(
             "type_oids",
-            format!("Types with another OID on {target}: {}.", list(&differ)),
-            "Drivers that keep types' OIDs (psycopg, asyncpg, pgjdbc) may misread these types until the application starts anew.",
-            "Restart applications that use them after the flip.",
+            format!("{called} with another OID on {target}: {}.", list(&names)),
+            format!(
+                "Drivers keep these OIDs for as long as the application's process lives, in new connections too: {breaks}. \
+                 Programs that send and read everything as text, by name, don't notice."
+            ),
+            "Restart the applications that use them right after the flip, or let them reload their types.",
         ));
     }
 }

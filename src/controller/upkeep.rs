@@ -1,16 +1,18 @@
-//! What has to be looked after while nobody flips: the other databases' rows, links, arming. Nothing here is urgent, every
+//! What has to be looked after while nobody flips: the other databases' rows, links, arming, roles. Nothing here is urgent, every
 //! act is conditional on the rows, and whoever begins an operation in this process ends it first. It runs beside the
 //! guard, which is not to wait for a server that does not answer.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::fence;
 use super::fleet::{self, Me};
 use super::links;
 use super::recovery::{self, OperatorLock, RecoveryError};
+use super::roles::Keeper;
 use super::state::{self, Expect, State};
 use crate::config::Config;
 use crate::pg::origin::connect_with_origin;
@@ -21,8 +23,8 @@ const PURPOSE: Purpose = Purpose("upkeep");
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Looks after everything once, if this is the sidecar that does. Both rows have been read, and say so. May be cancelled.
-pub(super) async fn run(config: Arc<Config>, me: Arc<Me>, active: Side, epoch: u64) {
-    match timeout(LIMIT, all(&config, &me, active, epoch)).await {
+pub(super) async fn run(config: Arc<Config>, me: Arc<Me>, roles: Arc<Mutex<Keeper>>, active: Side, epoch: u64) {
+    match timeout(LIMIT, all(&config, &me, &roles, active, epoch)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "no upkeep"),
         Err(_) => tracing::warn!(limit = ?LIMIT, "upkeep did not come to its end; again soon"),
@@ -39,7 +41,7 @@ async fn client(config: &Config, side: Side, database: &str) -> Result<Client, R
     Ok(client)
 }
 
-async fn all(config: &Config, me: &Me, active: Side, epoch: u64) -> Result<(), RecoveryError> {
+async fn all(config: &Config, me: &Me, roles: &Mutex<Keeper>, active: Side, epoch: u64) -> Result<(), RecoveryError> {
     // Hundreds of sidecars would be in each other's way, and in a flip's.
     if !fleet::first(&client(config, active, config.carrier()).await?, me).await? {
         return Ok(());
@@ -64,6 +66,7 @@ async fn all(config: &Config, me: &Me, active: Side, epoch: u64) -> Result<(), R
             tracing::warn!(database, %error, "the fence could not be looked after");
         }
     }
+    roles.lock().await.keep(config, active, epoch).await;
     drop(lock);
     Ok(())
 }

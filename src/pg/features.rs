@@ -96,6 +96,10 @@ impl Features {
     pub fn builtin_locale(self) -> bool {
         self.from(17)
     }
+    /// The right MAINTAIN on tables.
+    pub fn maintain(self) -> bool {
+        self.from(17)
+    }
     /// Setting `transaction_timeout`, which pg_dump from 17 on writes into every dump.
     pub fn transaction_timeout(self) -> bool {
         self.from(17)

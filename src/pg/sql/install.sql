@@ -153,3 +153,10 @@ create table if not exists pgflip.given_up (
     epoch bigint not null,                             -- at which this side became active without it
     at    timestamptz not null default clock_timestamp()
 );
+
+-- Roles that this side has (or had) in common with the active side while it was standby: what the active side no longer
+-- has of them is dropped here. A role that only the standby ever had is not among them, and stays.
+create table if not exists pgflip.role_mirrored (
+    name  text primary key,
+    epoch bigint not null                              -- at which the active side had it last
+);
