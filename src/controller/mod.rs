@@ -415,14 +415,16 @@ impl Controller {
     /// Everything an operator wants to see at once.
     pub async fn status(&self) -> Value {
         let config = self.config();
-        let upstream = self.gate.upstream();
+        let active = self.gate.upstream().map(|upstream| upstream.side);
         let (blue, green, lag, replication, sidecars) = tokio::join!(
             side_status(&config, Side::Blue),
             side_status(&config, Side::Green),
             lag::measure(&config),
             replication::status(config.clone()),
-            sidecars(&config, upstream.map(|upstream| upstream.side))
+            sidecars(&config, active)
         );
+        // What is known here without asking anybody is read at one moment, after all else.
+        let upstream = self.gate.upstream();
         let sessions = self.gate.sessions();
         let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
         let inner = self.inner.lock();
