@@ -864,6 +864,8 @@ impl Session {
         }
         let Some((side, number)) = wanted else { return };
         if matches!(&self.ready, Some((_, conn)) if conn.side == side) {
+            // It has one already, with its state replayed.
+            self.env.gate.report_ahead(&self.shared, Ahead::Ready(number));
             return;
         }
         let (env, shared, opening) = (self.env.clone(), self.shared.clone(), self.worker.opening.clone());
