@@ -20,6 +20,18 @@ fn plan() -> crate::common::Plan {
         .config(SOON)
 }
 
+/// It was stopped by somebody in the drain, within its deadline; or before anybody was held, by who had been in the way for
+/// long by then.
+fn in_time(result: &serde_json::Value) {
+    let held = result["held_ms"].as_f64().expect("it says for how long");
+    match result["failed_step"].as_str() {
+        // 500 ms to drain.
+        Some("drain") => assert!(held < 2_500.0, "{result}"),
+        Some("settle") => assert_eq!(held, 0.0, "{result}"),
+        other => panic!("{other:?}: {result}"),
+    }
+}
+
 #[tokio::test]
 async fn a_flip_unwinds_for_a_transaction_that_stays_open_and_ends_it_when_told_to() {
     let rig = plan().start().await;
@@ -35,7 +47,7 @@ async fn a_flip_unwinds_for_a_transaction_that_stays_open_and_ends_it_when_told_
     let result = said.result();
     assert_eq!(said.code, Some(3), "{}{}", said.out, said.err);
     assert_eq!(result["outcome"], "unwound", "{result}");
-    assert_eq!(result["failed_step"], "drain", "{result}");
+    in_time(&result);
     assert_eq!(rig.serving().await, Side::Blue);
     assert_eq!(rig.writable().await, [Side::Blue]);
     // It was not touched.
@@ -119,13 +131,12 @@ async fn a_flip_unwinds_for_long_queries_copies_and_a_client_that_reads_no_more_
         let said = rig.run(&["cutover"]).await;
         let result = said.result();
         assert_eq!(said.code, Some(3), "{}{}", said.out, said.err);
-        assert_eq!(result["failed_step"], "drain", "{result}");
-        // 500 ms to drain.
-        let held = result["held_ms"].as_f64().expect("it says for how long");
-        assert!(held < 2_500.0, "{result}");
+        in_time(&result);
         let why = result["why"].as_str().expect("it says why");
-        for straggler in [&long, &copies_out, &deaf] {
-            assert!(why.contains(&format!("session {} of", straggler.pid)), "{why}");
+        if result["failed_step"] == "drain" {
+            for straggler in [&long, &copies_out, &deaf] {
+                assert!(why.contains(&format!("session {} of", straggler.pid)), "{why}");
+            }
         }
         assert_eq!(rig.serving().await, Side::Blue);
         assert_eq!(rig.writable().await, [Side::Blue]);
@@ -169,16 +180,14 @@ async fn a_copy_into_a_table_stops_a_flip_before_anybody_is_held_and_is_not_touc
         let said = rig.run(&["cutover"]).await;
         let result = said.result();
         assert_eq!(said.code, Some(3), "{}{}", said.out, said.err);
-        // Its table can't be armed: nobody is held for it.
-        assert_eq!(
-            (&result["failed_step"], &result["held_ms"]),
-            (&"arm".into(), &0.0.into()),
-            "{result}"
-        );
-        assert!(
-            result["why"].as_str().is_some_and(|why| why.contains("attack")),
-            "{result}"
-        );
+        // Its table can't be armed, or it has been open for too long already: nobody is held for it.
+        assert_eq!(result["held_ms"], 0.0, "{result}");
+        let why = result["why"].as_str().expect("it says why");
+        match result["failed_step"].as_str() {
+            Some("arm") => assert!(why.contains("attack"), "{why}"),
+            Some("settle") => assert!(why.contains("have been open"), "{why}"),
+            other => panic!("{other:?}: {result}"),
+        }
         assert_eq!(rig.serving().await, Side::Blue);
         for ledger in &ledgers {
             assert!(ledger.progress(50, LIMIT).await);

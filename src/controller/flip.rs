@@ -41,6 +41,9 @@ const ORIGINS_AHEAD: usize = 3;
 /// A marker's round trip must be shorter than this, or than the window if that is shorter, before anybody is held.
 const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
 
+/// A transaction that has been open for as long as this, and for longer than the drain may take, is not about to end.
+const LONG_OPEN: Duration = Duration::from_secs(5);
+
 /// How long telling the other sidecars may take.
 const TELL_LIMIT: Duration = Duration::from_secs(1);
 
@@ -707,7 +710,7 @@ impl Flip {
             }
             Some(_) => {}
         }
-        let seconds = self.config.flip.drain_timeout.as_secs_f64();
+        let seconds = self.config.flip.drain_timeout.max(LONG_OPEN).as_secs_f64();
         let (clients, ended) = (
             self.gate.server_pids(self.source),
             self.stragglers == Stragglers::Terminate,
@@ -719,7 +722,7 @@ impl Flip {
         if !open.is_empty() {
             let open: Vec<String> = open.iter().map(|row| row.get(0)).collect();
             return Ok(Some(format!(
-                "database {name}: transactions open for longer than flip.drain_timeout, which everybody would be held for: {}",
+                "database {name}: transactions that have been open for longer than everybody could be held for them: {}",
                 open.join(", ")
             )));
         }
