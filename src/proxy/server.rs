@@ -260,10 +260,13 @@ impl ServerConn {
         std::mem::take(&mut self.buffer)
     }
 
-    /// Says goodbye and waits until the server has closed: its backend has ended then.
-    pub async fn close(mut self, limit: Duration) {
+    /// Waits until the server has closed: its backend has ended then. Says goodbye before it with `between_messages`; within
+    /// one that would be taken for its end, and what the client never finished would run.
+    pub async fn close(mut self, limit: Duration, between_messages: bool) {
         let whole = async {
-            let _ = self.stream.write_all(&message::TERMINATE).await;
+            if between_messages {
+                let _ = self.stream.write_all(&message::TERMINATE).await;
+            }
             let _ = self.stream.shutdown().await;
             let mut rest = [0u8; 4096];
             while matches!(self.stream.read(&mut rest).await, Ok(n) if n > 0) {}

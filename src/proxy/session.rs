@@ -1183,7 +1183,7 @@ impl Session {
         };
         self.hear_out().await?;
         let old = std::mem::replace(&mut self.server, conn);
-        tokio::spawn(old.close(CLOSE_LIMIT));
+        tokio::spawn(old.close(CLOSE_LIMIT, true));
         // Only what differs in the end, before the first answer of the new server.
         for (name, value) in &self.server.parameters {
             if self.replies.parameters.get(name) != Some(value) {
@@ -1281,12 +1281,23 @@ impl Session {
             shared,
             ..
         } = self;
-        let last_words = async {
+        let last_words = timeout(LAST_WORDS, async move {
             let _ = poll_fn(|cx| to_client.poll_empty(cx, &mut client)).await;
             let _ = client.shutdown().await;
-        };
-        let _ = timeout(LAST_WORDS, last_words).await;
-        drop(client);
+        });
+        if kill {
+            // Whoever has it ended waits for the server's side alone: the client may be one that reads no more.
+            tokio::spawn(last_words);
+            let cancel = async {
+                if let Some(key) = shared.server_key() {
+                    cancel::send(&env, &key).await;
+                }
+            };
+            let whole = requests.between_messages() && to_server.is_empty();
+            tokio::join!(cancel, server.close(CLOSE_LIMIT, whole && !requests.goodbye));
+            return;
+        }
+        let _ = last_words.await;
         let goodbye = async {
             poll_fn(|cx| to_server.poll_empty(cx, &mut server.stream)).await?;
             if requests.between_messages() && !requests.goodbye {
@@ -1294,14 +1305,6 @@ impl Session {
             }
             server.stream.shutdown().await
         };
-        if kill {
-            if let Some(key) = shared.server_key() {
-                cancel::send(&env, &key).await;
-            }
-            let _ = timeout(LAST_WORDS, goodbye).await;
-            server.close(CLOSE_LIMIT).await;
-            return;
-        }
         let mut goodbye = Box::pin(goodbye);
         // As with Postgres itself, what runs goes on to its end: until then the session counts as busy.
         let told_to_end = tokio::select! {
@@ -1320,7 +1323,7 @@ impl Session {
         if let Some(key) = shared.server_key() {
             cancel::send(&env, &key).await;
         }
-        server.close(CLOSE_LIMIT).await;
+        server.close(CLOSE_LIMIT, false).await;
     }
 }
 

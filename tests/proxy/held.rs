@@ -251,6 +251,46 @@ async fn a_session_that_is_in_the_way_can_be_ended_while_its_state_is_being_take
 }
 
 #[tokio::test]
+async fn what_a_client_never_finished_does_not_run_when_its_session_is_ended() {
+    let servers = Servers::start(TABLE).await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    // All but the last two bytes: a comment goes on with whatever comes, and a zero ends the text.
+    let bytes = query("insert into t values (1) --x");
+    raw.send(&bytes[..bytes.len() - 2]).await;
+    front.sessions("active", 1).await;
+    let ids = [front.gate.sessions()[0].id];
+    assert!(front.gate.terminate(&ids, soon(20)).await.is_empty());
+    assert_eq!(raw::code(&[raw.message().await]), "57P01");
+    assert_eq!(servers.count(Side::Blue, "t").await, 0);
+}
+
+#[tokio::test]
+async fn a_client_that_reads_no_more_is_ended_as_quickly_as_others() {
+    let servers = Servers::start(TABLE).await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    raw.send(&query("select repeat('x', 1000), generate_series(1, 100000000)"))
+        .await;
+    assert_eq!(raw.message().await.0, b'T');
+    // Until everything in between is full.
+    let mut before = 0;
+    loop {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = front.gate.totals().bytes_out;
+        if now > 100_000 && now == before {
+            break;
+        }
+        before = now;
+    }
+    let ids = [front.gate.sessions()[0].id];
+    let started = std::time::Instant::now();
+    assert!(front.gate.terminate(&ids, soon(20)).await.is_empty());
+    let took = started.elapsed();
+    assert!(took < Duration::from_millis(900), "it took {took:?}");
+}
+
+#[tokio::test]
 async fn what_is_sent_in_pieces_while_held_arrives_once_and_in_order() {
     let servers = Servers::start("create table t (n bigserial, x text)").await;
     let front = servers.serve("sslmode=disable", "");
