@@ -223,7 +223,6 @@ async fn psql_pg_dump_and_pg_restore_work_through_it() {
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() || err.contains("transaction_timeout"), "{err}");
     assert_eq!(ask("execute p;").await, "5000");
-    drop(ask);
     drop(typed);
     assert!(psql.wait().await.unwrap().success());
 }
