@@ -36,7 +36,8 @@ const ASK_IDLE_LIMIT: Duration = Duration::from_secs(1);
 const NEVER: Duration = Duration::from_secs(86_400 * 30);
 /// Never different on the other side: pgjdbc drops a connection on which they change.
 const KEPT: [&[u8]; 2] = [b"client_encoding", b"DateStyle"];
-/// How often a held client whose bytes are not read is looked at: it may have gone.
+/// How often a held client whose bytes are not read is looked at: it may have gone. If it has sent more than the kernel
+/// keeps, its farewell is stuck behind that, and `limits.hold_timeout` ends it.
 const FULL_LOOK: Duration = Duration::from_millis(250);
 /// How long a session whose count is uncertain has to be quiet before it is asked.
 const QUIET: Duration = Duration::from_millis(20);
@@ -864,6 +865,7 @@ impl Session {
         }
         let Some((side, number)) = wanted else { return };
         if matches!(&self.ready, Some((_, conn)) if conn.side == side) {
+            self.env.gate.report_ahead(&self.shared, Ahead::Ready(number));
             return;
         }
         let (env, shared, opening) = (self.env.clone(), self.shared.clone(), self.worker.opening.clone());
