@@ -1,12 +1,21 @@
 //! A controller that is stopped (SIGSTOP) after a step, sleeps while another one recovers, flips and flips back, and then
 //! goes on (SIGCONT), does no harm.
 
+use std::process::Stdio;
 use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 use crate::common::{LIMIT, Rig};
 use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
 use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
+
+/// Nobody is held before these have ended.
+const BEFORE_HOLD: [&str; 4] = ["preflight", "settle", "arm", "prepare"];
+
+/// A drain that nobody follows lasts for 5 s.
+const LONG_HELD_MS: f64 = 3_000.0;
 
 async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {
     let shape = Shape {
@@ -30,7 +39,8 @@ async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {
         let fault = format!("stop-after={step}");
         rig.sidecar.restart(&[("PGFLIP_FAULT", &fault)]).expect("pgflip starts");
         rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
-        let mut asked = rig.sidecar.command(&[direction]).spawn().expect("the command starts");
+        let mut command = rig.sidecar.command(&[direction]);
+        let asked = command.stdout(Stdio::piped()).spawn().expect("the command starts");
         let until = Instant::now() + LIMIT;
         while !rig.sidecar.is_stopped() {
             assert!(Instant::now() < until, "{fault}: it did not stop there");
@@ -60,7 +70,14 @@ async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {
             }
         }
         rig.sidecar.signal(libc::SIGCONT);
-        let _ = asked.wait();
+        let said = asked.wait_with_output().expect("the command ends");
+        if BEFORE_HOLD.contains(step) {
+            // It finds out before it holds anybody; or it has been silent for so long that the command is gone.
+            let out = String::from_utf8_lossy(&said.stdout);
+            let last = out.lines().last().unwrap_or_default();
+            let result: Value = serde_json::from_str(last).unwrap_or_default();
+            assert!(!(result["held_ms"].as_f64() > Some(LONG_HELD_MS)), "{fault}: {last}");
+        }
         let active = rig.serving().await;
         assert_eq!(rig.writable().await, [active], "{fault}");
         assert!(ledger.progress(10, LIMIT).await, "{fault}: clients go on");

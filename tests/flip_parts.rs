@@ -302,6 +302,7 @@ async fn a_table_that_is_locked_is_armed_as_soon_as_it_can_be_and_named_if_it_ca
     let short = Limits {
         lock_timeout: Duration::from_millis(20),
         timeout: Duration::from_millis(400),
+        end_holders: None,
     };
     match fence::arm(&blue, &short).await {
         Err(FenceError::Locked { tables, holders, .. }) => {
@@ -313,6 +314,7 @@ async fn a_table_that_is_locked_is_armed_as_soon_as_it_can_be_and_named_if_it_ca
     let long = Limits {
         lock_timeout: Duration::from_millis(20),
         timeout: LIMIT,
+        end_holders: None,
     };
     let (armed, _) = tokio::join!(fence::arm(&blue, &long), async {
         tokio::time::sleep(Duration::from_millis(200)).await;

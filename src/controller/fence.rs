@@ -77,6 +77,9 @@ pub struct Limits {
     pub lock_timeout: Duration,
     /// The whole of it.
     pub timeout: Duration,
+    /// After how long sessions that still hold a lock on a table are ended, once. Their transactions are rolled back;
+    /// clients see 57P01. `None`: never.
+    pub end_holders: Option<Duration>,
 }
 
 impl Default for Limits {
@@ -85,6 +88,7 @@ impl Default for Limits {
         Limits {
             lock_timeout: Duration::from_millis(100),
             timeout: Duration::from_secs(60),
+            end_holders: None,
         }
     }
 }
@@ -94,6 +98,7 @@ impl From<&crate::config::Flip> for Limits {
         Limits {
             lock_timeout: flip.arm_lock_timeout,
             timeout: flip.arm_timeout,
+            end_holders: None,
         }
     }
 }
@@ -173,6 +178,7 @@ const PIPELINE: usize = 32;
 async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &Limits) -> Result<usize, FenceError> {
     let began = Instant::now();
     let deadline = began + limits.timeout;
+    let mut end_holders = limits.end_holders;
     let eased = ease(client).await?;
     let expected = match &expect {
         Some(expect) => format!("{};", expect.statement()),
@@ -224,6 +230,14 @@ async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &
         }
         if Instant::now() >= deadline {
             return Err(locked(client, left, began).await);
+        }
+        if end_holders.take_if(|patience| began.elapsed() >= *patience).is_some() {
+            let oids: Vec<u32> = left.keys().copied().collect();
+            let ended = client.query(include_str!("../pg/sql/fence_end_holders.sql"), &[&oids]).await?;
+            for session in &ended {
+                let session: &str = session.get(0);
+                tracing::warn!(session, because = "it held a lock on a table that has to be armed", "ended");
+            }
         }
         sleep(Duration::from_millis(50)).await;
     }

@@ -54,8 +54,8 @@ pub enum FleetError {
     /// The active side says nothing.
     #[error("the active side did not answer within {READ_LIMIT:?}")]
     NoAnswer,
-    /// Another sidecar has begun to call since.
-    #[error("another sidecar calls by now")]
+    /// Another sidecar has begun to call since, or has flipped.
+    #[error("superseded: another sidecar calls by now, or has flipped")]
     Superseded,
     /// Sidecars that live and did not answer in time.
     #[error("no answer within {:.1} s from {} with clients before the same servers: {}",
@@ -348,8 +348,9 @@ impl Caller {
         let client = connect_listening(server, config.carrier(), PURPOSE, limit, ANSWERS, heard.clone()).await?;
         let begin = include_str!("../pg/sql/sidecar_call_begin.sql");
         let n: i64 = client
-            .query_one(begin, &[&state::bigint(epoch), &source.other().as_str(), &me.id])
+            .query_opt(begin, &[&state::bigint(epoch), &source.other().as_str(), &me.id])
             .await?
+            .ok_or(FleetError::Superseded)?
             .get(0);
         tell(&client).await;
         let client = Arc::new(client);

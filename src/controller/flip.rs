@@ -741,7 +741,10 @@ impl Flip {
 
     async fn arm(&mut self) -> Result<(), Stop> {
         let (source, regime, epoch) = (self.source, self.regime, self.attempt.epoch);
-        let limits = fence::Limits::from(&self.config.flip);
+        let limits = fence::Limits {
+            end_holders: (self.stragglers == Stragglers::Terminate).then_some(self.config.flip.drain_timeout),
+            ..fence::Limits::from(&self.config.flip)
+        };
         let this = &*self;
         let checked = try_join_all(this.databases.iter().map(|database| async move {
             let expect = Expect {

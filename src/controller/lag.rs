@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::links::{self, LinkError, slot_name};
 use crate::config::Config;
 use crate::pg::connect::describe;
-use crate::pg::{Client, Purpose, Side, connect};
+use crate::pg::{Client, Purpose, Side, borrow};
 
 /// One link.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -34,8 +34,8 @@ pub async fn measure(config: &Config) -> Vec<LinkLag> {
     let one = async |database: &str| {
         let limit = config.limits.server_connect_timeout;
         let (blue, green) = tokio::join!(
-            connect(&config.blue, database, Purpose("lag"), limit),
-            connect(&config.green, database, Purpose("lag"), limit)
+            borrow(&config.blue, database, Purpose("lag"), limit),
+            borrow(&config.green, database, Purpose("lag"), limit)
         );
         let (blue, green) = (blue.map_err(|e| e.to_string()), green.map_err(|e| e.to_string()));
         let ends = |from: Side| match from {

@@ -26,7 +26,7 @@ use crate::config::{Config, Server, SslMode};
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::origin::{OriginError, connect_with_origin};
-use crate::pg::{Client, ConnectError, Ident, Literal, Lsn, Purpose, Side, connect};
+use crate::pg::{Client, ConnectError, Ident, Literal, Lsn, Purpose, Side, borrow};
 
 /// The publication's name, in every database of both sides.
 pub const PUBLICATION: &str = "pgflip";
@@ -871,12 +871,12 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
     const PURPOSE: Purpose = Purpose("guard");
     let limit = config.limits.server_connect_timeout;
     let standby = active.other();
-    let mut on_active = connect(config.server(active), database, PURPOSE, limit).await?;
+    let mut on_active = limited(borrow(config.server(active), database, PURPOSE, limit).await?).await?;
     if given_up(&*on_active, standby).await?.is_some() {
         // `replication start`, which copies it anew, keeps guards out meanwhile and takes the note away at its end.
         return cut_off(&mut on_active, database, active, epoch).await;
     }
-    let reading = connect(config.server(standby), database, PURPOSE, limit).await?;
+    let reading = limited(borrow(config.server(standby), database, PURPOSE, limit).await?).await?;
     let mut attempt = 0;
     for (client, expected) in [(&on_active, State::Active), (&reading, State::Standby)] {
         match state::read(&**client).await? {
@@ -899,7 +899,8 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
     let mut did = Vec::new();
 
     if subscription(&*reading, &forward).await?.is_some_and(|s| !s.enabled) {
-        let mut on_standby = connect_with_origin(config.server(standby), database, PURPOSE, limit).await?;
+        let origin = connect_with_origin(config.server(standby), database, PURPOSE, limit).await?;
+        let mut on_standby = limited(origin).await?;
         enable_as_of(&mut on_standby, &forward, &expect_standby, attempt).await?;
         did.push(format!("{database}: enabled {forward} on {standby}"));
     }
@@ -923,7 +924,7 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         Some(slot) if slot.wal_status.as_deref() == Some("lost") => {
             // Whoever drops a slot has to be sure that it is still this one and its side still standby: a guard that slept
             // through a flip would drop the link that clients' writes come back by.
-            let mut on_standby = connect(config.server(standby), database, PURPOSE, limit).await?;
+            let mut on_standby = limited(borrow(config.server(standby), database, PURPOSE, limit).await?).await?;
             let txn = on_standby.transaction().await.map_err(sql("dropping a lost slot"))?;
             state::lock(&txn, &expect_standby).await?;
             let lost = "select pg_drop_replication_slot(slot_name) from pg_replication_slots
@@ -962,6 +963,15 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         }
     }
     Ok(did)
+}
+
+/// Nobody waits for long behind somebody else's lock on a link: a guard and a flip both try again.
+async fn limited(client: Client) -> Result<Client, LinkError> {
+    client
+        .batch_execute("set lock_timeout = '3s'")
+        .await
+        .map_err(sql("setting a limit"))?;
+    Ok(client)
 }
 
 /// Makes a link's slot on its source. Waits until every transaction that is open on that server, in whichever database,

@@ -35,7 +35,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 
 use crate::config::{Config, Stragglers};
-use crate::pg::{Purpose, Side, connect};
+use crate::pg::{Purpose, Side, borrow};
 use crate::proxy::gate::Gate;
 use guard::{Guard, Phase};
 use lag::LinkLag;
@@ -510,7 +510,7 @@ fn ended(done: Result<Value, Failure>) -> (Outcome, Value) {
 /// All sidecars before these servers, as the active side's carrier knows them. `None`: that can't be read.
 async fn sidecars(config: &Config, active: Option<Side>) -> Option<Vec<fleet::Other>> {
     let limit = config.limits.server_connect_timeout;
-    let client = connect(config.server(active?), config.carrier(), Purpose("status"), limit).await;
+    let client = borrow(config.server(active?), config.carrier(), Purpose("status"), limit).await;
     fleet::sidecars(&client.ok()?).await
 }
 
@@ -518,7 +518,7 @@ async fn sidecars(config: &Config, active: Option<Side>) -> Option<Vec<fleet::Ot
 async fn side_status(config: &Config, side: Side) -> Value {
     let limit = config.limits.server_connect_timeout;
     let mut version = Value::Null;
-    if let Ok(client) = connect(config.server(side), config.carrier(), Purpose("status"), limit).await
+    if let Ok(client) = borrow(config.server(side), config.carrier(), Purpose("status"), limit).await
         && let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await
     {
         version = json!(row.get::<_, String>(0));

@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::origin::{self, connect_with_origin};
-use crate::pg::{Client, ConnectError, Literal, Purpose, Side, connect};
+use crate::pg::{Client, ConnectError, Literal, Purpose, Side, borrow};
 
 /// How bad a [`Finding`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -172,7 +172,7 @@ async fn rows<C: GenericClient>(
 
 /// A session in a database. `Ok(None)`: the database does not exist.
 async fn open(config: &Config, side: Side, database: &str) -> Result<Option<Client>, Finding> {
-    match connect(
+    match borrow(
         config.server(side),
         database,
         PURPOSE,
@@ -887,7 +887,7 @@ async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &s
             .await
             .map_err(|e| e.to_string())
     } else {
-        connect(config.server(to), here, PURPOSE, limit)
+        borrow(config.server(to), here, PURPOSE, limit)
             .await
             .map_err(|e| e.to_string())
     };

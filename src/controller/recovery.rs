@@ -17,7 +17,7 @@ use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
 use crate::config::{Config, Server};
 use crate::pg::connect::describe;
 use crate::pg::origin::{OriginError, connect_with_origin};
-use crate::pg::{Client, ConnectError, Purpose, Side, connect};
+use crate::pg::{Client, ConnectError, Purpose, Side, borrow, connect};
 
 const PURPOSE: Purpose = Purpose("recovery");
 
@@ -357,53 +357,68 @@ const LOCK_KEY: i64 = 0x7067_666c_6970;
 impl OperatorLock {
     /// Takes it on these sides, and waits for a guard that has it for a moment. `Ok(None)`: somebody else has it.
     pub async fn take(config: &Config, sides: &[Side]) -> Result<Option<OperatorLock>, RecoveryError> {
-        let until = Instant::now() + LOCK_WAIT;
-        loop {
-            match OperatorLock::try_take(config, sides).await? {
-                None if Instant::now() < until => sleep(Duration::from_millis(100)).await,
-                taken => return Ok(taken),
-            }
-        }
+        OperatorLock::within(config, sides, LOCK_WAIT).await
     }
 
     /// Takes it on these sides. `Ok(None)`: somebody else has it.
     pub async fn try_take(config: &Config, sides: &[Side]) -> Result<Option<OperatorLock>, RecoveryError> {
-        let mut lock = OperatorLock { awake: Vec::new() };
-        for &side in sides {
-            let limit = config.limits.server_connect_timeout;
-            let client = connect(config.server(side), config.carrier(), Purpose("operator"), limit).await?;
-            let take = async || {
-                let taken = client
-                    .query_one("select pg_try_advisory_lock($1)", &[&LOCK_KEY])
-                    .await?;
-                Ok::<bool, tokio_postgres::Error>(taken.get(0))
-            };
-            if !answer(side, "taking the operator's lock", take()).await? {
-                let asleep = async || {
-                    client
-                        .query(include_str!("../pg/sql/operator_asleep.sql"), &[&LOCK_KEY])
-                        .await
-                };
-                let ended = answer(side, "looking who holds the operator's lock", asleep())
-                    .await?
-                    .len();
-                if ended == 0 {
-                    return Ok(None);
-                }
-                tracing::warn!(%side, ended, "the operator's lock was held by a pgflip that has fallen asleep");
-                sleep(Duration::from_millis(200)).await;
-                if !answer(side, "taking the operator's lock", take()).await? {
-                    return Ok(None);
-                }
+        OperatorLock::within(config, sides, Duration::ZERO).await
+    }
+
+    async fn within(config: &Config, sides: &[Side], wait: Duration) -> Result<Option<OperatorLock>, RecoveryError> {
+        let limit = config.limits.server_connect_timeout;
+        let purpose = Purpose("operator");
+        let clients =
+            try_join_all(sides.iter().map(|&side| borrow(config.server(side), config.carrier(), purpose, limit)))
+                .await?;
+        let sessions: Vec<_> = sides.iter().copied().zip(&clients).collect();
+        let until = Instant::now() + wait;
+        while !take_all(&sessions).await? {
+            if Instant::now() >= until {
+                return Ok(None);
             }
-            lock.awake.push(tokio::spawn(async move {
+            sleep(Duration::from_millis(100)).await;
+        }
+        let stay_awake = |client: Client| {
+            tokio::spawn(async move {
                 while client.batch_execute("select 1").await.is_ok() {
                     sleep(Duration::from_millis(500)).await;
                 }
-            }));
-        }
-        Ok(Some(lock))
+            })
+        };
+        Ok(Some(OperatorLock {
+            awake: clients.into_iter().map(stay_awake).collect(),
+        }))
     }
+}
+
+/// True if these sessions have the operator's lock now, each on its side. Otherwise none of them has.
+async fn take_all(sessions: &[(Side, &Client)]) -> Result<bool, RecoveryError> {
+    for (n, &(side, client)) in sessions.iter().enumerate() {
+        let take = async || {
+            let statement = "select pg_try_advisory_lock($1)";
+            Ok::<bool, tokio_postgres::Error>(client.query_one(statement, &[&LOCK_KEY]).await?.get(0))
+        };
+        let mut taken = answer(side, "taking the operator's lock", take()).await?;
+        if !taken {
+            let asleep = client.query(include_str!("../pg/sql/operator_asleep.sql"), &[&LOCK_KEY]);
+            let ended = answer(side, "looking who holds the operator's lock", asleep).await?.len();
+            if ended > 0 {
+                tracing::warn!(%side, ended, "the operator's lock was held by a pgflip that has fallen asleep");
+                sleep(Duration::from_millis(200)).await;
+                taken = answer(side, "taking the operator's lock", take()).await?;
+            }
+        }
+        if !taken {
+            // Whoever wants the other side's first must not find it taken by one that waits.
+            for &(side, client) in &sessions[..n] {
+                let give_back = client.execute("select pg_advisory_unlock($1)", &[&LOCK_KEY]);
+                answer(side, "giving back the operator's lock", give_back).await?;
+            }
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 impl Drop for OperatorLock {

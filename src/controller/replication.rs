@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::origin::{POOL, connect_with_origin, drop_origins};
-use crate::pg::{Client, Ident, Purpose, Side, connect};
+use crate::pg::{Client, Ident, Purpose, Side, borrow, connect};
 
 const PURPOSE: Purpose = Purpose("replication");
 /// How long links may take to come up once everything is made: a worker is started again 5 s after it failed.
@@ -99,7 +99,7 @@ fn query(doing: &str) -> impl Fn(tokio_postgres::Error) -> String + '_ {
 
 /// The rows of one database, unread (`Err`), none (`Ok(None)`) or as found.
 async fn row_of(config: &Config, side: Side, database: &str) -> Result<Option<Row>, String> {
-    let client = connect(
+    let client = borrow(
         config.server(side),
         database,
         PURPOSE,
@@ -1228,8 +1228,8 @@ pub async fn status(config: Arc<Config>) -> Value {
     let limit = config.limits.server_connect_timeout;
     let one = async |database: &str| -> Value {
         let (blue, green) = tokio::join!(
-            connect(&config.blue, database, PURPOSE, limit),
-            connect(&config.green, database, PURPOSE, limit)
+            borrow(&config.blue, database, PURPOSE, limit),
+            borrow(&config.green, database, PURPOSE, limit)
         );
         let (blue, green) = match (blue, green) {
             (Ok(blue), Ok(green)) => (blue, green),

@@ -24,7 +24,7 @@ use super::state::{self, Expect, State, StateError};
 use crate::config::{Config, Secret, Server};
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
-use crate::pg::{Client, ConnectError, Ident, Literal, Purpose, Side, connect};
+use crate::pg::{Client, ConnectError, Ident, Literal, Purpose, Side, borrow};
 
 const PURPOSE: Purpose = Purpose("roles");
 /// How long looking at both sides, or mirroring, may take.
@@ -1066,7 +1066,7 @@ pub async fn differences(
 /// Sessions in both sides' carriers: active, standby.
 async fn open(config: &Config, active: Side) -> Result<(Client, Client), RolesError> {
     let limit = config.limits.server_connect_timeout;
-    let open = |side: Side| connect(config.server(side), config.carrier(), PURPOSE, limit);
+    let open = |side: Side| borrow(config.server(side), config.carrier(), PURPOSE, limit);
     Ok((open(active).await?, open(active.other()).await?))
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use tokio::time::sleep;
 
 use crate::config::Config;
-use crate::pg::{ConnectError, Purpose, Side, connect};
+use crate::pg::{ConnectError, Purpose, Side, borrow};
 
 /// What was seen. What could not be read is `None`, never 0.
 #[derive(Clone, Debug, Serialize)]
@@ -32,7 +32,7 @@ struct Side1 {
 }
 
 async fn look(config: &Config, side: Side) -> Result<Side1, ConnectError> {
-    let client = connect(
+    let client = borrow(
         config.server(side),
         config.carrier(),
         Purpose("traffic"),

@@ -16,7 +16,7 @@ use super::roles::Keeper;
 use super::state::{self, Expect, State};
 use crate::config::Config;
 use crate::pg::origin::connect_with_origin;
-use crate::pg::{Client, Purpose, Side, connect};
+use crate::pg::{Client, Purpose, Side, borrow};
 
 const PURPOSE: Purpose = Purpose("upkeep");
 /// How long all of it may take. What was not reached is looked at the next time.
@@ -33,7 +33,7 @@ pub(super) async fn run(config: Arc<Config>, me: Arc<Me>, roles: Arc<Mutex<Keepe
 
 async fn client(config: &Config, side: Side, database: &str) -> Result<Client, RecoveryError> {
     let limit = config.limits.server_connect_timeout;
-    let client = connect(config.server(side), database, PURPOSE, limit).await?;
+    let client = borrow(config.server(side), database, PURPOSE, limit).await?;
     // What is switched here need not wait for a synchronous standby.
     client
         .batch_execute("set lock_timeout = '3s'; set jit = off; set synchronous_commit = local")

@@ -22,6 +22,7 @@ use tokio::time::timeout;
 use tokio_postgres::AsyncMessage;
 use tokio_rustls::TlsConnector;
 
+use super::pool::{self, Home};
 use crate::config::{Server, SslMode};
 
 /// Why a server could not be reached or logged into. Never contains a password.
@@ -330,29 +331,53 @@ impl ServerCertVerifier for NameUnchecked {
 #[derive(Clone, Copy, Debug)]
 pub struct Purpose(pub &'static str);
 
-/// pgflip's own SQL connection. Dropping it ends the session.
-pub struct Client {
-    inner: tokio_postgres::Client,
+/// A session at a server.
+pub(super) struct Session {
+    pub(super) client: tokio_postgres::Client,
     driver: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // The driver would otherwise run on until an unanswered query is answered, which may be never.
+        self.driver.abort();
+    }
+}
+
+/// pgflip's own SQL connection. Dropping it ends the session, or gives it back to [`super::pool`].
+pub struct Client {
+    /// Only gone while it is dropped.
+    session: Option<Session>,
+    pub(super) home: Option<Home>,
+}
+
+impl Client {
+    pub(super) fn at_home(session: Session, home: Home) -> Client {
+        Client {
+            session: Some(session),
+            home: Some(home),
+        }
+    }
 }
 
 impl std::ops::Deref for Client {
     type Target = tokio_postgres::Client;
     fn deref(&self) -> &tokio_postgres::Client {
-        &self.inner
+        &self.session.as_ref().expect("until it is dropped").client
     }
 }
 
 impl std::ops::DerefMut for Client {
     fn deref_mut(&mut self) -> &mut tokio_postgres::Client {
-        &mut self.inner
+        &mut self.session.as_mut().expect("until it is dropped").client
     }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // The driver would otherwise run on until an unanswered query is answered, which may be never.
-        self.driver.abort();
+        if let (Some(session), Some(home)) = (self.session.take(), self.home.take()) {
+            pool::give_back(session, home);
+        }
     }
 }
 
@@ -451,7 +476,7 @@ async fn connect_on(
         database: database.to_owned(),
         source,
     };
-    let (inner, mut connection) = match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
+    let (client, mut connection) = match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
         Ok(done) => done.map_err(login)?,
         Err(_) => return Err(timed_out(server, limit)),
     };
@@ -468,7 +493,10 @@ async fn connect_on(
             }
         }
     });
-    Ok(Client { inner, driver })
+    Ok(Client {
+        session: Some(Session { client, driver }),
+        home: None,
+    })
 }
 
 /// True when the host of a server is an address of this machine's loopback, or a Unix socket.

@@ -5,6 +5,7 @@
 pub mod connect;
 pub mod features;
 pub mod origin;
+pub mod pool;
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,6 +13,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use connect::{Client, ConnectError, Purpose, Stream, connect, dial, dial_again};
+pub use pool::borrow;
 
 /// One of the two servers. Neither name means "old": after a cutover green is active.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
