@@ -104,8 +104,9 @@ async fn replication_that_stands_still_stops_a_flip_every_time() {
         let said = rig.run(&["cutover"]).await;
         assert_ne!(said.code, Some(0), "{}{}", said.out, said.err);
         assert_eq!(rig.serving().await, Side::Blue);
-        assert_eq!(rig.writable().await, [Side::Blue]);
+        // Before anybody tries to write there: the try would wait for this lock.
         green.batch_execute("rollback").await.expect("the lock is gone");
+        assert_eq!(rig.writable().await, [Side::Blue]);
     }
 }
 

@@ -270,13 +270,11 @@ fn both(blue: &Row, green: &Row) -> Decision {
 /// Connects for recovery, with the wait for rows bounded. The bound is a lock_timeout and not a statement_timeout: that
 /// would also end the wait for a synchronous standby, and the commit would count as done without it.
 async fn client(config: &Config, side: Side, database: &str) -> Result<Client, RecoveryError> {
-    let client = connect(
-        config.server(side),
-        database,
-        PURPOSE,
-        config.limits.server_connect_timeout,
-    )
-    .await?;
+    let limit = config.limits.server_connect_timeout;
+    bounded(connect(config.server(side), database, PURPOSE, limit).await?).await
+}
+
+async fn bounded(client: Client) -> Result<Client, RecoveryError> {
     client
         .batch_execute(&format!("set lock_timeout = {}", ROW_LOCK_TIMEOUT.as_millis()))
         .await?;
@@ -325,7 +323,8 @@ pub(super) fn unread(error: &RecoveryError) -> Known {
 /// Reads one side's row of one database, and for how long it has stood as it is, in seconds.
 pub async fn look(config: &Config, side: Side, database: &str) -> (Known, Option<f64>) {
     let read = async {
-        let client = client(config, side, database).await?;
+        let limit = config.limits.server_connect_timeout;
+        let client = bounded(borrow(config.server(side), database, PURPOSE, limit).await?).await?;
         let row = answer(side, "reading the state row", state::read(&*client)).await?;
         let age = match &row {
             None => None,

@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::connect::{Client, ConnectError, Purpose, Session, connect};
 use crate::config::Server;
@@ -17,6 +18,8 @@ const KEPT: Duration = Duration::from_secs(30);
 const KEPT_EACH: usize = 4;
 /// How long a connection may take to become clean.
 const CLEANING: Duration = Duration::from_secs(5);
+/// How long a borrower waits for one that is being cleaned.
+const CLEAN_SOON: Duration = Duration::from_millis(50);
 
 /// What makes one connection as good as another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +34,18 @@ struct Kept {
     since: Instant,
 }
 
-static KEPT_NOW: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
+struct Pool {
+    kept: Vec<Kept>,
+    /// One for each session that was given back and is not clean yet.
+    cleaning: Vec<Home>,
+}
+
+static POOL: Mutex<Pool> = Mutex::new(Pool {
+    kept: Vec::new(),
+    cleaning: Vec::new(),
+});
+/// A session is clean, or can't be cleaned.
+static CLEANED: Notify = Notify::const_new();
 
 /// A connection as [`connect`] gives it, or one that was used before: nothing of that use is left in it. When it is
 /// dropped it is kept for the next user; a transaction that is open then ends it.
@@ -45,7 +59,7 @@ pub async fn borrow(
         server: server.clone(),
         database: database.to_owned(),
     };
-    while let Some(session) = take(&home) {
+    while let Some(session) = next(&home).await {
         // It also tells whether the server still answers.
         let name = format!("set application_name = 'pgflip: {}'", purpose.0);
         if let Ok(Ok(())) = timeout(limit, session.client.batch_execute(&name)).await {
@@ -57,11 +71,43 @@ pub async fn borrow(
     Ok(client)
 }
 
-fn take(home: &Home) -> Option<Session> {
-    let mut kept = KEPT_NOW.lock();
-    kept.retain(|one| one.since.elapsed() < KEPT && !one.session.client.is_closed());
-    let last = kept.iter().rposition(|one| one.home == *home)?;
-    Some(kept.remove(last).session)
+/// One that is kept, or that was given back just now: cleaning takes a round trip or two, a login many.
+async fn next(home: &Home) -> Option<Session> {
+    let until = Instant::now() + CLEAN_SOON;
+    loop {
+        let cleaned = CLEANED.notified();
+        {
+            let mut pool = POOL.lock();
+            pool.sweep();
+            if let Some(at) = pool.kept.iter().rposition(|one| one.home == *home) {
+                return Some(pool.kept.remove(at).session);
+            }
+            if !pool.cleaning.contains(home) {
+                return None;
+            }
+        }
+        timeout_at(until, cleaned).await.ok()?;
+    }
+}
+
+impl Pool {
+    fn sweep(&mut self) {
+        self.kept
+            .retain(|one| one.since.elapsed() < KEPT && !one.session.client.is_closed());
+    }
+}
+
+/// Says that a session is not being cleaned any more, however that ended.
+struct Cleaning(Home);
+
+impl Drop for Cleaning {
+    fn drop(&mut self) {
+        let mut pool = POOL.lock();
+        if let Some(at) = pool.cleaning.iter().position(|home| *home == self.0) {
+            pool.cleaning.swap_remove(at);
+        }
+        CLEANED.notify_waiters();
+    }
 }
 
 /// Takes a session back. Without a runtime, or with an answer still outstanding for too long, it ends.
@@ -69,20 +115,24 @@ pub(super) fn give_back(session: Session, home: Home) {
     let Ok(runtime) = tokio::runtime::Handle::try_current() else {
         return;
     };
+    POOL.lock().cleaning.push(home.clone());
+    let cleaning = Cleaning(home.clone());
     runtime.spawn(async move {
         if !matches!(timeout(CLEANING, clean(&session)).await, Ok(Ok(true))) {
             return;
         }
         {
-            let mut kept = KEPT_NOW.lock();
-            if kept.iter().filter(|one| one.home == home).count() >= KEPT_EACH {
+            let mut pool = POOL.lock();
+            pool.sweep();
+            if pool.kept.iter().filter(|one| one.home == home).count() >= KEPT_EACH {
                 return;
             }
             let since = Instant::now();
-            kept.push(Kept { home, session, since });
+            pool.kept.push(Kept { home, session, since });
         }
+        drop(cleaning);
         sleep(KEPT).await;
-        KEPT_NOW.lock().retain(|one| one.since.elapsed() < KEPT);
+        POOL.lock().sweep();
     });
 }
 

@@ -107,9 +107,32 @@ impl Plan {
             setup,
             blue,
             green,
+            _watchdog: Watchdog::start(),
         }
     }
 }
+
+/// Ends the whole test program if a test does not end: a run that says which one tells more than one that is cut off.
+struct Watchdog {
+    _ended: std::sync::mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn start() -> Watchdog {
+        let (ended, wait) = std::sync::mpsc::channel();
+        let test = std::thread::current().name().unwrap_or("a test").to_owned();
+        std::thread::spawn(move || {
+            if wait.recv_timeout(STUCK) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("{test} has not ended after {STUCK:?}: giving up on the whole run");
+                std::process::exit(101);
+            }
+        });
+        Watchdog { _ended: ended }
+    }
+}
+
+/// No test takes this long.
+const STUCK: Duration = Duration::from_secs(15 * 60);
 
 /// The command that leaves this side.
 pub fn direction(source: Side) -> &'static str {
@@ -141,6 +164,7 @@ pub struct Rig {
     pub blue: Cluster,
     /// Green.
     pub green: Cluster,
+    _watchdog: Watchdog,
 }
 
 impl Rig {
@@ -279,23 +303,28 @@ impl Rig {
     /// Waits until pgflip serves, and returns the active side.
     pub async fn serving(&self) -> Side {
         let until = Instant::now() + LIMIT;
-        // This costs next to nothing, status a dozen logins.
-        while !matches!(self.sidecar.get("/readyz").await, Ok((200, _))) && Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
         loop {
-            let last = self.sidecar.get("/v1/status").await;
-            if let Ok((200, status)) = &last
-                && status["phase"] == "serving"
-                && status["held"] == false
-                && let Some(side) = status["active"].as_str().and_then(|side| side.parse().ok())
-            {
-                return side;
+            // These two ask no server, status asks both for everything.
+            let ready = matches!(self.sidecar.get("/readyz").await, Ok((200, _)));
+            if ready && self.holds_nobody().await {
+                let last = self.sidecar.get("/v1/status").await;
+                if let Ok((200, status)) = &last
+                    && status["phase"] == "serving"
+                    && status["held"] == false
+                    && let Some(side) = status["active"].as_str().and_then(|side| side.parse().ok())
+                {
+                    return side;
+                }
+                assert!(Instant::now() < until, "pgflip does not serve: {last:?}");
             }
-            assert!(Instant::now() < until, "pgflip does not serve: {last:?}");
-            // Not more often: it asks both servers for everything.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            assert!(Instant::now() < until, "pgflip does not serve");
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    async fn holds_nobody(&self) -> bool {
+        let metrics = self.sidecar.get("/metrics").await;
+        matches!(metrics, Ok((200, Value::String(text))) if text.lines().any(|line| line == "pgflip_held 0"))
     }
 
     /// Waits until pgflip has ended by itself, as a fault has told it to.
@@ -320,7 +349,9 @@ impl Rig {
                 continue;
             }
             let tried = client
-                .batch_execute("BEGIN; INSERT INTO public.attack VALUES (0, 'probe'); ROLLBACK")
+                .batch_execute(
+                    "SET lock_timeout = '20s'; BEGIN; INSERT INTO public.attack VALUES (0, 'probe'); ROLLBACK",
+                )
                 .await;
             if tried.is_ok() {
                 sides.push(side);
