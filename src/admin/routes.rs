@@ -187,16 +187,11 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
 
 fn begin(admin: &Admin, order: Order) -> Answer {
     let operation = admin.controller.begin(order).map_err(|refused| {
-        let (status, next) = match refused.code {
-            "not_ready" => (StatusCode::SERVICE_UNAVAILABLE, refused.next),
-            // Most who read this have typed a command.
-            "busy" => (
-                StatusCode::CONFLICT,
-                "Wait until it has ended: `pgflip watch` follows it.".to_owned(),
-            ),
-            _ => (StatusCode::CONFLICT, refused.next),
+        let status = match refused.code {
+            "not_ready" => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::CONFLICT,
         };
-        Refusal::new(status, refused.code, refused.what, next)
+        Refusal::new(status, refused.code, refused.what, refused.next)
     })?;
     admin.remember(&operation);
     let location = format!("/v1/operations/{}", operation.id());

@@ -133,10 +133,16 @@ pub struct Controller {
     me: Arc<fleet::Me>,
 }
 
+/// The operation under way.
+struct Running {
+    operation: Operation,
+    task: tokio::task::AbortHandle,
+}
+
 struct Inner {
     phase: Phase,
     operations: VecDeque<Operation>,
-    running: Option<Operation>,
+    running: Option<Running>,
     last_flip: Option<Value>,
     traffic: Option<traffic::Traffic>,
     warnings: Vec<String>,
@@ -243,27 +249,52 @@ impl Controller {
                 next: "Ask the one that takes its place.".into(),
             });
         }
-        if let Some(running) = &inner.running {
-            let view = running.view();
-            return Err(Refused {
-                code: "busy",
-                what: format!("Operation {} ({:?}) is under way.", view.id, view.kind),
-                next: format!("Wait until it has ended: GET /v1/operations/{}.", view.id),
-            });
-        }
+        let before = match inner.running.take() {
+            // A copy may take days. It can be ended at any point, as by a kill, and what it made goes with the rest.
+            Some(running) if kind == Kind::ReplicationStop && running.operation.view().kind == Kind::ReplicationStart => {
+                running.task.abort();
+                Some(running.operation)
+            }
+            Some(running) => {
+                let view = running.operation.view();
+                inner.running = Some(running);
+                return Err(Refused {
+                    code: "busy",
+                    what: format!("Operation {} ({:?}) is under way.", view.id, view.kind),
+                    next: match view.kind {
+                        Kind::ReplicationStart => "Follow it: `pgflip watch`. End it: `pgflip replication stop`.".to_owned(),
+                        _ => "Wait until it has ended: `pgflip watch` follows it.".to_owned(),
+                    },
+                });
+            }
+            None => None,
+        };
         let operation = Operation::new(kind);
-        inner.running = Some(operation.clone());
+        let (inside, told) = (self.clone(), operation.clone());
+        let task = tokio::spawn(async move {
+            if let Some(before) = before {
+                before.ended().await;
+            }
+            inside.run(told, request).await
+        });
+        inner.running = Some(Running {
+            operation: operation.clone(),
+            task: task.abort_handle(),
+        });
         if inner.operations.len() == REMEMBERED {
             inner.operations.pop_front();
         }
         inner.operations.push_back(operation.clone());
         drop(inner);
-        let (controller, running) = (self.clone(), operation.clone());
+        let (controller, begun) = (self.clone(), operation.clone());
         tokio::spawn(async move {
-            let inside = controller.clone();
-            let task = tokio::spawn(async move { inside.run(running, request).await });
             let (status, result) = match task.await {
                 Ok(ended) => ended,
+                Err(error) if error.is_cancelled() => ended(Err(preflight::Failure::new(
+                    "It was ended by `pgflip replication stop`.",
+                    "Clients go on where they were.",
+                    "To copy after all: `pgflip replication start`.",
+                ))),
                 // Whatever it left half done is what the guard is for.
                 Err(error) => (
                     Outcome::Failed,
@@ -272,7 +303,7 @@ impl Controller {
                         "next": "Please report it, with the log." }),
                 ),
             };
-            let operation = {
+            {
                 let mut inner = controller.inner.lock();
                 if matches!(kind, Kind::Cutover | Kind::Rollback) {
                     // One that was refused before anything was done does not hide the last one that was.
@@ -280,11 +311,11 @@ impl Controller {
                         inner.last_flip = Some(result.clone());
                     }
                 }
-                inner.running.take()
-            };
-            if let Some(operation) = operation {
-                operation.finish(status, result);
+                // Another one may have taken its place.
+                let id = begun.id();
+                let _ended = inner.running.take_if(|running| running.operation.id() == id);
             }
+            begun.finish(status, result);
             controller.wake.notify_one();
         });
         Ok(operation)
@@ -376,7 +407,7 @@ impl Controller {
         let (running, guard) = {
             let mut inner = self.inner.lock();
             inner.leaving = true;
-            (inner.running.clone(), inner.guard.take())
+            (inner.running.as_ref().map(|running| running.operation.clone()), inner.guard.take())
         };
         if let Some(running) = running {
             running.ended().await;
@@ -428,7 +459,7 @@ impl Controller {
         let sessions = self.gate.sessions();
         let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
         let inner = self.inner.lock();
-        let running = inner.running.as_ref().map(Operation::view);
+        let running = inner.running.as_ref().map(|running| running.operation.view());
         let flipping = running
             .as_ref()
             .is_some_and(|view| matches!(view.kind, Kind::Cutover | Kind::Rollback));

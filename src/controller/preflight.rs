@@ -661,7 +661,8 @@ async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<b
                 "large_objects",
                 format!("{named} large objects."),
                 "Logical replication does not carry them: they would be missing after a flip.",
-                "Move them into bytea columns; what nobody needs: SELECT lo_unlink(oid) FROM pg_largeobject_metadata;",
+                "Move what is needed into bytea columns. Then remove them one by one: SELECT oid FROM pg_largeobject_metadata; \
+                 lists them, SELECT lo_unlink(…); removes one.",
             )),
             "trigger" => found.push(Finding::blocker(
                 "always_trigger",

@@ -8,6 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_postgres::SimpleQueryMessage;
 
 use super::connect::{Client, ConnectError, Purpose, Session, connect};
 use crate::config::Server;
@@ -139,8 +140,13 @@ pub(super) fn give_back(session: Session, home: Home) {
 /// False if a transaction is open. Prepared statements are left alone: tokio-postgres has some of its own, and closes those
 /// of others when they are dropped.
 async fn clean(session: &Session) -> Result<bool, tokio_postgres::Error> {
-    let outside = "select pg_catalog.now() = pg_catalog.statement_timestamp()";
-    if !session.client.query_one(outside, &[]).await?.get::<_, bool>(0) {
+    // A transaction of its own starts with the simple query that it is; of one that was open the start is older.
+    let alone = "select pg_catalog.now() = pg_catalog.statement_timestamp()";
+    let answer = session.client.simple_query(alone).await?;
+    let alone = answer
+        .iter()
+        .any(|message| matches!(message, SimpleQueryMessage::Row(row) if row.get(0) == Some("t")));
+    if !alone {
         return Ok(false);
     }
     let all = "reset session authorization; reset role; reset all; close all; unlisten *; \
