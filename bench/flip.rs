@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! cargo bench --bench flip -- --flips 20 --clients 32 --blue 16 --green 18
+//! cargo bench --bench flip -- --tables 2000 --noise on --only pgflip
 //! ```
 
 mod by_hand;
@@ -41,9 +42,16 @@ fn line(what: &str, held: &[f64], stalls: &[f64]) {
 async fn main() -> Outcome<()> {
     let (flips, clients): (usize, usize) = (argument("flips", 20)?, argument("clients", 32)?);
     let (from, to): (u32, u32) = (argument("blue", 16)?, argument("green", 18)?);
+    let noise = argument("noise", "off".to_owned())? == "on";
+    let only_pgflip = argument("only", String::new())? == "pgflip";
     let start = |version: u32, name: &str| {
         // Otherwise a subscription's worker comes back only 5 s after its last start, and flips have to wait for that.
-        let options = Options::named(name).setting("wal_retrieve_retry_interval", "200ms");
+        let mut options = Options::named(name).setting("wal_retrieve_retry_interval", "200ms");
+        if noise {
+            for (name, value) in EAGER_AUTOVACUUM {
+                options = options.setting(name, value);
+            }
+        }
         Cluster::start(&cluster::find(version)?, options)
     };
     let (blue, green) = (start(from, "blue")?, start(to, "green")?);
@@ -86,7 +94,12 @@ async fn main() -> Outcome<()> {
     let stalls = spans(&ledger, flips).await?;
     line("pgflip, replication running, no flip", &[], &stalls);
 
+    let noises = match noise {
+        true => vec![Noise::start(&blue).await?, Noise::start(&green).await?],
+        false => Vec::new(),
+    };
     let (mut held, mut whole, mut stalls) = (Vec::new(), Vec::new(), Vec::new());
+    let mut windows = Vec::new();
     for n in 0..flips {
         let direction = if n % 2 == 0 { "cutover" } else { "rollback" };
         ledger.lap();
@@ -100,12 +113,15 @@ async fn main() -> Outcome<()> {
         };
         held.push(held_ms - drain_ms);
         whole.push(held_ms);
+        windows.push(result["window_ms"].as_f64().unwrap_or(f64::NAN));
         progress(&ledger).await?;
         stalls.push(ledger.lap().longest_ms);
         tokio::time::sleep(PAUSE).await;
     }
     line("pgflip, flips: held beyond the drain", &held, &stalls);
     line("pgflip, flips: held with the drain", &whole, &stalls);
+    line("pgflip, flips: the window", &windows, &stalls);
+    drop(noises);
     let report = ledger.stop().await;
     let active = if flips.is_multiple_of(2) { &blue } else { &green };
     let verdict = report.verify(&active.connect("app").await?).await?;
@@ -114,6 +130,9 @@ async fn main() -> Outcome<()> {
         return Err("the ledger is not right".into());
     }
     drop((sidecar, blue, green));
+    if only_pgflip {
+        return Ok(());
+    }
 
     // PgBouncer before a server of its own that replicates nothing.
     let server = start(from, "blue")?;
@@ -155,6 +174,50 @@ async fn main() -> Outcome<()> {
     told(&report, "clients of the cutover by hand");
     println!("the ledger after them: {}", report.verify(by_hand.active()).await?);
     Ok(())
+}
+
+/// Autovacuum at work all the time.
+const EAGER_AUTOVACUUM: [(&str, &str); 6] = [
+    ("autovacuum_naptime", "1s"),
+    ("autovacuum_vacuum_threshold", "1"),
+    ("autovacuum_vacuum_scale_factor", "0"),
+    ("autovacuum_analyze_threshold", "1"),
+    ("autovacuum_analyze_scale_factor", "0"),
+    ("autovacuum_max_workers", "3"),
+];
+
+/// What else goes on in a server: ANALYZE again and again, and a reader whose snapshot is as old as the flips are long.
+struct Noise {
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Noise {
+    async fn start(server: &Cluster) -> Outcome<Noise> {
+        let analyzing = server.connect("app").await?;
+        let reading = server.connect("app").await?;
+        reading
+            .batch_execute("begin isolation level repeatable read, read only; select count(*) from pg_class")
+            .await?;
+        let analyze = tokio::spawn(async move { while analyzing.batch_execute("analyze").await.is_ok() {} });
+        let read = tokio::spawn(async move {
+            while reading
+                .batch_execute("select count(*) from pg_attribute a, generate_series(1, 20)")
+                .await
+                .is_ok()
+            {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        Ok(Noise {
+            tasks: vec![analyze, read],
+        })
+    }
+}
+
+impl Drop for Noise {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
 }
 
 /// Errors that clients saw, if any.

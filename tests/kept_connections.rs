@@ -26,7 +26,8 @@ async fn a_connection_that_was_given_back_is_clean_and_one_in_a_transaction_is_n
     drop(first);
     let second = again("second").await;
     assert_eq!(pid(&second).await, there, "it is the same one");
-    let left = "select current_setting('lock_timeout'), current_user = session_user, current_setting('application_name'),
+    let left =
+        "select current_setting('lock_timeout'), current_user = session_user, current_setting('application_name'),
                        (select count(*) from pg_listening_channels()), to_regclass('pg_temp.t') is null";
     let row = second.query_one(left, &[]).await.unwrap();
     assert_eq!(row.get::<_, &str>(0), "0");
@@ -35,7 +36,10 @@ async fn a_connection_that_was_given_back_is_clean_and_one_in_a_transaction_is_n
     assert_eq!(row.get::<_, i64>(3), 0);
     assert!(row.get::<_, bool>(4));
     let lock = "select pg_try_advisory_lock(7)";
-    assert!(other.query_one(lock, &[]).await.unwrap().get::<_, bool>(0), "the lock is free");
+    assert!(
+        other.query_one(lock, &[]).await.unwrap().get::<_, bool>(0),
+        "the lock is free"
+    );
 
     // One that is in use is nobody else's.
     let third = again("third").await;

@@ -216,7 +216,10 @@ async fn a_copy_into_a_table_stops_a_flip_before_anybody_is_held_and_is_not_touc
     }
     assert_eq!(raw::code(&[last.expect("it is told why")]), "57P01");
     let mut after = login(&rig).await;
-    assert_eq!(after.value("select count(*) from attack where kind = 'copied'").await, "2");
+    assert_eq!(
+        after.value("select count(*) from attack where kind = 'copied'").await,
+        "2"
+    );
     rig.perfect(ledgers).await;
 }
 

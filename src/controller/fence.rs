@@ -77,8 +77,8 @@ pub struct Limits {
     pub lock_timeout: Duration,
     /// The whole of it.
     pub timeout: Duration,
-    /// After how long sessions that still hold a lock on a table are ended, once. Their transactions are rolled back;
-    /// clients see 57P01. `None`: never.
+    /// After how long sessions that still hold a lock on a table, in a transaction of that age, are ended, once. Their
+    /// transactions are rolled back; clients see 57P01. `None`: never.
     pub end_holders: Option<Duration>,
 }
 
@@ -231,12 +231,21 @@ async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &
         if Instant::now() >= deadline {
             return Err(locked(client, left, began).await);
         }
-        if end_holders.take_if(|patience| began.elapsed() >= *patience).is_some() {
+        if let Some(patience) = end_holders.take_if(|patience| began.elapsed() >= *patience) {
             let oids: Vec<u32> = left.keys().copied().collect();
-            let ended = client.query(include_str!("../pg/sql/fence_end_holders.sql"), &[&oids]).await?;
+            let ended = client
+                .query(
+                    include_str!("../pg/sql/fence_end_holders.sql"),
+                    &[&oids, &patience.as_secs_f64()],
+                )
+                .await?;
             for session in &ended {
                 let session: &str = session.get(0);
-                tracing::warn!(session, because = "it held a lock on a table that has to be armed", "ended");
+                tracing::warn!(
+                    session,
+                    because = "it held a lock on a table that has to be armed",
+                    "ended"
+                );
             }
         }
         sleep(Duration::from_millis(50)).await;

@@ -251,7 +251,9 @@ impl Controller {
         }
         let before = match inner.running.take() {
             // A copy may take days. It can be ended at any point, as by a kill, and what it made goes with the rest.
-            Some(running) if kind == Kind::ReplicationStop && running.operation.view().kind == Kind::ReplicationStart => {
+            Some(running)
+                if kind == Kind::ReplicationStop && running.operation.view().kind == Kind::ReplicationStart =>
+            {
                 running.task.abort();
                 Some(running.operation)
             }
@@ -262,7 +264,9 @@ impl Controller {
                     code: "busy",
                     what: format!("Operation {} ({:?}) is under way.", view.id, view.kind),
                     next: match view.kind {
-                        Kind::ReplicationStart => "Follow it: `pgflip watch`. End it: `pgflip replication stop`.".to_owned(),
+                        Kind::ReplicationStart => {
+                            "Follow it: `pgflip watch`. End it: `pgflip replication stop`.".to_owned()
+                        }
                         _ => "Wait until it has ended: `pgflip watch` follows it.".to_owned(),
                     },
                 });
@@ -407,7 +411,10 @@ impl Controller {
         let (running, guard) = {
             let mut inner = self.inner.lock();
             inner.leaving = true;
-            (inner.running.as_ref().map(|running| running.operation.clone()), inner.guard.take())
+            (
+                inner.running.as_ref().map(|running| running.operation.clone()),
+                inner.guard.take(),
+            )
         };
         if let Some(running) = running {
             running.ended().await;

@@ -367,9 +367,12 @@ impl OperatorLock {
     async fn within(config: &Config, sides: &[Side], wait: Duration) -> Result<Option<OperatorLock>, RecoveryError> {
         let limit = config.limits.server_connect_timeout;
         let purpose = Purpose("operator");
-        let clients =
-            try_join_all(sides.iter().map(|&side| borrow(config.server(side), config.carrier(), purpose, limit)))
-                .await?;
+        let clients = try_join_all(
+            sides
+                .iter()
+                .map(|&side| borrow(config.server(side), config.carrier(), purpose, limit)),
+        )
+        .await?;
         let sessions: Vec<_> = sides.iter().copied().zip(&clients).collect();
         let until = Instant::now() + wait;
         while !take_all(&sessions).await? {
@@ -401,7 +404,9 @@ async fn take_all(sessions: &[(Side, &Client)]) -> Result<bool, RecoveryError> {
         let mut taken = answer(side, "taking the operator's lock", take()).await?;
         if !taken {
             let asleep = client.query(include_str!("../pg/sql/operator_asleep.sql"), &[&LOCK_KEY]);
-            let ended = answer(side, "looking who holds the operator's lock", asleep).await?.len();
+            let ended = answer(side, "looking who holds the operator's lock", asleep)
+                .await?
+                .len();
             if ended > 0 {
                 tracing::warn!(%side, ended, "the operator's lock was held by a pgflip that has fallen asleep");
                 sleep(Duration::from_millis(200)).await;

@@ -92,11 +92,7 @@ impl Plan {
         setup.pg_bin = Some(cluster::dump_tools(self.versions[0]).expect("pg_dump for tests"));
         setup.databases = apps.iter().map(|app| app.database.clone()).collect();
         setup.top = self.top;
-        // How long traffic is watched after a flip is nothing that clients feel, and most of a test's time.
-        setup.sections = match self.sections.contains("[flip]") {
-            true => self.sections.replacen("[flip]", "[flip]\nwatch = \"50ms\"", 1),
-            false => format!("{}[flip]\nwatch = \"50ms\"\n", self.sections),
-        };
+        setup.sections = with_limits(self.sections);
         setup.environment = self.environment;
         let mut sidecar = Sidecar::start(setup.clone()).expect("pgflip starts");
         sidecar.ready(LIMIT).await.expect("pgflip is ready");
@@ -109,6 +105,21 @@ impl Plan {
             green,
             _watchdog: Watchdog::start(),
         }
+    }
+}
+
+/// What a test does not say itself. How long traffic is watched after a flip is nothing that clients feel, and most of a
+/// test's time; and how long clients may be held is for the tests that are about it: machines that build are slow.
+fn with_limits(sections: String) -> String {
+    let mut limits = String::from("[flip]\n");
+    for (name, value) in [("watch", "50ms"), ("drain_timeout", "15s"), ("window_timeout", "12s")] {
+        if !sections.contains(name) {
+            limits.push_str(&format!("{name} = \"{value}\"\n"));
+        }
+    }
+    match sections.contains("[flip]\n") {
+        true => sections.replacen("[flip]\n", &limits, 1),
+        false => sections + &limits,
     }
 }
 
