@@ -14,7 +14,7 @@ use pgflip::pg::Side;
 /// Nobody is held before these have ended.
 const BEFORE_HOLD: [&str; 4] = ["preflight", "settle", "arm", "prepare"];
 
-/// A drain that nobody follows lasts for 5 s.
+/// A drain that nobody follows lasts for `drain_timeout`.
 const LONG_HELD_MS: f64 = 3_000.0;
 
 async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {

@@ -764,12 +764,8 @@ impl Flip {
                 let before = fence::digest(&database.source).await?;
                 let carried = database.carried(&statement, &name).await?;
                 let found = links::obstacles(&database.ends(source), regime).await?;
-                let mut blockers = found.iter().filter(|finding| finding.stops()).peekable();
                 // A link's worker that has just ended comes back by itself: arming may have been what it gave way to.
-                if blockers.peek().is_some()
-                    && blockers.all(|finding| TRANSIENT.contains(&finding.code))
-                    && Instant::now() < deadline
-                {
+                if passes_by_itself(&found) && Instant::now() < deadline {
                     sleep(Duration::from_millis(100)).await;
                     continue;
                 }
@@ -1686,6 +1682,12 @@ const TRANSIENT: [&str; 8] = [
     "role_gone",
     "database_differs",
 ];
+
+/// True if something stops a flip and all that does is gone in a moment.
+fn passes_by_itself(found: &[Finding]) -> bool {
+    let blockers: Vec<&Finding> = found.iter().filter(|finding| finding.stops()).collect();
+    !blockers.is_empty() && blockers.iter().all(|finding| TRANSIENT.contains(&finding.code))
+}
 
 fn no_findings(found: Vec<Finding>) -> Result<(), Stop> {
     let blockers: Vec<Finding> = found.into_iter().filter(Finding::stops).collect();
