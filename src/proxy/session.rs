@@ -875,7 +875,10 @@ impl Session {
             let opened = async {
                 let _permit = opening.acquire().await.expect("never closed");
                 let server = env.config.server(side);
-                let conn = server::open(server, &login, env.config.limits.server_connect_timeout).await?;
+                let limit = env.config.limits.server_connect_timeout;
+                let mut conn = server::open(server, &login, limit).await?;
+                // What fails here fails again, with its reason, when it counts.
+                let _ = timeout(limit, transfer::warm(&mut conn)).await;
                 // Read ahead as well, so that the drain finds them.
                 env.names.load(&env.config, from, &shared.database, number).await;
                 Ok(conn)

@@ -106,11 +106,15 @@ const PORTAL: &[u8] = b"pgflip:portal";
 /// ask for.
 pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unnamed) -> Result<State, TransferError> {
     let names = names.join("\x01");
+    let asked_for_unnamed = unnamed.too_long || !unnamed.body.is_empty();
     let mut why = String::new();
     for _ in 0..TRIES {
         let mut out = Vec::new();
-        // Is there an unnamed statement? Only this tells: a simple Query or a failed Parse has destroyed it.
-        message::put_describe_statement(&mut out, b"");
+        // Is there an unnamed statement? Only this tells: a simple Query or a failed Parse has destroyed it. Not asked
+        // where there never was one: the server logs each such question as an error.
+        if asked_for_unnamed {
+            message::put_describe_statement(&mut out, b"");
+        }
         message::put_sync(&mut out);
         message::put_parse(
             &mut out,
@@ -156,12 +160,13 @@ pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unn
             break;
         }
         let unnamed = match described_code.as_deref() {
+            None if !asked_for_unnamed => None,
             None if unnamed.too_long => {
                 return Err(TransferError::Unmovable(
                     "its unnamed prepared statement is longer than limits.unnamed_statement_max".into(),
                 ));
             }
-            None if !unnamed.confirmed || unnamed.body.is_empty() => {
+            None if !unnamed.confirmed => {
                 return Err(TransferError::Unmovable(
                     "the text of its unnamed prepared statement is not known".into(),
                 ));
@@ -597,6 +602,21 @@ pub(super) async fn mark(conn: &mut ServerConn) -> io::Result<Marked> {
             });
         }
     }
+}
+
+/// Runs once, on a connection that is nobody's yet, what reads and replays state, and changes nothing: a server's session
+/// that does so for the first time spends ten times as long on its catalogs, and in the drain clients would wait for it.
+pub(super) async fn warm(conn: &mut ServerConn) -> Result<(), TransferError> {
+    harvest(conn, &[], &Unnamed::default()).await?;
+    const SET: &[u8] = b"pgflip:set";
+    let mut out = Vec::new();
+    message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);
+    // A limit that is off: see there.
+    message::put_run(&mut out, PORTAL, SET, &[b"transaction_timeout", b"0"]);
+    message::put_close_statement(&mut out, SET);
+    message::put_sync(&mut out);
+    ask(conn, &out, 1).await?;
+    Ok(())
 }
 
 fn close(out: &mut Vec<u8>, name: &[u8]) {
