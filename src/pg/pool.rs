@@ -17,6 +17,8 @@ use crate::config::Server;
 const KEPT: Duration = Duration::from_secs(30);
 /// How many are kept for one database of one server.
 const KEPT_EACH: usize = 4;
+/// How long a kept connection's server may take to answer, before another one is made.
+const ANSWER: Duration = Duration::from_secs(3);
 /// How long a connection may take to become clean.
 const CLEANING: Duration = Duration::from_secs(5);
 /// How long a borrower waits for one that is being cleaned.
@@ -63,8 +65,11 @@ pub async fn borrow(
     while let Some(session) = next(&home).await {
         // It also tells whether the server still answers.
         let name = format!("set application_name = 'pgflip: {}'", purpose.0);
-        if let Ok(Ok(())) = timeout(limit, session.client.batch_execute(&name)).await {
-            return Ok(Client::at_home(session, home));
+        match timeout(limit.min(ANSWER), session.client.batch_execute(&name)).await {
+            Ok(Ok(())) => return Ok(Client::at_home(session, home)),
+            Ok(Err(_)) => {}
+            // The others would be waited for as well, one after the other.
+            Err(_) => POOL.lock().kept.retain(|one| one.home != home),
         }
     }
     let mut client = connect(server, database, purpose, limit).await?;
