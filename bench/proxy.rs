@@ -114,6 +114,10 @@ async fn main() -> Outcome<()> {
     server.batch_execute("VACUUM ANALYZE").await?;
 
     let mut setup = Setup::new(env!("CARGO_BIN_EXE_pgflip"), &blue, &green);
+    let workers: usize = argument("workers", 0)?;
+    if workers > 0 {
+        setup.top = format!("workers = {workers}\n");
+    }
     setup.log_level = "warn".to_owned();
     let mut sidecar = Sidecar::start(setup)?;
     sidecar.ready(Duration::from_secs(30)).await?;
