@@ -20,6 +20,7 @@ pub mod replication;
 pub mod roles;
 pub mod schema;
 pub mod sequences;
+pub mod sessions;
 pub mod state;
 pub mod steps;
 pub mod traffic;
@@ -131,6 +132,8 @@ pub struct Controller {
     roles: Arc<tokio::sync::Mutex<roles::Keeper>>,
     /// This one among the sidecars before the same servers.
     me: Arc<fleet::Me>,
+    /// Since when sessions are bound to their servers.
+    seen: sessions::Seen,
 }
 
 /// The operation under way.
@@ -181,6 +184,7 @@ impl Controller {
             wake: Arc::new(Notify::new()),
             upkeep: Mutex::new(None),
             roles: Arc::default(),
+            seen: sessions::Seen::default(),
             me,
         });
         let guard = tokio::spawn(Guard::new(controller.clone()).run());
@@ -251,7 +255,9 @@ impl Controller {
         }
         let before = match inner.running.take() {
             // A copy may take days. It can be ended at any point, as by a kill, and what it made goes with the rest.
-            Some(running) if kind == Kind::ReplicationStop && running.operation.view().kind == Kind::ReplicationStart => {
+            Some(running)
+                if kind == Kind::ReplicationStop && running.operation.view().kind == Kind::ReplicationStart =>
+            {
                 running.task.abort();
                 Some(running.operation)
             }
@@ -262,7 +268,9 @@ impl Controller {
                     code: "busy",
                     what: format!("Operation {} ({:?}) is under way.", view.id, view.kind),
                     next: match view.kind {
-                        Kind::ReplicationStart => "Follow it: `pgflip watch`. End it: `pgflip replication stop`.".to_owned(),
+                        Kind::ReplicationStart => {
+                            "Follow it: `pgflip watch`. End it: `pgflip replication stop`.".to_owned()
+                        }
                         _ => "Wait until it has ended: `pgflip watch` follows it.".to_owned(),
                     },
                 });
@@ -407,7 +415,10 @@ impl Controller {
         let (running, guard) = {
             let mut inner = self.inner.lock();
             inner.leaving = true;
-            (inner.running.as_ref().map(|running| running.operation.clone()), inner.guard.take())
+            (
+                inner.running.as_ref().map(|running| running.operation.clone()),
+                inner.guard.take(),
+            )
         };
         if let Some(running) = running {
             running.ended().await;
@@ -433,9 +444,22 @@ impl Controller {
             (inner.blue.clone(), inner.green.clone())
         };
         match (&blue, &green, self.gate.upstream()) {
-            (Known::Row(_), Known::Row(_), Some(upstream)) => preflight::for_flip(&config, upstream.side).await,
+            (Known::Row(_), Known::Row(_), Some(upstream)) => {
+                let (mut found, of_sessions) = tokio::join!(
+                    preflight::for_flip(&config, upstream.side),
+                    sessions::findings(&config, &self.gate, upstream.side, config.flip.stragglers)
+                );
+                found.extend(of_sessions);
+                found.sort_by_key(|finding| finding.severity);
+                found
+            }
             _ => preflight::for_replication(&config).await,
         }
+    }
+
+    /// Every client's session, and what binds it to its server, read now; why some of that could not be read.
+    pub async fn sessions(&self) -> (Vec<sessions::Pinned>, Vec<String>) {
+        sessions::read(&self.config(), &self.gate, &self.seen).await
     }
 
     /// Links, copies, slots: read now.
