@@ -111,7 +111,8 @@ async fn lag(State(admin): Shared) -> Response {
 }
 
 async fn sessions(State(admin): Shared) -> Response {
-    Json(json!({ "sessions": admin.gate.sessions() })).into_response()
+    let (sessions, unread) = admin.controller.sessions().await;
+    Json(json!({ "sessions": sessions, "unread": unread })).into_response()
 }
 
 async fn check(State(admin): Shared) -> Response {

@@ -198,8 +198,11 @@ pub enum Command {
     ///
     /// Shows what the command that began it showed, and has its exit code.
     Watch(watch::Watch),
-    /// List the clients.
-    Sessions,
+    /// List the clients, and what binds them to their server.
+    ///
+    /// What a flip takes along (advisory locks, LISTEN) is shown as well as what it can't.
+    #[command(after_help = "Examples:\n  pgflip sessions\n  pgflip sessions --unmovable")]
+    Sessions(sessions::Sessions),
     /// Print completions for a shell.
     #[command(after_help = "Example:\n  pgflip completions bash > /etc/bash_completion.d/pgflip")]
     Completions(completions::Completions),
@@ -295,7 +298,7 @@ pub fn main() -> u8 {
             Command::Rollback(options) => act::flip("rollback", options, common).await,
             Command::Finalize(options) => act::finalize(options, common).await,
             Command::Watch(options) => watch::run(options, common).await,
-            Command::Sessions => sessions::run(common).await,
+            Command::Sessions(options) => sessions::run(options, common).await,
         }
     })
 }

@@ -1,18 +1,30 @@
 //! `pgflip sessions`.
 
-use serde_json::Value;
+use clap::Args;
+use serde_json::{Value, json};
 
 use super::client::{Client, ClientError};
 use super::{Common, exit, fail, print};
 
+/// `pgflip sessions`.
+#[derive(Debug, Args)]
+pub struct Sessions {
+    /// Only those that could not be moved now, with what holds each and since when.
+    #[arg(long)]
+    unmovable: bool,
+}
+
 /// Prints the clients.
-pub async fn run(common: &Common) -> u8 {
+pub async fn run(options: &Sessions, common: &Common) -> u8 {
     match ask(common).await {
-        Ok(answer) => {
+        Ok(mut answer) => {
+            if options.unmovable {
+                keep_unmovable(&mut answer);
+            }
             if common.json {
                 print(&answer);
             } else {
-                show(&answer);
+                show(&answer, options.unmovable).iter().for_each(print);
             }
             exit::DONE
         }
@@ -24,42 +36,90 @@ async fn ask(common: &Common) -> Result<Value, ClientError> {
     Client::new(common)?.get("/v1/sessions").await
 }
 
-fn show(answer: &Value) {
-    let sessions = answer["sessions"].as_array().map_or(&[][..], Vec::as_slice);
-    if sessions.is_empty() {
-        print("No clients.");
+/// Keeps those that could not be moved, with what holds them alone, and those of which that is not known.
+fn keep_unmovable(answer: &mut Value) {
+    let Some(sessions) = answer["sessions"].as_array_mut() else {
         return;
+    };
+    sessions.retain_mut(|session| match session["pins"].as_array_mut() {
+        Some(pins) => {
+            pins.retain(|pin| pin["movable"] == json!(false));
+            !pins.is_empty()
+        }
+        None => true,
+    });
+}
+
+fn show(answer: &Value, unmovable: bool) -> Vec<String> {
+    let sessions = answer["sessions"].as_array().map_or(&[][..], Vec::as_slice);
+    let unread = answer["unread"].as_array().map_or(&[][..], Vec::as_slice);
+    let mut lines: Vec<String> = Vec::new();
+    if sessions.is_empty() {
+        lines.push(match unmovable {
+            true => "Every session can be moved.".into(),
+            false => "No clients.".into(),
+        });
+    } else {
+        let mut rows = vec![
+            [
+                "ID",
+                "SIDE",
+                "STATE",
+                "USER",
+                "DATABASE",
+                "APPLICATION",
+                "CLIENT",
+                "AGE",
+                "MOVED",
+                "QUERIES",
+                "IN",
+                "OUT",
+                "BOUND BY",
+            ]
+            .map(String::from),
+        ];
+        for session in sessions {
+            let text = |key: &str| clean(session[key].as_str().unwrap_or("-"));
+            rows.push([
+                session["id"].to_string(),
+                text("side"),
+                text("state"),
+                text("user"),
+                text("database"),
+                text("application"),
+                text("client"),
+                format!("{:.0}s", session["age_s"].as_f64().unwrap_or(0.0)),
+                session["moved"].to_string(),
+                session["queries"].to_string(),
+                session["bytes_in"].to_string(),
+                session["bytes_out"].to_string(),
+                bound_by(&session["pins"]),
+            ]);
+        }
+        lines.extend(table(&rows));
     }
-    let mut rows = vec![
-        [
-            "ID",
-            "SIDE",
-            "STATE",
-            "USER",
-            "DATABASE",
-            "APPLICATION",
-            "CLIENT",
-            "AGE",
-            "MOVED",
-        ]
-        .map(String::from),
-    ];
-    for session in sessions {
-        let text = |key: &str| clean(session[key].as_str().unwrap_or("-"));
-        rows.push([
-            session["id"].to_string(),
-            text("side"),
-            text("state"),
-            text("user"),
-            text("database"),
-            text("application"),
-            text("client"),
-            format!("{:.0}s", session["age_s"].as_f64().unwrap_or(0.0)),
-            session["moved"].to_string(),
-        ]);
+    for why in unread.iter().filter_map(Value::as_str) {
+        lines.push(format!("! what binds sessions could not be read: {}", clean(why)));
     }
-    for line in table(&rows) {
-        print(line);
+    lines
+}
+
+fn bound_by(pins: &Value) -> String {
+    let Some(pins) = pins.as_array() else {
+        return "unknown".into();
+    };
+    let one = |pin: &Value| {
+        let what = clean(pin["what"].as_str().unwrap_or("?"));
+        // What goes along needs no age.
+        match (pin["movable"] == json!(true), pin["since_s"].as_f64()) {
+            (false, Some(since)) => format!("! {what} ({since:.0}s)"),
+            (false, None) => format!("! {what}"),
+            (true, _) => what,
+        }
+    };
+    match pins.is_empty() {
+        true => "-".into(),
+        false => pins.iter().map(one).collect::<Vec<_>>().join("; "),
     }
 }
 
@@ -91,6 +151,35 @@ mod tests {
     #[test]
     fn a_clients_name_can_not_steer_the_terminal() {
         assert_eq!(clean("a\u{1b}[2Jb\n"), "a\u{fffd}[2Jb\u{fffd}");
+    }
+
+    #[test]
+    fn of_the_unmovable_only_what_holds_them_is_shown_and_the_unknown_is_not_left_out() {
+        let session = |id: u32, pins: Value| json!({ "id": id, "user": "u", "pins": pins });
+        let pin = |what: &str, movable: bool| json!({ "what": what, "movable": movable, "since_s": 3.2 });
+        let mut answer = json!({ "unread": ["database app on blue: no"], "sessions": [
+            session(1, json!([pin("listens", true)])),
+            session(2, json!([pin("listens", true), pin("temporary: a", false)])),
+            session(3, Value::Null),
+            session(4, json!([])),
+        ]});
+        let all = show(&answer, false);
+        assert!(
+            all[1].ends_with("listens") && all[2].ends_with("listens; ! temporary: a (3s)"),
+            "{all:?}"
+        );
+        assert!(all[3].ends_with("unknown") && all[4].ends_with(" -"), "{all:?}");
+        keep_unmovable(&mut answer);
+        let some = show(&answer, true);
+        assert_eq!(some.len(), 4, "{some:?}");
+        assert!(
+            some[1].starts_with('2') && some[1].ends_with("  ! temporary: a (3s)"),
+            "{some:?}"
+        );
+        assert!(
+            some[2].starts_with('3') && some[3].contains("could not be read"),
+            "{some:?}"
+        );
     }
 
     #[test]

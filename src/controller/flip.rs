@@ -22,6 +22,7 @@ use super::preflight::{self, Finding};
 use super::recovery::{self, Burnt, OperatorLock, RecoveryError, go_to};
 use super::roles::{self, RolesError};
 use super::sequences::{self, SequenceError};
+use super::sessions;
 use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
 use super::steps::{FORWARD, Forward, PIVOT, REVERSIBLE, Reversible};
 use super::traffic::{self, Traffic};
@@ -642,7 +643,11 @@ impl Flip {
     // ---- reversible steps ----
 
     async fn preflight(&mut self) -> Result<(), Stop> {
-        let mut found = preflight::for_flip(&self.config, self.source).await;
+        let (mut found, of_sessions) = tokio::join!(
+            preflight::for_flip(&self.config, self.source),
+            sessions::findings(&self.config, &self.gate, self.source, self.stragglers)
+        );
+        found.extend(of_sessions);
         // What the guard or the server mends by itself within seconds is waited for in `settle`.
         found.retain(|finding| !TRANSIENT.contains(&finding.code));
         let (target, cushion) = (self.target, self.config.flip.sequence_cushion);

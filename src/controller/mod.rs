@@ -20,6 +20,7 @@ pub mod replication;
 pub mod roles;
 pub mod schema;
 pub mod sequences;
+pub mod sessions;
 pub mod state;
 pub mod steps;
 pub mod traffic;
@@ -131,6 +132,8 @@ pub struct Controller {
     roles: Arc<tokio::sync::Mutex<roles::Keeper>>,
     /// This one among the sidecars before the same servers.
     me: Arc<fleet::Me>,
+    /// Since when sessions are bound to their servers.
+    seen: sessions::Seen,
 }
 
 /// The operation under way.
@@ -181,6 +184,7 @@ impl Controller {
             wake: Arc::new(Notify::new()),
             upkeep: Mutex::new(None),
             roles: Arc::default(),
+            seen: sessions::Seen::default(),
             me,
         });
         let guard = tokio::spawn(Guard::new(controller.clone()).run());
@@ -440,9 +444,22 @@ impl Controller {
             (inner.blue.clone(), inner.green.clone())
         };
         match (&blue, &green, self.gate.upstream()) {
-            (Known::Row(_), Known::Row(_), Some(upstream)) => preflight::for_flip(&config, upstream.side).await,
+            (Known::Row(_), Known::Row(_), Some(upstream)) => {
+                let (mut found, of_sessions) = tokio::join!(
+                    preflight::for_flip(&config, upstream.side),
+                    sessions::findings(&config, &self.gate, upstream.side, config.flip.stragglers)
+                );
+                found.extend(of_sessions);
+                found.sort_by_key(|finding| finding.severity);
+                found
+            }
             _ => preflight::for_replication(&config).await,
         }
+    }
+
+    /// Every client's session, and what binds it to its server, read now; why some of that could not be read.
+    pub async fn sessions(&self) -> (Vec<sessions::Pinned>, Vec<String>) {
+        sessions::read(&self.config(), &self.gate, &self.seen).await
     }
 
     /// Links, copies, slots: read now.

@@ -88,6 +88,10 @@ impl Features {
     pub fn membership_options(self) -> bool {
         self.from(16)
     }
+    /// The numbers of `pg_stat_get_backend_idset()` are those of temporary schemas.
+    pub fn temporary_schemas_are_numbered(self) -> bool {
+        self.from(16)
+    }
     /// Databases know ICU rules.
     pub fn icu_rules(self) -> bool {
         self.from(16)

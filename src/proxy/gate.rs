@@ -10,6 +10,15 @@
 //! (Dekker): either the session finds the gate closed and has sent nothing, or `drain` finds it busy and waits. An open
 //! gate costs a transaction two uncontended exchanges of a byte that only its own thread writes, and two loads of a flag
 //! that nobody writes. Everything else is behind the flag, under a mutex, and rare.
+//!
+//! # Turns
+//!
+//! A session that waits for an advisory lock is busy until it has it; if a session that is held has the lock, a drain that
+//! holds everybody at the boundary would wait for ever. So while [`Gate::drain`] waits, one outside query says who waits for
+//! whom ([`crate::proxy::turns`]), and a session at its boundary that has a lock which somebody waits for may send one more
+//! request ([`Turn::Go`]), until it is at its boundary again and is judged anew. One that has given its lock back stays, and
+//! with it its next request, which may be for the same lock: so nobody waits twice, and it ends. For the last quarter of the
+//! drain's time nobody is let through: whoever still waits then waits for somebody who keeps a lock, and is a straggler.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -93,6 +102,12 @@ pub struct Superseded {
     pub now: Upstream,
 }
 
+/// How long a drain goes without looking who waits for whom.
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(20);
+
+/// How long a session with a lock that only strangers wait for may be at its boundary before it has to stay there.
+const OTHERS_PATIENCE: std::time::Duration = std::time::Duration::from_millis(500);
+
 /// Where a session stands, as the gate sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -137,7 +152,11 @@ pub(super) enum Outcome {
     #[default]
     Unknown,
     /// In the hold of this number: state replayed on the target's connection.
-    Ready(u64),
+    Ready {
+        hold: u64,
+        /// It has advisory locks: it is ready only if nobody waits for them.
+        locks: bool,
+    },
     /// In the hold of this number: can't be moved, and why.
     Unmovable(u64, String),
 }
@@ -151,10 +170,46 @@ pub(super) enum Ahead {
     Failed(u64, String),
 }
 
+/// May a session that is held at its boundary, in a drain, send one more request? See the module's "Turns".
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Nobody has asked.
+    #[default]
+    Unknown,
+    /// It waits for the answer.
+    Asked,
+    /// Yes: somebody waits for a lock that it has.
+    Go,
+    /// No.
+    Stay,
+}
+
+/// Somebody waits for an advisory lock that somebody else has: their server processes, and the lock's key.
+#[derive(Clone, Debug)]
+pub(super) struct Wait {
+    pub waiter: u32,
+    pub holder: u32,
+    pub key: String,
+}
+
+/// Sessions found at their boundary at one moment of a drain, each with how many turns it has had.
+pub(super) struct AtBoundary {
+    /// The side where they are.
+    pub source: Side,
+    sessions: Vec<(Arc<Shared>, u64)>,
+}
+
 #[derive(Default)]
 struct Reports {
     outcome: Outcome,
     ahead: Ahead,
+    turn: Turn,
+    /// How often it has been let through: an answer given to an earlier question is none.
+    turns_had: u64,
+    /// The lock that it waits for, and who has it.
+    waits_for: Option<String>,
+    /// What kept it from being moved when it was held last, and when that was.
+    unmovable: Option<(String, std::time::Instant)>,
 }
 
 /// The server's own key for a session's connection.
@@ -210,6 +265,8 @@ pub(super) struct Shared {
     pub bytes_in: AtomicU64,
     pub bytes_out: AtomicU64,
     pub queries: AtomicU64,
+    /// It has said LISTEN, as far as is known.
+    listens: AtomicBool,
     waker: Mutex<Option<Waker>>,
     reports: Mutex<Reports>,
     cancel: Mutex<CancelState>,
@@ -263,6 +320,10 @@ impl Shared {
         };
         self.cancel.lock().key = Some(key);
         self.side.store(side, Ordering::SeqCst);
+    }
+    #[inline]
+    pub fn set_listens(&self, listens: bool) {
+        self.listens.store(listens, Ordering::Relaxed);
     }
     /// The client has sent something that is held, or nothing is held any more. A cancel is either for what is held or for
     /// what the server runs: the lock keeps it from falling between the two.
@@ -340,6 +401,8 @@ pub struct Gate {
     inner: Mutex<Inner>,
     /// Something that somebody waits for may have happened.
     progress: Notify,
+    /// A drain has begun, or a session wants to know whether it is its turn.
+    asked: Notify,
     next_id: AtomicU32,
 }
 
@@ -347,9 +410,30 @@ struct Inner {
     orders: Orders,
     prepares: u64,
     sessions: HashMap<SessionId, Arc<Shared>>,
+    /// Of server processes the sessions that they serve, or served before they went over: notifications of theirs may
+    /// still be on their way.
+    by_server: HashMap<(Side, u32), SessionId>,
+    draining: Option<Draining>,
     moved: usize,
     ended: usize,
     gone: Totals,
+}
+
+/// A drain waits.
+struct Draining {
+    /// Somebody has been found to wait for a lock of a session at its boundary: from now on each is asked about first.
+    contended: bool,
+    /// Most drains are over before that, and nobody has to be asked.
+    first_look: Instant,
+    /// Until then sessions are let through for others that wait here.
+    until: Instant,
+    /// And until then for whoever waits: clients of other sidecars drain as well. Others never do, so this ends sooner if
+    /// no turn is taken ([`OTHERS_PATIENCE`]).
+    until_for_others: Instant,
+    /// When somebody was let through last.
+    last_turn: Instant,
+    /// Why it could not be found out who waits.
+    trouble: Option<String>,
 }
 
 impl Gate {
@@ -370,11 +454,14 @@ impl Gate {
                 orders,
                 prepares: 0,
                 sessions: HashMap::new(),
+                by_server: HashMap::new(),
+                draining: None,
                 moved: 0,
                 ended: 0,
                 gone: Totals::default(),
             }),
             progress: Notify::new(),
+            asked: Notify::new(),
             next_id: AtomicU32::new(1),
         })
     }
@@ -444,6 +531,18 @@ impl Gate {
             inner.orders.held = true;
             inner.orders.hold += 1;
             inner.orders.harvest = None;
+            inner.draining = None;
+            for session in inner.sessions.values() {
+                session.reports.lock().turn = Turn::Unknown;
+            }
+            // All are where they belong: nobody hears any more of the servers where they were before.
+            let Inner {
+                sessions, by_server, ..
+            } = &mut *inner;
+            by_server.retain(|(side, pid), id| {
+                let key = sessions.get(id).and_then(|session| session.server_key());
+                key.is_some_and(|key| key.side == *side && key.pid == *pid)
+            });
         }
         self.attention.store(true, Ordering::SeqCst);
         inner.wake_all();
@@ -466,38 +565,63 @@ impl Gate {
                 (None, upstream) => upstream.map(|upstream| upstream.side.other()),
             };
             inner.orders.harvest = to;
+            let now = Instant::now();
+            let time = deadline.saturating_duration_since(now);
+            inner.draining = Some(Draining {
+                contended: false,
+                first_look: now + LOOK_AGAIN,
+                until: now + time * 3 / 4,
+                until_for_others: now + time / 2,
+                last_turn: now,
+                trouble: None,
+            });
             inner.wake_all();
             inner.orders.hold
         };
+        self.asked.notify_one();
         let look = |late: bool| {
-            let inner = self.inner.lock();
+            let mut inner = self.inner.lock();
             let mut drained = Drained::default();
+            let trouble = inner.draining.as_ref().and_then(|draining| draining.trouble.clone());
             for session in inner.sessions.values() {
-                let why = match session.phase() {
+                let phase = session.phase();
+                let reports = session.reports.lock();
+                let why = match phase {
                     Phase::Waiting => {
                         drained.ready += 1;
                         continue;
                     }
-                    Phase::Boundary => match &session.reports.lock().outcome {
-                        Outcome::Ready(n) if *n == hold => {
+                    Phase::Boundary => match &reports.outcome {
+                        Outcome::Ready { hold: n, locks }
+                            if *n == hold && reports.turn != Turn::Go && (!locks || reports.turn == Turn::Stay) =>
+                        {
                             drained.ready += 1;
                             continue;
                         }
+                        Outcome::Ready { hold: n, .. } if *n == hold => match &trouble {
+                            Some(why) => format!("whether somebody waits for its advisory locks is not known: {why}"),
+                            None => "somebody waits for an advisory lock that it has".into(),
+                        },
                         Outcome::Unmovable(n, why) if *n == hold => {
                             drained.unmovable.push(session.obstacle(why.clone()));
                             continue;
                         }
-                        _ => "its state could not be read in time",
+                        _ => "its state could not be read in time".into(),
                     },
-                    Phase::Login => "logging in",
-                    Phase::Busy => "active",
-                    Phase::InTransaction => "idle in transaction",
+                    Phase::Login => "logging in".into(),
+                    Phase::Busy => match &reports.waits_for {
+                        Some(lock) => format!("active: {lock}"),
+                        None => "active".into(),
+                    },
+                    Phase::InTransaction => "idle in transaction".into(),
                 };
                 if !late {
                     return None;
                 }
-                drained.stragglers.push(session.obstacle(why.to_owned()));
+                drained.stragglers.push(session.obstacle(why));
             }
+            // From now on nobody is let through.
+            inner.draining = None;
             Some(drained)
         };
         match self.wait_for(deadline, || look(false)).await {
@@ -535,6 +659,7 @@ impl Gate {
         let mut inner = self.inner.lock();
         inner.orders.held = false;
         inner.orders.harvest = None;
+        inner.draining = None;
         self.refresh(&inner);
         inner.wake_all();
     }
@@ -677,6 +802,7 @@ impl Gate {
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
             queries: AtomicU64::new(0),
+            listens: AtomicBool::new(false),
             waker: Mutex::new(None),
             reports: Mutex::new(Reports::default()),
             cancel: Mutex::new(CancelState::default()),
@@ -691,6 +817,11 @@ impl Gate {
         let mut inner = self.inner.lock();
         if inner.sessions.remove(&shared.id).is_some() {
             inner.gone.add(shared);
+            if let Some(key) = shared.server_key()
+                && inner.by_server.get(&(key.side, key.pid)) == Some(&shared.id)
+            {
+                inner.by_server.remove(&(key.side, key.pid));
+            }
             inner.ended += usize::from(not_moved);
             self.refresh(&inner);
         }
@@ -715,12 +846,23 @@ impl Gate {
 
     /// The same when attention is wanted: true if the gate is open and the session on the right side.
     pub(super) fn try_begin(&self, shared: &Shared) -> bool {
-        let inner = self.inner.lock();
-        let orders = &inner.orders;
+        let mut inner = self.inner.lock();
+        let Inner { orders, draining, .. } = &mut *inner;
         let here = orders
             .upstream
             .is_some_and(|upstream| shared.side() == Some(upstream.side));
-        let go = here && !orders.held && !orders.shutdown;
+        let mut open = !orders.held;
+        if let (false, Some(draining)) = (open, draining) {
+            // Once.
+            let mut reports = shared.reports.lock();
+            if reports.turn == Turn::Go {
+                (reports.turn, reports.outcome) = (Turn::Unknown, Outcome::Unknown);
+                reports.turns_had += 1;
+                draining.last_turn = Instant::now();
+                open = true;
+            }
+        }
+        let go = here && open && !orders.shutdown;
         if go {
             // Under the lock that `hold` takes: whoever holds after this finds the session busy.
             shared.phase.store(Phase::Busy as u8, Ordering::SeqCst);
@@ -756,8 +898,171 @@ impl Gate {
         Some(upstream)
     }
 
+    /// The session has this server connection from now on.
+    pub(super) fn serves(&self, shared: &Shared, key: CancelKey) {
+        let mut inner = self.inner.lock();
+        inner.by_server.insert((key.side, key.pid), shared.id);
+        shared.set_server(key);
+    }
+
+    /// The pid by which clients know what server process `pid` does. That of a stranger stays as it is, unless the one
+    /// who hears it would take it for its own: then it is nobody's.
+    pub(super) fn known_as(&self, side: Side, pid: u32, to: SessionId) -> u32 {
+        match self.inner.lock().by_server.get(&(side, pid)) {
+            Some(id) => id.0,
+            None if pid == to.0 => 0,
+            None => pid,
+        }
+    }
+
+    /// Whether a session at its boundary has to stay there. With `ask` it wants to be judged in any case. Never
+    /// [`Turn::Unknown`]; after [`Turn::Asked`] it is woken with the answer.
+    pub(super) fn turn(&self, shared: &Shared, ask: bool) -> Turn {
+        let inner = self.inner.lock();
+        let Some(draining) = &inner.draining else {
+            return Turn::Stay;
+        };
+        let mut reports = shared.reports.lock();
+        if reports.turn == Turn::Unknown && (ask || draining.contended) {
+            reports.turn = Turn::Asked;
+            self.asked.notify_one();
+        }
+        match reports.turn {
+            Turn::Unknown => Turn::Stay,
+            turn => turn,
+        }
+    }
+
+    /// Waits until a drain has something to ask about the sessions at their boundary: at once if one of them wants to
+    /// know, else not before `not_before` and only if somebody is busy. May be cancelled.
+    pub(super) async fn at_their_boundary(&self, not_before: Instant) -> AtBoundary {
+        loop {
+            let asked = self.asked.notified();
+            tokio::pin!(asked);
+            asked.as_mut().enable();
+            let draining = match self.sessions_to_judge(Instant::now() >= not_before) {
+                Ok(found) => return found,
+                Err(draining) => draining,
+            };
+            if draining {
+                // Whoever becomes busy, or has to be judged again because time is up, is found then.
+                let next = not_before.max(Instant::now() + LOOK_AGAIN);
+                let _ = tokio::time::timeout_at(next, asked).await;
+            } else {
+                asked.await;
+            }
+        }
+    }
+
+    /// `Err`: there is nothing to ask; whether there is a drain.
+    fn sessions_to_judge(&self, due: bool) -> Result<AtBoundary, bool> {
+        let inner = self.inner.lock();
+        let (Some(draining), Some(upstream)) = (&inner.draining, inner.orders.upstream) else {
+            return Err(false);
+        };
+        let due = due && Instant::now() >= draining.first_look;
+        let (mut asked, mut busy, mut sessions) = (false, false, Vec::new());
+        for session in inner.sessions.values() {
+            match session.phase() {
+                Phase::Boundary if session.side() == Some(upstream.side) => {
+                    let reports = session.reports.lock();
+                    asked |= reports.turn == Turn::Asked;
+                    // A turn that was not taken may be over.
+                    busy |= reports.turn == Turn::Go;
+                    sessions.push((session.clone(), reports.turns_had));
+                }
+                Phase::Busy => busy = true,
+                _ => {}
+            }
+        }
+        if asked || due && busy {
+            let source = upstream.side;
+            Ok(AtBoundary { source, sessions })
+        } else {
+            Err(true)
+        }
+    }
+
+    /// Who waits for whom, read after these sessions were found at their boundary: they learn whether it is their turn.
+    /// `Err`: why it could not be read.
+    pub(super) fn judge(&self, at: &AtBoundary, waits: Result<&[Wait], String>) {
+        let mut inner = self.inner.lock();
+        let Inner {
+            draining,
+            by_server,
+            sessions,
+            ..
+        } = &mut *inner;
+        let Some(draining) = draining else { return };
+        let waits = match waits {
+            Ok(waits) => waits,
+            Err(why) => {
+                draining.trouble = Some(why);
+                return;
+            }
+        };
+        draining.trouble = None;
+        let ours = |pid: u32| by_server.get(&(at.source, pid));
+        let now = Instant::now();
+        let mut holders = std::collections::HashSet::new();
+        let mut waiting: HashMap<SessionId, String> = HashMap::new();
+        for wait in waits {
+            let until = match ours(wait.waiter) {
+                Some(id) => {
+                    let by = match ours(wait.holder) {
+                        Some(id) => format!("session {}", id.0),
+                        None => format!("server process {}, which serves no client of this sidecar", wait.holder),
+                    };
+                    waiting.insert(*id, format!("waits for advisory lock {}, which {by} has", wait.key));
+                    draining.until
+                }
+                None => draining.until_for_others.min(draining.last_turn + OTHERS_PATIENCE),
+            };
+            if let Some(id) = ours(wait.holder) {
+                draining.contended = true;
+                if now < until {
+                    holders.insert(*id);
+                }
+            }
+        }
+        for session in sessions.values() {
+            session.reports.lock().waits_for = waiting.remove(&session.id);
+        }
+        let mut changed = false;
+        for (session, turns_had) in &at.sessions {
+            let mut reports = session.reports.lock();
+            if reports.turns_had != *turns_had || session.phase() != Phase::Boundary {
+                continue;
+            }
+            let turn = match holders.contains(&session.id) {
+                true => Turn::Go,
+                false => Turn::Stay,
+            };
+            let was = std::mem::replace(&mut reports.turn, turn);
+            drop(reports);
+            if was != turn {
+                changed = true;
+                if !(was == Turn::Unknown && turn == Turn::Stay) {
+                    session.signal(signal::LOOK);
+                }
+            }
+        }
+        drop(inner);
+        if changed {
+            self.progress.notify_waiters();
+        }
+    }
+
     pub(super) fn report(&self, shared: &Shared, outcome: Outcome) {
-        shared.reports.lock().outcome = outcome;
+        {
+            let mut reports = shared.reports.lock();
+            match &outcome {
+                Outcome::Unmovable(_, why) => reports.unmovable = Some((why.clone(), std::time::Instant::now())),
+                Outcome::Ready { .. } => reports.unmovable = None,
+                Outcome::Unknown => {}
+            }
+            reports.outcome = outcome;
+        }
         self.progress.notify_waiters();
     }
 
@@ -863,6 +1168,9 @@ impl Shared {
                 Phase::InTransaction => "idle in transaction",
             },
             side: self.side(),
+            server_pid: self.server_key().and_then(|key| i32::try_from(key.pid).ok()),
+            listens: self.listens.load(Ordering::Relaxed),
+            unmovable: self.reports.lock().unmovable.clone(),
             age_s: self.since.elapsed().as_secs_f64(),
             moved: self.moved.load(Ordering::Relaxed),
             bytes_in: self.bytes_in.load(Ordering::Relaxed),
@@ -889,6 +1197,14 @@ pub struct SessionView {
     pub state: &'static str,
     /// Side its server connection is on; none while it logs in.
     pub side: Option<Side>,
+    /// Process id of its server connection there.
+    pub server_pid: Option<i32>,
+    /// It has said LISTEN, as far as is known.
+    #[serde(skip)]
+    pub listens: bool,
+    /// What kept it from being moved when it was held last, and when that was.
+    #[serde(skip)]
+    pub unmovable: Option<(String, std::time::Instant)>,
     /// Seconds since it connected.
     pub age_s: f64,
     /// How often it has been moved from one side to the other.
@@ -1003,6 +1319,81 @@ mod tests {
             |gate| gate.attention.store(true, Ordering::SeqCst),
             |gate| gate.attention.store(false, Ordering::SeqCst),
         );
+    }
+
+    #[tokio::test]
+    async fn a_session_that_others_wait_for_gets_a_turn_for_one_request_and_none_when_the_drain_is_over() {
+        let (gate, shared) = open_gate_with_a_session();
+        let (side, key) = (Side::Blue, Vec::new());
+        gate.serves(&shared, CancelKey { side, pid: 1, key });
+        let judged = |holder: u32, at: &AtBoundary| {
+            let (waiter, key) = (99, "7".to_owned());
+            gate.judge(at, Ok(&[Wait { waiter, holder, key }]));
+            gate.turn(&shared, false)
+        };
+        gate.hold();
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+        let mut drain = Box::pin(gate.drain(deadline));
+        assert!(futures_util::poll!(&mut drain).is_pending());
+        assert_eq!(
+            gate.turn(&shared, false),
+            Turn::Stay,
+            "nobody has asked, and nobody has to"
+        );
+        assert_eq!(gate.turn(&shared, true), Turn::Asked);
+        let at = gate.at_their_boundary(deadline).await;
+        assert_eq!(judged(1, &at), Turn::Go);
+        assert!(gate.try_begin(&shared) && !gate.try_begin(&shared), "once");
+        gate.at_boundary(&shared);
+        assert_eq!(
+            judged(1, &at),
+            Turn::Asked,
+            "what was read before its turn says nothing now"
+        );
+        let at = gate.at_their_boundary(deadline).await;
+        assert_eq!(judged(2, &at), Turn::Stay, "nobody waits for it");
+        assert!(!gate.try_begin(&shared));
+        // Ready with locks, and nobody waits: the drain is over, and whoever comes then comes too late.
+        let (hold, locks) = (gate.orders().hold, true);
+        gate.report(&shared, Outcome::Ready { hold, locks });
+        assert_eq!(drain.await.ready, 1);
+        judged(1, &at);
+        assert!(!gate.try_begin(&shared));
+        // With locks and not judged it is not ready.
+        gate.release();
+        gate.hold();
+        let (hold, locks) = (gate.orders().hold, true);
+        gate.report(&shared, Outcome::Ready { hold, locks });
+        let drained = gate.drain(tokio::time::Instant::now()).await;
+        assert_eq!((drained.ready, drained.stragglers.len()), (0, 1), "{drained:?}");
+    }
+
+    #[test]
+    fn a_notifiers_pid_is_the_one_that_clients_know_while_it_may_still_be_heard_of() {
+        let (gate, shared) = open_gate_with_a_session();
+        let key = |side, pid| CancelKey {
+            side,
+            pid,
+            key: Vec::new(),
+        };
+        gate.serves(&shared, key(Side::Blue, 1000));
+        let known = |side, pid| gate.known_as(side, pid, shared.id);
+        assert_eq!(known(Side::Blue, 1000), shared.id.0);
+        assert_eq!(known(Side::Green, 1000), 1000, "somebody else, on the other side");
+        assert_eq!(
+            known(Side::Green, shared.id.0),
+            0,
+            "a stranger is not taken for oneself"
+        );
+        gate.serves(&shared, key(Side::Green, 2000));
+        assert_eq!(
+            (known(Side::Blue, 1000), known(Side::Green, 2000)),
+            (shared.id.0, shared.id.0)
+        );
+        gate.hold();
+        assert_eq!((known(Side::Blue, 1000), known(Side::Green, 2000)), (1000, shared.id.0));
+        gate.leave(&shared, false);
+        assert_eq!(known(Side::Green, 2000), 2000);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
 //! `listener (here) → handshake → session ⇄ server`; `transfer` moves a session's state to the other side, `cancel`
-//! passes cancel requests on, `verifiers` knows clients' SCRAM verifiers.
+//! passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain whom others
+//! wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
 //! its sockets and never leaves its thread.
@@ -13,6 +14,7 @@ mod handshake;
 mod server;
 mod session;
 mod transfer;
+mod turns;
 mod verifiers;
 
 use std::io;
@@ -95,9 +97,15 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         });
         let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let thread = std::thread::Builder::new()
-            .name(format!("worker-{n}"))
-            .spawn(move || runtime.block_on(work(worker, listener, shutdown, stopped)))?;
+        let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(move || {
+            runtime.block_on(async {
+                // Ends with the thread.
+                if n == 0 {
+                    tokio::spawn(turns::watch(worker.env.clone()));
+                }
+                work(worker, listener, shutdown, stopped).await;
+            });
+        })?;
         threads.push(thread);
     }
     tracing::info!(%address, workers = threads.len(), "listening for clients");

@@ -19,14 +19,14 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::config::Config;
 use crate::pg::Side;
-use crate::proxy::gate::{Ahead, CancelKey, Orders, Outcome, Phase, Shared, Upstream, add, signal};
+use crate::proxy::gate::{Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, Upstream, add, signal};
 use crate::proxy::handshake::Client;
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
-use crate::proxy::transfer::{self, TransferError};
+use crate::proxy::transfer::{self, Pins, TransferError};
 use crate::proxy::{Env, Worker, cancel};
 use crate::wire::error::ClientError;
 use crate::wire::message;
-use crate::wire::scan::{Replies, Requests, at_boundary};
+use crate::wire::scan::{BadLength, Replies, Requests, at_boundary};
 
 /// Bytes of a held client that are kept. More stays in its socket.
 const HELD_MAX: usize = 64 << 10;
@@ -40,6 +40,8 @@ const KEPT: [&[u8]; 2] = [b"client_encoding", b"DateStyle"];
 const FULL_LOOK: Duration = Duration::from_millis(250);
 /// How long a session whose count is uncertain has to be quiet before it is asked.
 const QUIET: Duration = Duration::from_millis(20);
+/// How long the rest of a message that has come in part may take.
+const REST_OF_MESSAGE: Duration = Duration::from_millis(250);
 /// How long a server may take to close a connection that was told to end, before it is dropped.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take to read its last words.
@@ -140,6 +142,13 @@ impl Outbox {
     }
 }
 
+/// A connection to the other side with the session's state.
+struct Ready {
+    conn: ServerConn,
+    /// What it holds there already.
+    pins: Pins,
+}
+
 /// A connection being opened ahead.
 type Opening = JoinHandle<Result<ServerConn, LoginError>>;
 
@@ -165,8 +174,12 @@ struct Session {
     parked: bool,
     /// The connection opened ahead of a flip, and the prepare's number.
     ahead: Option<(u64, Side, Opening)>,
-    /// The connection with the state replayed, and the hold's number.
-    ready: Option<(u64, ServerConn)>,
+    /// The connection with the state replayed.
+    ready: Option<Ready>,
+    /// One that had locks and was not used is being closed: until it is gone they are taken.
+    closing: Option<JoinHandle<()>>,
+    /// The first bytes of a notification's pid, read and not passed on.
+    cut: Vec<u8>,
     /// The last hold whose drain has been answered.
     answered_hold: u64,
     quiet: Option<Pin<Box<Sleep>>>,
@@ -258,6 +271,8 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         parked: false,
         ahead: None,
         ready: None,
+        closing: None,
+        cut: Vec::new(),
         answered_hold: 0,
         quiet: None,
         full: None,
@@ -384,16 +399,46 @@ impl Session {
     /// `self.server` is the session's connection from now on.
     fn take_server(&mut self) {
         let server = &mut self.server;
-        self.shared.set_server(CancelKey {
+        let key = CancelKey {
             side: server.side,
             pid: server.pid,
             key: server.key.clone(),
-        });
+        };
         let unread = server.take_buffer();
-        if !unread.is_empty() {
-            let _ = self.replies.scan(&unread, &mut self.requests);
-            self.to_client.rest.extend_from_slice(&unread);
+        self.env.gate.serves(&self.shared, key);
+        // Bytes that are no messages are found when the next are read.
+        let _ = self.tell(unread);
+    }
+
+    /// What the server has said goes to the client.
+    fn tell(&mut self, mut bytes: Vec<u8>) -> Result<(), BadLength> {
+        if !self.cut.is_empty() {
+            bytes.splice(..0, self.cut.drain(..));
         }
+        self.replies.scan(&bytes, &mut self.requests)?;
+        let end = self.name_notifiers(&mut bytes);
+        bytes.truncate(end);
+        self.to_client.rest.append(&mut bytes);
+        Ok(())
+    }
+
+    /// In bytes just scanned: clients know each other's sessions, and their own, by the pid that pgflip gave them. Returns
+    /// how many of them can be passed on now.
+    #[cold]
+    fn name_notifiers(&mut self, bytes: &mut [u8]) -> usize {
+        for at in &self.replies.pids {
+            let place: &mut [u8; 4] = (&mut bytes[*at..*at + 4]).try_into().expect("four bytes");
+            let pid = u32::from_be_bytes(*place);
+            *place = self
+                .env
+                .gate
+                .known_as(self.server.side, pid, self.shared.id)
+                .to_be_bytes();
+        }
+        let end = bytes.len() - self.replies.held_back;
+        self.cut.clear();
+        self.cut.extend_from_slice(&bytes[end..]);
+        end
     }
 
     async fn relay(&mut self) -> End {
@@ -489,28 +534,36 @@ impl Session {
     #[inline]
     fn poll_server(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
         SCRATCH_BUFFER.with_borrow_mut(|scratch| {
-            let mut into = ReadBuf::new(scratch);
+            let cut = self.cut.len();
+            scratch[..cut].copy_from_slice(&self.cut);
+            let mut into = ReadBuf::new(&mut scratch[cut..]);
             match Pin::new(&mut self.server.stream).poll_read(cx, &mut into) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ServerGone)),
                 Poll::Ready(Ok(())) => {}
             }
-            let bytes = into.filled();
-            if bytes.is_empty() {
+            let read = into.filled().len();
+            if read == 0 {
                 return Poll::Ready(Err(Event::ServerGone));
             }
+            let mut bytes = &mut scratch[..cut + read];
             let answered = self.replies.answered;
             if self.replies.scan(bytes, &mut self.requests).is_err() {
                 return Poll::Ready(Err(Event::Protocol(
                     "the server sent a message of an impossible length",
                 )));
             }
-            add(&self.shared.bytes_out, bytes.len() as u64);
+            if self.replies.has_pids() {
+                let end = self.name_notifiers(bytes);
+                bytes = &mut bytes[..end];
+            }
+            add(&self.shared.bytes_out, read as u64);
             if self.to_client.push(cx, &mut self.client, bytes).is_err() {
                 return Poll::Ready(Err(Event::ClientGone));
             }
             if answered != self.replies.answered {
                 add(&self.shared.queries, self.replies.answered - answered);
+                self.shared.set_listens(self.replies.listens);
             }
             Poll::Ready(Ok(!self.update_phase()))
         })
@@ -805,19 +858,15 @@ impl Session {
         self.shared.end_own();
         match marked {
             Ok(marked) => {
-                if self.replies.scan(&marked.clients, &mut self.requests).is_err() {
+                if self.tell(marked.clients).is_err() {
                     return Err(End::Server);
                 }
-                self.to_client.rest.extend_from_slice(&marked.clients);
                 self.replies.status = marked.status;
                 self.replies.answered = self.requests.sent;
                 self.replies.uncertain = false;
                 self.requests.behind_batch = false;
                 let unread = self.server.take_buffer();
-                if !unread.is_empty() {
-                    let _ = self.replies.scan(&unread, &mut self.requests);
-                    self.to_client.rest.extend_from_slice(&unread);
-                }
+                let _ = self.tell(unread);
             }
             // Nothing is known of what was said on the connection: it can't be used any more.
             Err(_) => return Err(End::Server),
@@ -863,7 +912,7 @@ impl Session {
             task.abort();
         }
         let Some((side, number)) = wanted else { return };
-        if matches!(&self.ready, Some((_, conn)) if conn.side == side) {
+        if matches!(&self.ready, Some(ready) if ready.conn.side == side) {
             // It has one already, with its state replayed.
             self.env.gate.report_ahead(&self.shared, Ahead::Ready(number));
             return;
@@ -925,7 +974,7 @@ impl Session {
             if !orders.held {
                 match orders.upstream {
                     Some(upstream) if upstream.side == self.server.side => {
-                        self.ready = None;
+                        self.drop_ready();
                         // If the server has closed meanwhile, its last words are among this.
                         self.pass_unasked()?;
                         return Ok(());
@@ -937,14 +986,19 @@ impl Session {
                     None => {}
                 }
             } else if let Some(to) = orders.harvest
-                && self.answered_hold != orders.hold
                 && to != self.server.side
+                && self.answered_hold != orders.hold
+                && self.env.gate.turn(&self.shared, false) == Turn::Stay
             {
                 self.answered_hold = orders.hold;
                 let outcome = match self.make_ready(to).await {
-                    Ok(conn) => {
-                        self.ready = Some((orders.hold, conn));
-                        Outcome::Ready(orders.hold)
+                    Ok(ready) => {
+                        let locks = !ready.pins.locks.is_empty();
+                        self.ready = Some(ready);
+                        Outcome::Ready {
+                            hold: orders.hold,
+                            locks,
+                        }
                     }
                     Err(NotReady::End(end)) => return Err(end),
                     Err(NotReady::Because(why)) => {
@@ -952,8 +1006,24 @@ impl Session {
                         Outcome::Unmovable(orders.hold, why)
                     }
                 };
+                let locks = matches!(outcome, Outcome::Ready { locks: true, .. });
                 self.env.gate.report(&self.shared, outcome);
+                if locks {
+                    // Whether somebody waits for them decides whether it may stay.
+                    self.env.gate.turn(&self.shared, true);
+                }
                 continue;
+            } else if orders.harvest.is_some() && self.env.gate.turn(&self.shared, false) == Turn::Go {
+                // Its state is taken anew when it is back.
+                self.answered_hold = 0;
+                self.env.gate.report(&self.shared, Outcome::Unknown);
+                self.drop_ready();
+                // Before the client can give back a lock here, it has to be free there for the next one.
+                self.closed().await?;
+                if !self.held.is_empty() {
+                    self.pass_unasked()?;
+                    return Ok(());
+                }
             }
             let patience = self.env.config.limits.hold_timeout;
             let too_long = self.waiting_since.map(|since| since + patience);
@@ -986,15 +1056,43 @@ impl Session {
         }
     }
 
+    /// The connection made ahead is not used: what it listens to and has locked is let go.
+    fn drop_ready(&mut self) {
+        let Some(Ready { conn, pins }) = self.ready.take() else {
+            return;
+        };
+        if pins.is_empty() {
+            return;
+        }
+        let before = self.closing.take();
+        self.closing = Some(tokio::spawn(async move {
+            conn.close(CLOSE_LIMIT, true).await;
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+        }));
+    }
+
+    /// Returns when the connections dropped so far are gone.
+    async fn closed(&mut self) -> Result<(), End> {
+        if let Some(closing) = &mut self.closing {
+            tokio::select! {
+                _ = closing => {}
+                () = killed(&self.shared) => return Err(End::Kill(ClientError::terminated(IN_THE_WAY))),
+            }
+            self.closing = None;
+        }
+        Ok(())
+    }
+
     /// What the server said unasked while pgflip spoke with it is the client's, and so is what it has begun to say.
     fn pass_unasked(&mut self) -> Result<(), End> {
         let aside = std::mem::take(&mut self.server.aside);
         let unread = self.server.take_buffer();
         for bytes in [aside, unread] {
-            if self.replies.scan(&bytes, &mut self.requests).is_err() {
+            if self.tell(bytes).is_err() {
                 return Err(End::Server);
             }
-            self.to_client.rest.extend_from_slice(&bytes);
         }
         Ok(())
     }
@@ -1043,11 +1141,11 @@ impl Session {
             }
             self.note_waiting();
         }
-        if let Some((_, conn)) = &mut self.ready
-            && !matches!(timeout(limit, conn.touch()).await, Ok(Ok(())))
+        if let Some(ready) = &mut self.ready
+            && !matches!(timeout(limit, ready.conn.touch()).await, Ok(Ok(())))
         {
             // It is made again when it is needed.
-            self.ready = None;
+            self.drop_ready();
         }
         self.touch_again();
         Ok(())
@@ -1062,14 +1160,33 @@ impl Session {
         };
     }
 
-    /// Takes the session's state from its server and replays it on a connection to the other side.
-    async fn make_ready(&mut self, to: Side) -> Result<ServerConn, NotReady> {
-        // A message of the server's may have come in part.
-        if !self.replies.between_messages() {
-            return Err(NotReady::Because(
+    /// A message of the server's may have come in part, a notification for instance: the rest is on its way.
+    async fn finish_message(&mut self) -> Result<(), NotReady> {
+        let whole = poll_fn(|cx| {
+            while !self.replies.between_messages() {
+                match self.poll_server(cx) {
+                    Poll::Ready(Ok(_)) => {}
+                    Poll::Ready(Err(event)) => return Poll::Ready(Err(event)),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            Poll::Ready(Ok(()))
+        });
+        match timeout(REST_OF_MESSAGE, whole).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Event::ClientGone)) => Err(NotReady::End(End::Client)),
+            Ok(Err(_)) => Err(NotReady::End(End::Server)),
+            Err(_) => Err(NotReady::Because(
                 "its server stopped in the middle of a message".into(),
-            ));
+            )),
         }
+    }
+
+    /// Takes the session's state from its server and replays it on a connection to the other side.
+    async fn make_ready(&mut self, to: Side) -> Result<Ready, NotReady> {
+        self.finish_message().await?;
+        self.drop_ready();
+        self.closed().await.map_err(NotReady::End)?;
         self.shared.begin_own().await;
         let env = self.env.clone();
         let config: &Config = &env.config;
@@ -1119,15 +1236,18 @@ impl Session {
                 None => (fresh().await?, false),
             };
             let replayed = timeout(limit, transfer::replay(&mut conn, &state, &kept)).await;
+            let pins = state.pins();
+            replies.listens = pins.listens;
+            shared.set_listens(pins.listens);
             match replayed {
-                Ok(Ok(())) => Ok(conn),
+                Ok(Ok(())) => Ok(Ready { conn, pins }),
                 // Opened ahead and gone stale: once more with a new one.
                 Ok(Err(TransferError::Io(_))) if was_ahead => {
                     conn = fresh().await?;
                     timeout(limit, transfer::replay(&mut conn, &state, &kept))
                         .await
                         .map_err(|_| TransferError::Unmovable(format!("{to} did not answer in time")))??;
-                    Ok(conn)
+                    Ok(Ready { conn, pins })
                 }
                 Ok(Err(TransferError::Io(error))) => Err(TransferError::Unmovable(format!("{to}: {error}"))),
                 Ok(Err(error)) => Err(error),
@@ -1144,7 +1264,7 @@ impl Session {
         self.touch_again();
         self.pass_unasked().map_err(NotReady::End)?;
         match worked {
-            Ok(conn) => Ok(conn),
+            Ok(ready) => Ok(ready),
             Err(TransferError::Io(_)) => Err(NotReady::End(End::Server)),
             Err(TransferError::Stuck) => Err(NotReady::End(End::Kill(ClientError::not_moved(
                 "Its server did not answer in time when it was asked for the session's state.",
@@ -1155,14 +1275,15 @@ impl Session {
 
     /// Goes over to the active side.
     async fn go_over(&mut self, upstream: Upstream) -> Result<(), End> {
-        let mut ready = self.ready.take().map(|(_, conn)| conn);
-        if let Some(conn) = &mut ready
+        let mut ready = self.ready.take();
+        if let Some(Ready { conn, .. }) = &mut ready
             && !(conn.side == upstream.side && conn.is_alive().await)
         {
             ready = None;
         }
-        let conn = match ready {
-            Some(conn) => conn,
+        let no_pins = Pins::default();
+        let Ready { mut conn, pins } = match ready {
+            Some(ready) => ready,
             None if self.source_gone => {
                 return Err(End::NotMoved(
                     "Both the server it was on and its new connection are gone.".into(),
@@ -1171,12 +1292,21 @@ impl Session {
             _ if self.phase != Phase::Boundary => {
                 // Only with the boundary left out on purpose: nothing is taken along.
                 let limit = self.env.config.limits.server_connect_timeout;
-                server::open(self.env.config.server(upstream.side), &self.login, limit)
+                let conn = server::open(self.env.config.server(upstream.side), &self.login, limit)
                     .await
-                    .map_err(|error| End::NotMoved(error.to_string()))?
+                    .map_err(|error| End::NotMoved(error.to_string()))?;
+                Ready { conn, pins: no_pins }
             }
             _ => match self.make_ready(upstream.side).await {
-                Ok(conn) => conn,
+                Ok(ready) if ready.pins.is_empty() => ready,
+                // Others have had their turn on that side already.
+                Ok(ready) => {
+                    return Err(End::NotMoved(format!(
+                        "It {}, and had no connection to {} before that was the active side: something may have been missed.",
+                        ready.pins.describe(),
+                        upstream.side
+                    )));
+                }
                 Err(NotReady::End(End::Server)) => {
                     return Err(End::NotMoved(
                         "The server it was on is gone, and its state with it.".into(),
@@ -1186,7 +1316,12 @@ impl Session {
                 Err(NotReady::Because(why)) => return Err(End::NotMoved(why)),
             },
         };
+        if !pins.is_empty() {
+            self.take_pins_along(&mut conn, &pins, upstream).await?;
+        }
         self.hear_out().await?;
+        // Behind the boundary there is none; with the boundary left out on purpose it belongs to nothing.
+        self.cut.clear();
         let old = std::mem::replace(&mut self.server, conn);
         tokio::spawn(old.close(CLOSE_LIMIT, true));
         // Only what differs in the end, before the first answer of the new server.
@@ -1195,7 +1330,7 @@ impl Session {
                 message::put_parameter_status(&mut self.to_client.rest, name, value);
             }
         }
-        self.server.aside.clear();
+        let mut since_pivot = std::mem::take(&mut self.server.aside);
         self.source_gone = false;
         self.replies.parameters = self.server.parameters.clone();
         if self.phase != Phase::Boundary {
@@ -1207,11 +1342,64 @@ impl Session {
             self.phase = Phase::Boundary;
             self.env.gate.at_boundary(&self.shared);
         }
+        if pins.is_empty() {
+            since_pivot.clear();
+        }
+        // Before what is taken from there from now on.
+        let said = [since_pivot, self.server.take_buffer()].concat();
         self.take_server();
+        let _ = self.tell(said);
         add(&self.shared.moved, 1);
         self.env.gate.moved();
         tracing::debug!(session = self.shared.id.0, to = %upstream.side, epoch = upstream.epoch, "a session went over");
         Ok(())
+    }
+
+    /// What others may see of the session goes over with it: see [`transfer`]. The session is ended if that can't be done
+    /// exactly.
+    async fn take_pins_along(&mut self, conn: &mut ServerConn, pins: &Pins, upstream: Upstream) -> Result<(), End> {
+        let limit = self.env.config.limits.server_connect_timeout;
+        let what = pins.describe();
+        let not_heard = |why: String| {
+            End::NotMoved(format!(
+                "It {what}, and its old server could not be asked for the last time: {why}."
+            ))
+        };
+        if self.source_gone {
+            return Err(not_heard("it has closed the connection".into()));
+        }
+        if !self.replies.between_messages() {
+            return Err(not_heard("it stopped in the middle of a message".into()));
+        }
+        self.shared.begin_own().await;
+        let server = &mut self.server;
+        let mut counts = Vec::new();
+        let old = async {
+            server.touch().await?;
+            if !pins.locks.is_empty() {
+                // That it had no more of them than it had is a warning of pgflip's own making.
+                let heard = server.aside.len();
+                counts = transfer::leave(server).await?;
+                message::keep(&mut server.aside, heard, b'A');
+            }
+            Ok::<_, TransferError>(())
+        };
+        match timeout(limit, old).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(not_heard(error.to_string())),
+            Err(_) => return Err(not_heard("no answer in time".into())),
+        }
+        let arrived = timeout(limit, transfer::arrive(conn, pins, &counts, upstream.epoch)).await;
+        self.shared.end_own();
+        self.note_waiting();
+        match arrived {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(End::NotMoved(format!("It {what}: {error}."))),
+            Err(_) => Err(End::NotMoved(format!(
+                "It {what}, and {} did not answer in time.",
+                upstream.side
+            ))),
+        }
     }
 
     /// Passes on what the old server has said already, but for a farewell: the client goes on.
@@ -1238,16 +1426,14 @@ impl Session {
                 let Some((whole, tail)) = rest.split_at_checked(length.saturating_add(1)) else {
                     break;
                 };
-                if header[0] != b'E' && self.replies.scan(whole, &mut self.requests).is_ok() {
-                    self.to_client.rest.extend_from_slice(whole);
+                if header[0] != b'E' {
+                    let _ = self.tell(whole.to_vec());
                 }
                 rest = tail;
             }
             return Ok(());
         }
-        if self.replies.scan(rest, &mut self.requests).is_ok() {
-            self.to_client.rest.extend_from_slice(rest);
-        }
+        let _ = self.tell(rest.to_vec());
         if self.phase == Phase::Boundary && !self.replies.between_messages() {
             return Err(End::Server);
         }
@@ -1259,6 +1445,7 @@ impl Session {
         if let Some((_, _, task)) = self.ahead.take() {
             task.abort();
         }
+        self.drop_ready();
         let (error, kill) = match end {
             End::Client => (None, false),
             End::Server if self.replies.error_last || self.requests.goodbye => (None, false),

@@ -4,13 +4,30 @@
 //! Everything is said by extended protocol with named statements and portals, whose names begin with `pgflip:`: a simple
 //! Query or an unnamed Parse would destroy the client's unnamed statement. Bytes are taken and given back as they are, in
 //! the session's client_encoding.
+//!
+//! # What others may see of a session: LISTEN and advisory locks
+//!
+//! These two can't be taken along when a session goes over: by then something may have been missed, or somebody else may have
+//! had the lock. They are taken on the new connection while the session is held, before the pivot ([`replay`]), and settled
+//! when it goes over ([`leave`], [`arrive`]). A session that has them and has no such connection is ended, not moved.
+//!
+//! *Notifications.* The new connection listens from before the pivot on, so it misses nothing. What it hears before the
+//! pivot is not the client's: it is from somebody who wrote to the standby, or what a trigger that fires in an apply worker
+//! repeats. Where the cut is, the pivot itself says: its commit notifies [`PIVOT_CHANNEL`] with
+//! the new epoch, and PostgreSQL delivers in the order of commits. On the old connection one round trip after the pivot
+//! brings everything that had been committed there.
+//!
+//! *Advisory locks.* `pg_locks` shows a lock once, however often it was taken. It is held once on the new connection from
+//! before the pivot on; whoever else holds it there is found then. After the pivot nobody's work depends on the old
+//! server's locks any more: there the session gives back what it has until nothing is left, which is the count, and takes
+//! as many on the new connection, where each is granted at once because it holds one. Only then its client goes on.
 
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::config::Config;
 use crate::pg::{self, Purpose, Side};
@@ -20,6 +37,12 @@ use crate::wire::scan::Unnamed;
 
 /// A session's own statements run again when a late cancel or its own timeout has hit them.
 const TRIES: usize = 8;
+/// A lock that is held on the other side, or a pivot that is not heard of yet, is looked at again after so long.
+const LOCK_AGAIN: Duration = Duration::from_millis(10);
+/// And so often.
+const LOCK_TRIES: usize = 30;
+/// The same for the pivot.
+const PIVOT_TRIES: usize = 100;
 
 /// Why a session's state can't be had, or not be given back.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +69,77 @@ pub(super) struct State {
     unnamed: Option<Vec<u8>>,
     /// How long its server lets it be idle.
     pub idle_limit: Option<Duration>,
+    /// What it listens to.
+    channels: Vec<Vec<u8>>,
+    /// What it has locked, each once.
+    locks: Vec<Lock>,
+}
+
+/// The pivot says here in which epoch its side has become active (`pg/sql/state_pivot.sql`).
+pub(super) const PIVOT_CHANNEL: &str = "pgflip_active";
+
+/// What a session has beside state that is its own alone.
+#[derive(Clone, Default)]
+pub(super) struct Pins {
+    /// Advisory locks, each once.
+    pub locks: Vec<Lock>,
+    /// It listens to something.
+    pub listens: bool,
+    /// To pgflip's own channel as well.
+    listens_to_pivots: bool,
+}
+
+impl Pins {
+    /// True if there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.locks.is_empty() && !self.listens
+    }
+
+    /// For people.
+    pub fn describe(&self) -> String {
+        let mut parts = Vec::new();
+        if self.listens {
+            parts.push("listens".to_owned());
+        }
+        if !self.locks.is_empty() {
+            let keys: Vec<String> = self.locks.iter().map(Lock::describe).collect();
+            parts.push(format!("holds {}", keys.join(", ")));
+        }
+        parts.join(" and ")
+    }
+}
+
+impl State {
+    /// What of it others may see.
+    pub fn pins(&self) -> Pins {
+        Pins {
+            locks: self.locks.clone(),
+            listens: !self.channels.is_empty(),
+            listens_to_pivots: self.channels.iter().any(|name| name == PIVOT_CHANNEL.as_bytes()),
+        }
+    }
+}
+
+/// A session's advisory lock, as `pg_locks` shows it: classid, objid, objsubid, mode.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Lock([Vec<u8>; 4]);
+
+impl Lock {
+    fn number(&self, n: usize) -> u32 {
+        let text = std::str::from_utf8(&self.0[n]).unwrap_or_default();
+        text.parse().unwrap_or_default()
+    }
+
+    /// With the key as an application writes it: one number or two.
+    pub fn describe(&self) -> String {
+        let (class, object) = (self.number(0), self.number(1));
+        let key = match self.number(2) {
+            1 => ((u64::from(class) << 32 | u64::from(object)) as i64).to_string(),
+            _ => format!("{}, {}", class as i32, object as i32),
+        };
+        let shared = if self.0[3] == b"ShareLock" { " (shared)" } else { "" };
+        format!("advisory lock {key}{shared}")
+    }
 }
 
 struct Statement {
@@ -196,6 +290,8 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
         statements: Vec::new(),
         unnamed,
         idle_limit: None,
+        channels: Vec::new(),
+        locks: Vec::new(),
     };
     let mut obstacles: Vec<(String, Vec<String>)> = Vec::new();
     for row in rows {
@@ -221,6 +317,8 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
             b"setting" => state.settings.push((text(1), text(2))),
             b"session_user" => state.session_user = text(1),
             b"role" => state.role = text(1),
+            b"listen" => state.channels.push(text(1)),
+            b"lock" => state.locks.push(Lock([text(1), text(2), text(3), text(4)])),
             b"statement" => {
                 let name = text(1);
                 let mut body = text(2);
@@ -307,6 +405,10 @@ fn type_name(text: &[u8]) -> Option<TypeName> {
 /// `kept`: what the client knows of its parameters and must not see change, whatever this server's defaults are.
 pub(super) async fn replay(conn: &mut ServerConn, state: &State, kept: &[(&[u8], &[u8])]) -> Result<(), TransferError> {
     let side = conn.side;
+    // Before the session's own limits are set.
+    set_encoding(conn, state).await?;
+    listen(conn, &state.channels).await?;
+    take_locks(conn, &state.locks).await?;
     let oids = resolve(conn, state).await?;
     let mut out = Vec::new();
     let mut settings: Vec<(&[u8], &[u8])> = state
@@ -377,6 +479,280 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, kept: &[(&[u8],
     Ok(())
 }
 
+/// Names of types and channels are in the session's encoding; the connection still has that of its startup packet.
+async fn set_encoding(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
+    let named = |t: &TypeName| matches!(t, TypeName::Named(_));
+    let wanted = !state.channels.is_empty() || state.statements.iter().flat_map(|s| &s.types).any(named);
+    let first = state.settings.first().filter(|(name, _)| name == b"client_encoding");
+    let (true, Some((name, value))) = (wanted, first) else {
+        return Ok(());
+    };
+    const SET: &[u8] = b"pgflip:encoding";
+    let mut out = Vec::new();
+    message::put_parse(&mut out, SET, b"select pg_catalog.set_config($1, $2, false)", &[25, 25]);
+    message::put_run(&mut out, PORTAL, SET, &[name, value]);
+    message::put_close_statement(&mut out, SET);
+    message::put_sync(&mut out);
+    let side = conn.side;
+    match &ask(conn, &out, 1).await?[0].error {
+        None => Ok(()),
+        Some(error) => Err(TransferError::Unmovable(format!(
+            "setting client_encoding on {side}: {}",
+            ErrorFields(error).describe()
+        ))),
+    }
+}
+
+/// Runs statements of pgflip's own in a transaction without the session's time limits, and commits. `statements`: each with
+/// its text, its parameters' types, and how often it runs with which values. Again if a time limit has hit it before the
+/// first of them. Their rows; those of `session_limits.sql` are not among them.
+async fn run_unlimited(conn: &mut ServerConn, statements: &[Own<'_>]) -> Result<Vec<Vec<u8>>, TransferError> {
+    const COMMIT: &[u8] = b"commit";
+    let side = conn.side;
+    let mut why = String::new();
+    for _ in 0..TRIES {
+        let mut out = Vec::new();
+        message::put_parse(
+            &mut out,
+            BEGIN,
+            b"begin isolation level read committed, read only, not deferrable",
+            &[],
+        );
+        message::put_run(&mut out, PORTAL, BEGIN, &[]);
+        message::put_parse(&mut out, LIMITS, include_bytes!("../pg/sql/session_limits.sql"), &[]);
+        message::put_run(&mut out, PORTAL, LIMITS, &[]);
+        for own in statements {
+            message::put_parse(&mut out, STATE, own.text, own.types);
+            for values in &own.runs {
+                message::put_run(&mut out, PORTAL, STATE, values);
+            }
+            message::put_close_statement(&mut out, STATE);
+        }
+        message::put_parse(&mut out, END, COMMIT, &[]);
+        message::put_run(&mut out, PORTAL, END, &[]);
+        close_own(&mut out);
+        message::put_sync(&mut out);
+        let mut answer = ask(conn, &out, 1).await?.pop().expect("one was asked for");
+        let Some(error) = &answer.error else {
+            // The first is that of the limits.
+            answer.rows.drain(..answer.rows.len().min(1));
+            return Ok(answer.rows);
+        };
+        why = ErrorFields(error).describe();
+        let mut out = Vec::new();
+        if answer.status != b'I' {
+            message::put_close_statement(&mut out, END);
+            message::put_parse(&mut out, END, b"rollback", &[]);
+            message::put_run(&mut out, PORTAL, END, &[]);
+        }
+        close_own(&mut out);
+        message::put_sync(&mut out);
+        ask(conn, &out, 1).await?;
+        if ErrorFields(error).code() != b"57014" || !answer.rows.is_empty() {
+            break;
+        }
+    }
+    Err(TransferError::Unmovable(format!("on {side}: {why}")))
+}
+
+struct Own<'a> {
+    text: &'a [u8],
+    types: &'a [u32],
+    runs: Vec<Vec<&'a [u8]>>,
+}
+
+/// Has the connection listen to these, and to the pivot.
+async fn listen(conn: &mut ServerConn, channels: &[Vec<u8>]) -> Result<(), TransferError> {
+    if channels.is_empty() {
+        return Ok(());
+    }
+    let all = channels.iter().map(Vec::as_slice).chain([PIVOT_CHANNEL.as_bytes()]);
+    let texts: Vec<Vec<u8>> = all.map(|name| with_channel("listen ", name)).collect();
+    let own = texts.iter().map(|text| Own {
+        text,
+        types: &[],
+        runs: vec![vec![]],
+    });
+    run_unlimited(conn, &own.collect::<Vec<_>>()).await.map(drop)
+}
+
+fn with_channel(verb: &str, name: &[u8]) -> Vec<u8> {
+    let mut text = verb.as_bytes().to_vec();
+    text.push(b'"');
+    for byte in name {
+        text.push(*byte);
+        if *byte == b'"' {
+            text.push(b'"');
+        }
+    }
+    text.push(b'"');
+    text
+}
+
+/// Types of the parameters of `session_lock.sql` (oid, oid, int2, text, int8), and of `session_lock_holders.sql`.
+const LOCK_TYPES: [u32; 5] = [26, 26, 21, 25, 20];
+
+/// Takes locks so often, without waiting: which have been taken. None is waited for.
+async fn lock(conn: &mut ServerConn, locks: &[(Lock, u64)]) -> Result<Vec<bool>, TransferError> {
+    let times: Vec<String> = locks.iter().map(|(_, times)| times.to_string()).collect();
+    let runs = locks.iter().zip(&times).map(|((lock, _), times)| {
+        let mut values: Vec<&[u8]> = lock.0.iter().map(Vec::as_slice).collect();
+        values.push(times.as_bytes());
+        values
+    });
+    let own = Own {
+        text: include_bytes!("../pg/sql/session_lock.sql"),
+        types: &LOCK_TYPES,
+        runs: runs.collect(),
+    };
+    let rows = run_unlimited(conn, &[own]).await?;
+    let taken = |row: &Vec<u8>| message::columns(row).is_some_and(|columns| columns[..] == [Some(&b"t"[..])]);
+    Ok(rows.iter().map(taken).collect())
+}
+
+/// Takes each once on a connection made ahead. One that somebody holds only now (a connection that is being closed) is
+/// tried again for a moment.
+async fn take_locks(conn: &mut ServerConn, locks: &[Lock]) -> Result<(), TransferError> {
+    let mut left: Vec<(Lock, u64)> = locks.iter().map(|lock| (lock.clone(), 1)).collect();
+    let mut tries = 0;
+    while !left.is_empty() {
+        let mut taken = lock(conn, &left).await?.into_iter();
+        left.retain(|_| taken.next() != Some(true));
+        tries += 1;
+        if let Some((lock, _)) = left.first()
+            && tries == LOCK_TRIES
+        {
+            let side = conn.side;
+            let own = Own {
+                text: include_bytes!("../pg/sql/session_lock_holders.sql"),
+                types: &LOCK_TYPES[..3],
+                runs: vec![lock.0[..3].iter().map(Vec::as_slice).collect()],
+            };
+            let rows = run_unlimited(conn, &[own]).await?;
+            let holders: Vec<String> = rows
+                .iter()
+                .filter_map(|row| {
+                    let columns = message::columns(row)?;
+                    let text = |n: usize| String::from_utf8_lossy(columns.get(n).copied().flatten().unwrap_or(b"?"));
+                    Some(format!("process {} of {}", text(0), text(1)))
+                })
+                .collect();
+            let by = match holders.is_empty() {
+                true => "somebody else".to_owned(),
+                false => holders.join(", "),
+            };
+            return Err(TransferError::Unmovable(format!(
+                "{} is held on {side} by {by}",
+                lock.describe()
+            )));
+        }
+        if !left.is_empty() {
+            sleep(LOCK_AGAIN).await;
+        }
+    }
+    Ok(())
+}
+
+/// The session leaves this connection, after the pivot: gives back its locks and says how often it had each.
+pub(super) async fn leave(conn: &mut ServerConn) -> Result<Vec<(Lock, u64)>, TransferError> {
+    let own = Own {
+        text: include_bytes!("../pg/sql/session_unlock.sql"),
+        types: &[],
+        runs: vec![vec![]],
+    };
+    let rows = run_unlimited(conn, &[own]).await?;
+    let read = |row: &Vec<u8>| {
+        let columns = message::columns(row)?;
+        let text = |n: usize| Some(columns.get(n).copied().flatten()?.to_vec());
+        let count = std::str::from_utf8(&text(4)?).ok()?.parse().ok()?;
+        Some((Lock([text(0)?, text(1)?, text(2)?, text(3)?]), count))
+    };
+    let locks: Option<Vec<_>> = rows.iter().map(read).collect();
+    locks.ok_or_else(|| TransferError::Unmovable("its locks can't be counted: a malformed row".into()))
+}
+
+/// The session goes over to this connection, which has had `pins` since before the pivot to `epoch`. `counts`: how often it
+/// had each lock. What is left put aside is the client's: notifications from the pivot on.
+pub(super) async fn arrive(
+    conn: &mut ServerConn,
+    pins: &Pins,
+    counts: &[(Lock, u64)],
+    epoch: u64,
+) -> Result<(), TransferError> {
+    let same = counts.len() == pins.locks.len() && counts.iter().all(|(lock, n)| *n > 0 && pins.locks.contains(lock));
+    if !same {
+        return Err(TransferError::Unmovable(
+            "its advisory locks changed while it was held".into(),
+        ));
+    }
+    let more: Vec<_> = counts
+        .iter()
+        .filter(|(_, times)| *times > 1)
+        .map(|(lock, times)| (lock.clone(), times - 1))
+        .collect();
+    if !more.is_empty() && lock(conn, &more).await?.iter().any(|taken| !taken) {
+        return Err(TransferError::Unmovable(
+            "its advisory locks could not be taken as often".into(),
+        ));
+    }
+    if !pins.listens {
+        conn.aside.clear();
+        return Ok(());
+    }
+    // The pivot has been committed: one round trip brings it, unless the process that did it stood still behind its commit.
+    let mut tries = 0;
+    loop {
+        conn.touch().await?;
+        if since_pivot(&conn.aside, epoch).is_some() {
+            break;
+        }
+        tries += 1;
+        if tries == PIVOT_TRIES {
+            return Err(TransferError::Unmovable(format!(
+                "it listens, and {} has not said when epoch {epoch} began",
+                conn.side
+            )));
+        }
+        sleep(LOCK_AGAIN).await;
+    }
+    if !pins.listens_to_pivots {
+        let text = with_channel("unlisten ", PIVOT_CHANNEL.as_bytes());
+        let own = Own {
+            text: &text,
+            types: &[],
+            runs: vec![vec![]],
+        };
+        run_unlimited(conn, &[own]).await?;
+    }
+    conn.aside = since_pivot(&conn.aside, epoch).expect("found above, and nothing was taken away");
+    Ok(())
+}
+
+/// Of whole messages the notifications behind the one that the pivot sent. `None`: it is not there, or not alone.
+fn since_pivot(messages: &[u8], epoch: u64) -> Option<Vec<u8>> {
+    let epoch = epoch.to_string();
+    let mut found: Option<Vec<u8>> = None;
+    let mut rest = messages;
+    while let Some(header) = rest.first_chunk::<5>() {
+        let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+        let (whole, tail) = rest.split_at_checked(length.checked_add(1)?)?;
+        rest = tail;
+        if header[0] != b'A' {
+            continue;
+        }
+        let mut body = whole.get(9..)?;
+        if message::cstr(&mut body)? == PIVOT_CHANNEL.as_bytes() {
+            if found.is_some() || message::cstr(&mut body)? != epoch.as_bytes() {
+                return None;
+            }
+            found = Some(Vec::new());
+        } else if let Some(behind) = &mut found {
+            behind.extend_from_slice(whole);
+        }
+    }
+    found
+}
+
 /// OIDs on this connection's server of the types that are not built in.
 async fn resolve(conn: &mut ServerConn, state: &State) -> Result<HashMap<TypeName, u32>, TransferError> {
     let mut wanted: Vec<&TypeName> = state
@@ -402,13 +778,6 @@ async fn resolve(conn: &mut ServerConn, state: &State) -> Result<HashMap<TypeNam
         .collect();
     let mut out = Vec::new();
     const TYPES: &[u8] = b"pgflip:types";
-    // The names are in the session's encoding; the connection still has that of its startup packet.
-    if let Some((name, value)) = state.settings.first().filter(|(name, _)| name == b"client_encoding") {
-        const SET: &[u8] = b"pgflip:encoding";
-        message::put_parse(&mut out, SET, b"select pg_catalog.set_config($1, $2, false)", &[25, 25]);
-        message::put_run(&mut out, PORTAL, SET, &[name, value]);
-        message::put_close_statement(&mut out, SET);
-    }
     message::put_parse(&mut out, TYPES, include_bytes!("../pg/sql/session_types.sql"), &[25]);
     message::put_run(&mut out, PORTAL, TYPES, &[&names.join(&2u8)]);
     message::put_close_statement(&mut out, TYPES);
@@ -683,6 +1052,43 @@ async fn read_names(config: &Config, side: Side, database: &str) -> Result<Vec<S
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_what_a_connection_heard_only_what_is_behind_the_pivot_is_the_clients() {
+        let said = |messages: &[(&str, &str)]| {
+            let mut bytes = Vec::new();
+            for (channel, payload) in messages {
+                message::put(&mut bytes, b'A', |to| {
+                    to.extend_from_slice(&[0, 0, 0, 9]);
+                    to.extend_from_slice(format!("{channel}\0{payload}\0").as_bytes());
+                });
+                message::put(&mut bytes, b'N', |to| to.push(0));
+            }
+            bytes
+        };
+        let mut behind = said(&[("a", "2")]);
+        behind.truncate(behind.len() - 6);
+        let heard = [("a", "1"), (PIVOT_CHANNEL, "7"), ("a", "2")];
+        assert_eq!(since_pivot(&said(&heard), 7), Some(behind));
+        assert_eq!(since_pivot(&said(&heard[..2]), 7), Some(Vec::new()));
+        assert_eq!(since_pivot(&said(&heard[..1]), 7), None);
+        assert_eq!(since_pivot(&said(&heard), 8), None, "another one's");
+        let twice = [heard[1], heard[2], (PIVOT_CHANNEL, "9")];
+        assert_eq!(since_pivot(&said(&twice), 7), None, "it was left again meanwhile");
+    }
+
+    #[test]
+    fn a_locks_key_reads_as_an_application_writes_it() {
+        let lock = |class: &str, object: &str, sub: &str, mode: &str| {
+            Lock([class, object, sub, mode].map(|text| text.as_bytes().to_vec())).describe()
+        };
+        assert_eq!(lock("0", "7", "1", "ExclusiveLock"), "advisory lock 7");
+        assert_eq!(
+            lock("4294967295", "4294967295", "1", "ShareLock"),
+            "advisory lock -1 (shared)"
+        );
+        assert_eq!(lock("1", "4294967294", "2", "ExclusiveLock"), "advisory lock 1, -2");
+    }
 
     #[test]
     fn the_body_of_a_prepare_is_what_follows_as() {

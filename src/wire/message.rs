@@ -258,6 +258,20 @@ pub fn put_sync(into: &mut Vec<u8>) {
 /// Terminate.
 pub const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
+/// Of whole messages, keeps those before `from` and those of this type.
+pub fn keep(messages: &mut Vec<u8>, from: usize, kind: u8) {
+    let mut at = from;
+    while let Some(header) = messages.get(at..).and_then(|rest| rest.first_chunk::<5>()) {
+        let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+        let end = (at + 1 + length).min(messages.len());
+        if header[0] == kind {
+            at = end;
+        } else {
+            messages.drain(at..end);
+        }
+    }
+}
+
 /// The columns of a DataRow's body. `None`: malformed.
 pub fn columns(mut body: &[u8]) -> Option<Vec<Option<&[u8]>>> {
     let count = int16(&mut body)?;

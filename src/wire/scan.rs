@@ -252,6 +252,15 @@ pub struct Replies {
     pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
     /// The last message was an ErrorResponse.
     pub error_last: bool,
+    /// In the bytes scanned last: where the pids of NotificationResponses begin. Four bytes each.
+    pub pids: Vec<usize>,
+    /// Of the bytes scanned last: so many at their end begin a pid that the read has cut. They are to be scanned again,
+    /// with what follows, and not to be passed on before that.
+    pub held_back: usize,
+    /// Of the NotificationResponse under way the pid is still to come.
+    pid_due: bool,
+    /// A LISTEN has been answered, as far as its answer was seen whole; DISCARD ALL has not been since.
+    pub listens: bool,
 }
 
 impl Default for Replies {
@@ -267,6 +276,10 @@ impl Default for Replies {
             capture: Vec::new(),
             parameters: BTreeMap::new(),
             error_last: false,
+            pids: Vec::new(),
+            held_back: 0,
+            pid_due: false,
+            listens: false,
         }
     }
 }
@@ -278,10 +291,18 @@ impl Replies {
         self.frames.between_messages()
     }
 
+    /// True if the bytes scanned last can't be passed on as they are: see `pids` and `held_back`.
+    #[inline]
+    pub fn has_pids(&self) -> bool {
+        !self.pids.is_empty() || self.held_back > 0
+    }
+
     /// Accounts for bytes that are about to be passed to the client.
     #[inline]
     pub fn scan(&mut self, bytes: &[u8], requests: &mut Requests) -> Result<(), BadLength> {
         let mut input = bytes;
+        self.pids.clear();
+        self.held_back = 0;
         while let Some(part) = self.frames.next(&mut input)? {
             match part.kind {
                 b'D' | b'd' => {}
@@ -313,7 +334,15 @@ impl Replies {
                     self.copy_in = false;
                     self.uncertain |= requests.behind_batch;
                 }
-                b'C' if part.first => self.copy_in = false,
+                b'C' if part.first => {
+                    self.copy_in = false;
+                    match part.body.first() {
+                        Some(b'L') if part.body == b"LISTEN\0" => self.listens = true,
+                        Some(b'D') if part.body == b"DISCARD ALL\0" => self.listens = false,
+                        _ => {}
+                    }
+                }
+                b'A' => self.notification(&part, bytes.len() - input.len() - part.body.len()),
                 _ => {}
             }
             if part.first {
@@ -333,6 +362,25 @@ impl Replies {
             self.answered = requests.sent;
             self.uncertain = false;
             requests.behind_batch = false;
+        }
+    }
+
+    /// Part of a NotificationResponse whose body's part begins at `at`.
+    #[cold]
+    fn notification(&mut self, part: &Part<'_>, at: usize) {
+        self.pid_due |= part.first;
+        if !self.pid_due {
+            return;
+        }
+        if part.body.len() < 4 && !part.last {
+            // As if it had not been seen.
+            self.frames.left += part.body.len();
+            self.held_back = part.body.len();
+            return;
+        }
+        self.pid_due = false;
+        if part.body.len() >= 4 {
+            self.pids.push(at);
         }
     }
 
@@ -475,6 +523,49 @@ mod tests {
             let mut requests = Requests::new(10);
             let _ = requests.scan(&bytes, false);
             let _ = Replies::default().scan(&bytes, &mut requests);
+        }
+    }
+
+    /// Passes a stream on as a session does, with every pid made another.
+    fn with_pids_changed(pieces: Vec<Vec<u8>>) -> Vec<u8> {
+        let (mut requests, mut replies) = (Requests::new(10), Replies::default());
+        let (mut out, mut cut) = (Vec::new(), Vec::new());
+        for piece in pieces {
+            let mut bytes = std::mem::take(&mut cut);
+            bytes.extend_from_slice(&piece);
+            replies.scan(&bytes, &mut requests).unwrap();
+            for at in &replies.pids {
+                bytes[*at] ^= 0xff;
+            }
+            cut = bytes.split_off(bytes.len() - replies.held_back);
+            out.append(&mut bytes);
+        }
+        assert!(cut.is_empty() && replies.between_messages());
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn the_pid_of_every_notification_is_found_however_it_is_cut(sizes in proptest::collection::vec(1usize..12, 1..40)) {
+            let (mut said, mut wanted) = (Vec::new(), Vec::new());
+            for n in 0..4u8 {
+                put(&mut said, b'A', &[0, 1, 2, n, b'c', 0, b'p', 0]);
+                put(&mut wanted, b'A', &[0xff, 1, 2, n, b'c', 0, b'p', 0]);
+                for to in [&mut said, &mut wanted] {
+                    put(to, b'D', &[0, 1, 2, 3]);
+                    // Too short to have one.
+                    put(to, b'A', &[7]);
+                    put(to, b'Z', b"I");
+                }
+            }
+            let (mut rest, mut sizes) = (said.as_slice(), sizes.iter().cycle());
+            let mut pieces = Vec::new();
+            while !rest.is_empty() {
+                let (head, tail) = rest.split_at((*sizes.next().unwrap()).min(rest.len()));
+                pieces.push(head.to_vec());
+                rest = tail;
+            }
+            prop_assert_eq!(with_pids_changed(pieces), wanted);
         }
     }
 

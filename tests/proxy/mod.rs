@@ -6,6 +6,7 @@ mod held;
 mod login;
 mod messages;
 mod moved;
+mod pinned;
 mod process;
 pub mod raw;
 mod tools;
@@ -211,6 +212,21 @@ impl Front {
 
     async fn flip(&self) {
         self.hold_all().await;
+        self.go_over().await;
+    }
+
+    /// What the controller's pivot says on the target, in the same words: sessions that listen have to hear it.
+    async fn pivot(&self, servers: &Servers) {
+        let Upstream { side, epoch } = self.upstream();
+        let admin = servers.admin(side.other()).await;
+        let words = format!("select pg_notify('pgflip_active', '{}')", epoch + 1);
+        admin.batch_execute(&words).await.expect("a notification");
+    }
+
+    /// Leads everybody to the other side after a pivot.
+    async fn flip_with_pivot(&self, servers: &Servers) {
+        self.hold_all().await;
+        self.pivot(servers).await;
         self.go_over().await;
     }
 

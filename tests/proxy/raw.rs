@@ -202,6 +202,15 @@ impl Raw {
         }
     }
 
+    /// Everything up to the end of the connection.
+    pub async fn until_closed(&mut self) -> Vec<Message> {
+        let mut all = Vec::new();
+        while let Some(message) = self.next().await {
+            all.push(message);
+        }
+        all
+    }
+
     /// A simple query and its answer.
     pub async fn query(&mut self, text: &str) -> Vec<Message> {
         self.send(&query(text)).await;

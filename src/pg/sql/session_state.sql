@@ -49,15 +49,15 @@ select 'obstacle', 'temporary types', t.typname::pg_catalog.text, null, null
    and t.typrelid OPERATOR(pg_catalog.=) 0::pg_catalog.oid
    and t.typelem OPERATOR(pg_catalog.=) 0::pg_catalog.oid
 union all
-select 'obstacle', 'listens to', l.channel, null, null
+select 'listen', l.channel, null, null, null
   from pg_catalog.pg_listening_channels() l (channel)
 union all
 select 'obstacle', 'cursors WITH HOLD', c.name, null, null
   from pg_catalog.pg_cursors c
  where c.is_holdable
 union all
-select 'obstacle', 'advisory locks',
-       pg_catalog.concat(l.classid, ',', l.objid, case when l.mode OPERATOR(pg_catalog.=) 'ShareLock' then ' (shared)' end), null, null
+select 'lock', l.classid::pg_catalog.text, l.objid::pg_catalog.text, l.objsubid::pg_catalog.text, l.mode
   from pg_catalog.pg_locks l
  where l.locktype OPERATOR(pg_catalog.=) 'advisory'
+   and l.granted
    and l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
