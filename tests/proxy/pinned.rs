@@ -65,7 +65,8 @@ async fn every_committed_notification_comes_once_and_in_order_over_many_flips() 
                 count += 1;
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            (format!("{n}"), pid, count)
+            // It stays: the pid of one that has gone is nobody's.
+            (format!("{n}"), pid, count, raw)
         }));
     }
     // What nobody may hear, and what everybody has to, said around the proxy.
@@ -96,10 +97,11 @@ async fn every_committed_notification_comes_once_and_in_order_over_many_flips() 
         flips += 1;
     }
     stop.store(true, Ordering::Relaxed);
-    let mut sent = BTreeMap::new();
+    let (mut sent, mut stay) = (BTreeMap::new(), Vec::new());
     for notifier in notifiers {
-        let (name, pid, count) = notifier.await.expect("no error");
+        let (name, pid, count, raw) = notifier.await.expect("no error");
         sent.insert(name, (Some(pid), count));
+        stay.push(raw);
     }
     sent.insert("direct".into(), (None, direct));
     front.raw().await.query("notify \"c 0\", 'end'").await;
