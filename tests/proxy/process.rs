@@ -88,7 +88,7 @@ async fn on_sigterm_transactions_are_finished_and_others_end_at_once() {
     let mut idle = login(&rig).await;
     let mut running = login(&rig).await;
     open.query("begin").await;
-    running.send(&query("select pg_sleep(1.5)")).await;
+    running.send(&query("select pg_sleep(6)")).await;
     let until = Instant::now() + LIMIT;
     while rig
         .sidecar
