@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::common::{LIMIT, Rig};
-use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
+use crate::common::{LIMIT, Rig, forward, names};
+use pgflip::controller::steps::{PIVOT, REVERSIBLE};
 use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
 
@@ -41,11 +41,7 @@ async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {
         rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
         let mut command = rig.sidecar.command(&[direction]);
         let asked = command.stdout(Stdio::piped()).spawn().expect("the command starts");
-        let until = Instant::now() + LIMIT;
-        while !rig.sidecar.is_stopped() {
-            assert!(Instant::now() < until, "{fault}: it did not stop there");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        rig.stopped_itself(&fault).await;
         // The one that is awake ends what was begun, flips, and flips back.
         for _ in 0..2 {
             let until = Instant::now() + LIMIT;
@@ -92,19 +88,8 @@ async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {
     }
 }
 
-/// Before anybody is held, in the window, after it: tests of their own, which run side by side.
-fn names(steps: std::ops::Range<usize>) -> Vec<&'static str> {
-    REVERSIBLE[steps].iter().map(|step| step.name()).collect()
-}
-
-fn forward() -> Vec<&'static str> {
-    [PIVOT]
-        .into_iter()
-        .chain(FORWARD.iter().map(|step| step.name()))
-        .collect()
-}
-
-/// Where `hold` and `catch_up` stand in the list.
+/// Before anybody is held, in the window, after it: tests of their own, which run side by side. Where `hold` and `catch_up`
+/// stand in the list.
 const PARTS: [usize; 2] = [4, 9];
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{LIMIT, Rig, direction};
+use crate::common::{LIMIT, Rig, code, direction};
 use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
 use tokio_postgres::Client;
@@ -46,11 +46,8 @@ async fn scene(blue: u32, green: u32, step: &str, hangs: Side, flip: &str) -> (S
         .command(&[direction(source)])
         .spawn()
         .expect("the command starts");
+    rig.stopped_itself(&fault).await;
     let until = Instant::now() + LIMIT;
-    while !rig.sidecar.is_stopped() {
-        assert!(Instant::now() < until, "{fault}: it did not stop there");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
     there.batch_execute(NOBODY).await.expect("a superuser may");
     there
         .batch_execute("select pg_reload_conf()")
@@ -132,17 +129,6 @@ impl Scene {
         assert_eq!(rig.writable().await, [active.other()]);
         assert!(ledger.progress(10, LIMIT).await, "clients go on after the next flip");
         rig.perfect(vec![ledger]).await;
-    }
-}
-
-async fn code(mut asked: std::process::Child) -> Option<i32> {
-    let until = Instant::now() + 2 * LIMIT;
-    loop {
-        if let Some(status) = asked.try_wait().expect("its state can be read") {
-            return status.code();
-        }
-        assert!(Instant::now() < until, "the command does not end");
-        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 

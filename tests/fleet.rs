@@ -175,11 +175,7 @@ async fn a_sidecar_that_starts_in_the_middle_of_a_flip_holds_its_clients_like_al
         .expect("pgflip starts");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
     let mut asked = rig.sidecar.command(&["cutover"]).spawn().expect("the command starts");
-    let until = Instant::now() + LIMIT;
-    while !rig.sidecar.is_stopped() {
-        assert!(Instant::now() < until, "it did not stop");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    rig.stopped_itself("stop-after=drain").await;
     // The call stands for some seconds still. Whoever starts now must not let anybody in before it is over.
     let mut setup = rig.setup.clone();
     setup.name = "late".to_owned();

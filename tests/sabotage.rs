@@ -1,7 +1,7 @@
 //! The tests are tested: with a safeguard left out on purpose, the same flips do the harm that all other tests look for,
 //! each its own.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::common::{LIMIT, Plan, Rig};
 use pgflip::demo::ledger::{Load, Shape};
@@ -20,11 +20,7 @@ fn plan(blue: u32, green: u32, fault: &str) -> Plan {
 /// Cuts over with a pgflip that stops itself where its fault says; `meanwhile` is done while it stands still.
 async fn cut_over_around(rig: &Rig, meanwhile: impl AsyncFnOnce()) {
     let mut asked = rig.sidecar.command(&["cutover"]).spawn().expect("the command starts");
-    let until = Instant::now() + LIMIT;
-    while !rig.sidecar.is_stopped() {
-        assert!(Instant::now() < until, "it did not stop");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    rig.stopped_itself("its fault").await;
     meanwhile().await;
     rig.sidecar.signal(libc::SIGCONT);
     let _ = asked.wait();

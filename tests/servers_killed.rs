@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{LIMIT, Rig, direction};
+use crate::common::{LIMIT, Rig, code, direction, forward, names};
 use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
 use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
@@ -55,24 +55,8 @@ async fn stopped_after(rig: &mut Rig, source: Side, step: &str) -> std::process:
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
     assert_eq!(rig.serving().await, source);
     let asked = rig.sidecar.command(&[direction]).spawn().expect("the command starts");
-    let until = Instant::now() + LIMIT;
-    while !rig.sidecar.is_stopped() {
-        assert!(Instant::now() < until, "{fault}: it did not stop there");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    rig.stopped_itself(&fault).await;
     asked
-}
-
-/// How the command ended.
-async fn code(mut asked: std::process::Child) -> Option<i32> {
-    let until = Instant::now() + 2 * LIMIT;
-    loop {
-        if let Some(status) = asked.try_wait().expect("its state can be read") {
-            return status.code();
-        }
-        assert!(Instant::now() < until, "the command does not end");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
 }
 
 async fn log_has(rig: &Rig, text: &str) {
@@ -147,17 +131,6 @@ async fn killed_after_each(blue: u32, green: u32, steps: &[&str]) {
         }
     }
     nothing_is_missing(&rig, ledger).await;
-}
-
-fn names(steps: std::ops::Range<usize>) -> Vec<&'static str> {
-    REVERSIBLE[steps].iter().map(|step| step.name()).collect()
-}
-
-fn forward() -> Vec<&'static str> {
-    [PIVOT]
-        .into_iter()
-        .chain(FORWARD.iter().map(|step| step.name()))
-        .collect()
 }
 
 /// The steps before this one hold nobody.

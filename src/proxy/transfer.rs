@@ -210,15 +210,7 @@ pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unn
             message::put_describe_statement(&mut out, b"");
         }
         message::put_sync(&mut out);
-        message::put_parse(
-            &mut out,
-            BEGIN,
-            b"begin isolation level read committed, read only, not deferrable",
-            &[],
-        );
-        message::put_run(&mut out, PORTAL, BEGIN, &[]);
-        message::put_parse(&mut out, LIMITS, include_bytes!("../pg/sql/session_limits.sql"), &[]);
-        message::put_run(&mut out, PORTAL, LIMITS, &[]);
+        put_begin(&mut out);
         message::put_parse(&mut out, STATE, include_bytes!("../pg/sql/session_state.sql"), &[25]);
         message::put_run(&mut out, PORTAL, STATE, &[names.as_bytes()]);
         message::put_parse(&mut out, END, b"rollback", &[]);
@@ -228,20 +220,8 @@ pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unn
         let mut answers = ask(conn, &out, 2).await?;
         let state = answers.pop().expect("two were asked for");
         let described = answers.pop().expect("two were asked for");
-        if state.status != b'I' {
-            let mut out = Vec::new();
-            // Whether it was parsed is not known; closing what does not exist is no error.
-            message::put_close_statement(&mut out, END);
-            message::put_parse(&mut out, END, b"rollback", &[]);
-            message::put_run(&mut out, PORTAL, END, &[]);
-            close_own(&mut out);
-            message::put_sync(&mut out);
-            ask(conn, &out, 1).await?;
-        } else if state.error.is_some() {
-            let mut out = Vec::new();
-            close_own(&mut out);
-            message::put_sync(&mut out);
-            ask(conn, &out, 1).await?;
+        if state.status != b'I' || state.error.is_some() {
+            undo(conn, state.status).await?;
         }
         let described_code = described.error.as_deref().map(|body| ErrorFields(body).code().to_vec());
         let again = |body: &Option<Vec<u8>>| body.as_deref().is_some_and(|body| ErrorFields(body).code() == b"57014");
@@ -272,6 +252,29 @@ pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unn
         return understand(&state.rows, unnamed);
     }
     Err(TransferError::Unmovable(why))
+}
+
+/// Begins a transaction that changes nothing, without the session's time limits; its first row says what they were.
+fn put_begin(out: &mut Vec<u8>) {
+    let begin = b"begin isolation level read committed, read only, not deferrable";
+    message::put_parse(out, BEGIN, begin, &[]);
+    message::put_run(out, PORTAL, BEGIN, &[]);
+    message::put_parse(out, LIMITS, include_bytes!("../pg/sql/session_limits.sql"), &[]);
+    message::put_run(out, PORTAL, LIMITS, &[]);
+}
+
+/// Leaves nothing of a batch that has failed. `status`: the session's after it.
+async fn undo(conn: &mut ServerConn, status: u8) -> io::Result<()> {
+    let mut out = Vec::new();
+    if status != b'I' {
+        // Whether it was parsed is not known; closing what does not exist is no error.
+        message::put_close_statement(&mut out, END);
+        message::put_parse(&mut out, END, b"rollback", &[]);
+        message::put_run(&mut out, PORTAL, END, &[]);
+    }
+    close_own(&mut out);
+    message::put_sync(&mut out);
+    ask(conn, &out, 1).await.map(drop)
 }
 
 fn close_own(out: &mut Vec<u8>) {
@@ -512,15 +515,7 @@ async fn run_unlimited(conn: &mut ServerConn, statements: &[Own<'_>]) -> Result<
     let mut why = String::new();
     for _ in 0..TRIES {
         let mut out = Vec::new();
-        message::put_parse(
-            &mut out,
-            BEGIN,
-            b"begin isolation level read committed, read only, not deferrable",
-            &[],
-        );
-        message::put_run(&mut out, PORTAL, BEGIN, &[]);
-        message::put_parse(&mut out, LIMITS, include_bytes!("../pg/sql/session_limits.sql"), &[]);
-        message::put_run(&mut out, PORTAL, LIMITS, &[]);
+        put_begin(&mut out);
         for own in statements {
             message::put_parse(&mut out, STATE, own.text, own.types);
             for values in &own.runs {
@@ -539,15 +534,7 @@ async fn run_unlimited(conn: &mut ServerConn, statements: &[Own<'_>]) -> Result<
             return Ok(answer.rows);
         };
         why = ErrorFields(error).describe();
-        let mut out = Vec::new();
-        if answer.status != b'I' {
-            message::put_close_statement(&mut out, END);
-            message::put_parse(&mut out, END, b"rollback", &[]);
-            message::put_run(&mut out, PORTAL, END, &[]);
-        }
-        close_own(&mut out);
-        message::put_sync(&mut out);
-        ask(conn, &out, 1).await?;
+        undo(conn, answer.status).await?;
         if ErrorFields(error).code() != b"57014" || !answer.rows.is_empty() {
             break;
         }

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
 use pgflip::demo::cluster::{self, Cluster, Options};
 use pgflip::demo::ledger::{App, Ledger, Load, Report, Shape, Verdict};
 use pgflip::demo::sidecar::{Said, Setup, Sidecar};
@@ -150,6 +151,31 @@ pub fn direction(source: Side) -> &'static str {
     match source {
         Side::Blue => "cutover",
         Side::Green => "rollback",
+    }
+}
+
+/// The names of these reversible steps.
+pub fn names(steps: std::ops::Range<usize>) -> Vec<&'static str> {
+    REVERSIBLE[steps].iter().map(|step| step.name()).collect()
+}
+
+/// The names of the pivot and of the steps behind it.
+pub fn forward() -> Vec<&'static str> {
+    [PIVOT]
+        .into_iter()
+        .chain(FORWARD.iter().map(|step| step.name()))
+        .collect()
+}
+
+/// How a command ended that was begun by hand.
+pub async fn code(mut asked: std::process::Child) -> Option<i32> {
+    let until = Instant::now() + 2 * LIMIT;
+    loop {
+        if let Some(status) = asked.try_wait().expect("its state can be read") {
+            return status.code();
+        }
+        assert!(Instant::now() < until, "the command does not end");
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -336,6 +362,15 @@ impl Rig {
     async fn holds_nobody(&self) -> bool {
         let metrics = self.sidecar.get("/metrics").await;
         matches!(metrics, Ok((200, Value::String(text))) if text.lines().any(|line| line == "pgflip_held 0"))
+    }
+
+    /// Waits until pgflip stands still, as a fault has told it to.
+    pub async fn stopped_itself(&self, fault: &str) {
+        let until = Instant::now() + LIMIT;
+        while !self.sidecar.is_stopped() {
+            assert!(Instant::now() < until, "{fault}: it did not stop there");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Waits until pgflip has ended by itself, as a fault has told it to.
