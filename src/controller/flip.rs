@@ -19,7 +19,7 @@ use super::links::{self, Ends, LinkError, Regime};
 use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
 use super::preflight::{self, Finding};
-use super::recovery::{self, Burnt, OperatorLock, RecoveryError, go_to};
+use super::recovery::{self, Burnt, Decision, OperatorLock, RecoveryError, go_to};
 use super::roles::{self, RolesError};
 use super::sequences::{self, SequenceError};
 use super::sessions;
@@ -430,6 +430,7 @@ impl Flip {
                 "Wait until it has finished: `pgflip status`.",
             )
         })?;
+        complete_last(&config, &gate).await?;
         let databases = try_join_all(
             config
                 .databases
@@ -1687,6 +1688,23 @@ const TRANSIENT: [&str; 8] = [
     "role_gone",
     "database_differs",
 ];
+
+/// Completes a flip whose clients are on the new side already, but whose old side was down when it was to be told. The
+/// guard would do it within a second, but stands still while a flip of this process runs, and nobody who wants to go
+/// back is to be told to try again. Everything else that is unfinished holds clients: the guard ends it first.
+async fn complete_last(config: &Config, gate: &Gate) -> Result<(), Stop> {
+    let ((blue, _), (green, _)) = tokio::join!(
+        recovery::look(config, Side::Blue, config.carrier()),
+        recovery::look(config, Side::Green, config.carrier())
+    );
+    let decision = recovery::decide(&blue, &green);
+    match decision {
+        Decision::Forward { attempt, .. } if gate.upstream().is_some_and(|now| now.epoch > attempt.epoch) => {
+            Ok(recovery::end_attempt(config, &decision).await?)
+        }
+        _ => Ok(()),
+    }
+}
 
 /// True if something stops a flip and all that does is gone in a moment.
 fn passes_by_itself(found: &[Finding]) -> bool {

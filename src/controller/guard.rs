@@ -16,8 +16,8 @@ use super::fleet::{self, Call};
 use super::flip;
 use super::links;
 use super::marker;
-use super::recovery::{self, Burnt, Decision, Known, OperatorLock, RecoveryError};
-use super::state::{self, Row, Unwinding};
+use super::recovery::{self, Decision, Known, OperatorLock, RecoveryError};
+use super::state::{self, Row};
 use crate::config::Config;
 use crate::pg::connect::connect_listening;
 use crate::pg::{Client, Purpose, Side, connect};
@@ -238,44 +238,16 @@ impl Guard {
                 }
                 Ok(Phase::Serving)
             }
-            Decision::Unwind { source, attempt } => {
-                gate.hold();
-                let Some(_lock) = self.lock(config, blue, green).await? else {
-                    return Ok(Phase::Recovering);
-                };
-                let because = "its controller is gone";
-                recovery::unwind_source(config, *source, *attempt, Unwinding::Fenced, because).await?;
-                self.again();
-                Ok(Phase::Recovering)
-            }
-            Decision::Burn { source, attempt } => {
-                gate.hold();
-                let Some(_lock) = self.lock(config, blue, green).await? else {
-                    return Ok(Phase::Recovering);
-                };
-                match recovery::burn(config, source.other(), *attempt).await {
-                    Ok(Burnt::Yes) => {
-                        let because = "its controller is gone; the attempt has been burnt";
-                        recovery::unwind_source(config, *source, *attempt, Unwinding::Burnt, because).await?;
-                    }
-                    // The rows say more now.
-                    Ok(Burnt::No) => {}
-                    Err(error @ RecoveryError::State(state::StateError::Superseded { .. })) => return Err(error),
-                    Err(error) => return Err(RecoveryError::InDoubt(error.to_string())),
-                }
-                self.again();
-                Ok(Phase::Recovering)
-            }
-            Decision::Forward { source, attempt } => {
-                // Clients that are there already don't wait for the old side's word.
-                if gate.upstream().is_none_or(|now| now.epoch <= attempt.epoch) {
+            Decision::Unwind { .. } | Decision::Burn { .. } | Decision::Forward { .. } => {
+                // Clients that are on the new side already don't wait for the old side's word.
+                let there = |epoch: u64| gate.upstream().is_some_and(|now| now.epoch > epoch);
+                if !matches!(decision, Decision::Forward { attempt, .. } if there(attempt.epoch)) {
                     gate.hold();
                 }
                 let Some(_lock) = self.lock(config, blue, green).await? else {
                     return Ok(Phase::Recovering);
                 };
-                recovery::go_forward(config, *source, *attempt).await?;
-                recovery::follow(config, source.other(), attempt.epoch + 1).await?;
+                recovery::end_attempt(config, decision).await?;
                 self.again();
                 Ok(Phase::Recovering)
             }

@@ -523,6 +523,35 @@ pub fn go_to(config: &Config, active: Side) -> String {
     )
 }
 
+/// Ends the attempt that the rows show, the way they say: undone, burnt and undone, or completed. The caller has the
+/// operator's lock, so nobody is at work on it. Read the rows again afterwards: they may say more by then.
+pub async fn end_attempt(config: &Config, decision: &Decision) -> Result<(), RecoveryError> {
+    match *decision {
+        Decision::Unwind { source, attempt } => {
+            unwind_source(config, source, attempt, Unwinding::Fenced, "its controller is gone").await
+        }
+        Decision::Burn { source, attempt } => match burn(config, source.other(), attempt).await {
+            Ok(Burnt::Yes) => {
+                let because = "its controller is gone; the attempt has been burnt";
+                unwind_source(config, source, attempt, Unwinding::Burnt, because).await
+            }
+            // It has pivoted.
+            Ok(Burnt::No) => Ok(()),
+            Err(error @ RecoveryError::State(StateError::Superseded { .. })) => Err(error),
+            Err(error) => Err(RecoveryError::InDoubt(error.to_string())),
+        },
+        Decision::Forward { source, attempt } => {
+            go_forward(config, source, attempt).await?;
+            follow(config, source.other(), attempt.epoch + 1).await.map(drop)
+        }
+        Decision::Fresh
+        | Decision::Steady { .. }
+        | Decision::Demote { .. }
+        | Decision::Unknown { .. }
+        | Decision::InDoubt { .. } => Ok(()),
+    }
+}
+
 /// After the pivot: source done, in every database.
 pub async fn go_forward(config: &Config, source: Side, attempt: Attempt) -> Result<(), RecoveryError> {
     let on = client(config, source, config.carrier()).await?;
