@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use pgflip::config::{Admin, ClientAuth, Config, Flip, Limits, LogFormat, Secret, Stragglers};
 use pgflip::controller::operation::{Kind, Operation};
 use pgflip::controller::preflight::{self, Failure};
+use pgflip::controller::recovery::Acting;
 use pgflip::controller::state::{Expect, State};
 use pgflip::controller::{lag, links, marker, replication};
 use pgflip::demo::cluster::{self, Cluster, Options};
@@ -105,11 +106,22 @@ async fn pair(blue: u32, green: u32) -> Pair {
 
 impl Pair {
     async fn start(&self) -> Result<Value, Failure> {
-        replication::start(self.config.clone(), Operation::new(Kind::ReplicationStart), 0).await
+        replication::start(
+            self.config.clone(),
+            Operation::new(Kind::ReplicationStart),
+            0,
+            Acting::default(),
+        )
+        .await
     }
 
     async fn stop(&self) -> Result<Value, Failure> {
-        replication::stop(self.config.clone(), Operation::new(Kind::ReplicationStop)).await
+        replication::stop(
+            self.config.clone(),
+            Operation::new(Kind::ReplicationStop),
+            Acting::default(),
+        )
+        .await
     }
 
     fn cluster(&self, side: Side) -> &Cluster {
@@ -246,7 +258,12 @@ async fn cut_off(pair: &Pair, phase: &str) {
     let began = Instant::now();
     loop {
         let op = Operation::new(Kind::ReplicationStart);
-        let running = tokio::spawn(replication::start(pair.config.clone(), op.clone(), 0));
+        let running = tokio::spawn(replication::start(
+            pair.config.clone(),
+            op.clone(),
+            0,
+            Acting::default(),
+        ));
         let mut changed = op.watch();
         while !running.is_finished() {
             if op
@@ -451,7 +468,7 @@ async fn a_start_that_is_cut_off_in_any_phase_goes_on_when_it_is_run_again() {
     pair.flip_links(Side::Blue, 1).await;
     let refused = pair.stop().await.unwrap_err();
     assert!(refused.what.contains("Green is active"), "{refused}");
-    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize))
+    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize), Acting::default())
         .await
         .unwrap_or_else(|failure| panic!("{failure}"));
     let superuser = pair.blue.connect("app").await.unwrap();
@@ -481,7 +498,7 @@ async fn a_start_that_is_cut_off_in_any_phase_goes_on_when_it_is_run_again() {
             0
         );
     }
-    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize))
+    replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize), Acting::default())
         .await
         .unwrap_or_else(|failure| panic!("{failure}"));
 }
@@ -495,7 +512,12 @@ async fn a_slot_that_waits_says_for_whom_and_goes_on_when_they_have_ended() {
         .await
         .unwrap();
     let op = Operation::new(Kind::ReplicationStart);
-    let running = tokio::spawn(replication::start(pair.config.clone(), op.clone(), 0));
+    let running = tokio::spawn(replication::start(
+        pair.config.clone(),
+        op.clone(),
+        0,
+        Acting::default(),
+    ));
     let began = Instant::now();
     while !op
         .events_from(0)

@@ -19,7 +19,7 @@ use super::links::{self, Ends, LinkError, Regime};
 use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
 use super::preflight::{self, Finding};
-use super::recovery::{self, Burnt, Decision, OperatorLock, RecoveryError, go_to};
+use super::recovery::{self, Acting, Burnt, Decision, OperatorLock, RecoveryError, go_to};
 use super::roles::{self, RolesError};
 use super::sequences::{self, SequenceError};
 use super::sessions;
@@ -373,6 +373,7 @@ pub async fn run(
     request: FlipRequest,
     last_lag: Option<LastLag>,
     me: &Arc<Me>,
+    acting: &Acting,
 ) -> Ended {
     let direction = request.direction;
     let failed = |why: String, next: String, findings: Vec<Finding>| {
@@ -388,11 +389,11 @@ pub async fn run(
         }
     };
     if request.force.is_some() {
-        return force::run(&config, &gate, &operation, direction, last_lag).await;
+        return force::run(&config, &gate, &operation, direction, last_lag, acting).await;
     }
     operation.event("preflight", "started", "looking at both sides", Value::Null);
     let began = Instant::now();
-    let begun = timeout(BEGIN_TIMEOUT, Flip::begin(config, gate, operation, request, me)).await;
+    let begun = timeout(BEGIN_TIMEOUT, Flip::begin(config, gate, operation, request, me, acting)).await;
     let begun = begun.unwrap_or_else(|_| {
         Err(Stop::Broken(format!(
             "the two servers did not answer within {BEGIN_TIMEOUT:?}"
@@ -422,9 +423,10 @@ impl Flip {
         operation: Operation,
         request: FlipRequest,
         me: &Arc<Me>,
+        acting: &Acting,
     ) -> Result<Flip, Stop> {
         let source = request.direction.source();
-        let lock = OperatorLock::take(&config, &Side::BOTH).await?.ok_or_else(|| {
+        let lock = OperatorLock::take(&config, &Side::BOTH, acting).await?.ok_or_else(|| {
             Stop::no_go(
                 "another pgflip is at work on these two servers",
                 "Wait until it has finished: `pgflip status`.",

@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::types::Oid;
 
 use super::flip::{Ended, LastLag, UNTOUCHED, failure, ms};
 use super::links;
 use super::operation::{Operation, Status};
-use super::recovery::{self, OperatorLock};
+use super::recovery::{self, Acting, OperatorLock};
 use super::state::{self, Attempt, Expect, Row, State};
 use super::{Direction, fleet};
 use crate::config::{Config, Server};
@@ -24,6 +24,8 @@ use crate::pg::origin::connect_with_origin;
 use crate::pg::{Client, ConnectError, Purpose, Side, connect};
 use crate::proxy::gate::{Gate, Upstream};
 
+/// A link that has brought something within this time is taken to be alive.
+const HEARD_LATELY: Duration = Duration::from_secs(3);
 const PURPOSE: Purpose = Purpose("force");
 /// How long everything that decides may take, per database.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -46,6 +48,7 @@ pub(super) async fn run(
     operation: &Operation,
     direction: Direction,
     last_lag: Option<LastLag>,
+    acting: &Acting,
 ) -> Ended {
     let (dead, alive) = (direction.source(), direction.source().other());
     let ended = |mut result: Value| {
@@ -72,7 +75,7 @@ pub(super) async fn run(
         Ok(rows) => rows,
         Err((why, next)) => return refused(why, next),
     };
-    let lock = match OperatorLock::take(config, &[alive]).await {
+    let lock = match OperatorLock::take(config, &[alive], acting).await {
         Ok(Some(lock)) => lock,
         Ok(None) => {
             return refused(
@@ -169,6 +172,30 @@ async fn answers(config: &Config, side: Side) -> Option<String> {
     }
 }
 
+/// True if a link brings something to the living side, and goes on doing so: what was heard last may have been said just
+/// before the other side died.
+async fn still_hears(config: &Config, alive: Side, database: &str) -> bool {
+    let limit = config.limits.server_connect_timeout;
+    let until = Instant::now() + HEARD_LATELY + HEARD_LATELY / 2;
+    let statement = "select exists (select from pg_stat_subscription where subname = $1 and pid is not null
+                      and last_msg_receipt_time > clock_timestamp() - make_interval(secs => $2))";
+    loop {
+        let hears = async {
+            let client = connect(config.server(alive), database, PURPOSE, limit).await?;
+            let (name, lately) = (links::slot_name(alive, database), HEARD_LATELY.as_secs_f64());
+            let row = client.query_one(statement, &[&name, &lately]).await;
+            Ok::<bool, ConnectError>(row.is_ok_and(|row| row.get(0)))
+        };
+        if !hears.await.unwrap_or(false) {
+            return false;
+        }
+        if Instant::now() >= until {
+            return true;
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
 /// The rows of every database of the living side, which must not be hearing from the other one.
 async fn rows(config: &Config, alive: Side) -> Result<Vec<Row>, (String, &'static str)> {
     let mut rows = Vec::new();
@@ -188,20 +215,7 @@ async fn rows(config: &Config, alive: Side) -> Result<Vec<Row>, (String, &'stati
                 ));
             }
         }
-        let hears = async {
-            let client = connect(
-                config.server(alive),
-                database,
-                PURPOSE,
-                config.limits.server_connect_timeout,
-            )
-            .await?;
-            let statement = "select exists (select from pg_stat_subscription where subname = $1 and pid is not null
-                              and last_msg_receipt_time > clock_timestamp() - interval '3 seconds')";
-            let row = client.query_one(statement, &[&links::slot_name(alive, database)]).await;
-            Ok::<bool, ConnectError>(row.is_ok_and(|row| row.get(0)))
-        };
-        if hears.await.unwrap_or(false) {
+        if still_hears(config, alive, database).await {
             return Err((
                 format!(
                     "{alive} still hears from the other side in database {database}: it lives, only pgflip can't reach it"

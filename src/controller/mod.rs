@@ -42,7 +42,7 @@ use guard::{Guard, Phase};
 use lag::LinkLag;
 use operation::{Kind, Operation, Status as Outcome};
 use preflight::{Failure, Finding};
-use recovery::Known;
+use recovery::{Acting, Known};
 
 /// Which way a flip goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,7 +123,7 @@ pub struct Controller {
     gate: Arc<Gate>,
     inner: Mutex<Inner>,
     /// Held by whoever changes a side: the operation under way, or the guard for one round.
-    acting: tokio::sync::Mutex<()>,
+    acting: Acting,
     /// Wakes the guard before its time: when something has ended here, or another sidecar tells.
     wake: Arc<Notify>,
     /// What is looked after beside the guard, if it is under way.
@@ -180,7 +180,7 @@ impl Controller {
                 ended_epoch: 0,
                 leaving: false,
             }),
-            acting: tokio::sync::Mutex::new(()),
+            acting: Acting::default(),
             wake: Arc::new(Notify::new()),
             upkeep: Mutex::new(None),
             roles: Arc::default(),
@@ -329,8 +329,11 @@ impl Controller {
         Ok(operation)
     }
 
-    /// Has links and arming looked after, unless that is under way still.
+    /// Has links and arming looked after, unless that is under way still, or an operation is.
     fn look_after(&self, config: &Arc<Config>, active: Side, epoch: u64) {
+        if self.inner.lock().running.is_some() {
+            return;
+        }
         let mut upkeep = self.upkeep.lock();
         if upkeep.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
             let (config, me, roles) = (config.clone(), self.me.clone(), self.roles.clone());
@@ -339,8 +342,7 @@ impl Controller {
     }
 
     async fn run(self: Arc<Self>, operation: Operation, request: Request) -> (Outcome, Value) {
-        let _acting = self.acting.lock().await;
-        // Only the guard begins it, and that stands still now.
+        // The guard begins no other while an operation is under way.
         let upkeep = self.upkeep.lock().take();
         if let Some(upkeep) = upkeep {
             upkeep.abort();
@@ -351,7 +353,16 @@ impl Controller {
             Request::Flip(flip) => {
                 let direction = flip.direction;
                 let last_lag = self.inner.lock().last_lag;
-                let ended = flip::run(config, self.gate.clone(), operation, flip, last_lag, &self.me).await;
+                let ended = flip::run(
+                    config,
+                    self.gate.clone(),
+                    operation,
+                    flip,
+                    last_lag,
+                    &self.me,
+                    &self.acting,
+                )
+                .await;
                 if let Some(outcome) = ended.result["outcome"].as_str() {
                     metrics::counter!("pgflip_flips_total", "direction" => direction.as_str(), "outcome" => outcome.to_owned())
                         .increment(1);
@@ -372,10 +383,10 @@ impl Controller {
                 // A new migration goes on counting, so that no sidecar that missed the end of the last one is ahead of it.
                 let seen = self.gate.upstream().map_or(0, |upstream| upstream.epoch);
                 let seen = seen.max(self.inner.lock().ended_epoch);
-                ended(replication::start(config, operation, seen).await)
+                ended(replication::start(config, operation, seen, self.acting.clone()).await)
             }
-            Request::ReplicationStop => ended(replication::stop(config, operation).await),
-            Request::Finalize => ended(replication::finalize(config, operation).await),
+            Request::ReplicationStop => ended(replication::stop(config, operation, self.acting.clone()).await),
+            Request::Finalize => ended(replication::finalize(config, operation, self.acting.clone()).await),
         }
     }
 

@@ -3,6 +3,7 @@
 //! [`decide`] is a pure function of what the carrier's two rows say. [`Recovery`] acts on it: every act is conditional on
 //! the row it changes, so two that recover at once, or one that woke up late, do no harm.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
@@ -345,7 +346,11 @@ pub async fn look(config: &Config, side: Side, database: &str) -> (Known, Option
 /// other's way. Never what safety rests on: a holder that has fallen asleep (it says something twice a second) loses it.
 pub struct OperatorLock {
     awake: Vec<tokio::task::JoinHandle<()>>,
+    acting: Option<tokio::sync::OwnedMutexGuard<()>>,
 }
+
+/// Held by what acts in this process: an operation, or the guard for one round.
+pub type Acting = Arc<tokio::sync::Mutex<()>>;
 
 /// A guard has the lock for as long as it looks after links and arming.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
@@ -354,9 +359,15 @@ const LOCK_WAIT: Duration = Duration::from_secs(10);
 const LOCK_KEY: i64 = 0x7067_666c_6970;
 
 impl OperatorLock {
-    /// Takes it on these sides, and waits for a guard that has it for a moment. `Ok(None)`: somebody else has it.
-    pub async fn take(config: &Config, sides: &[Side]) -> Result<Option<OperatorLock>, RecoveryError> {
-        OperatorLock::within(config, sides, LOCK_WAIT).await
+    /// Takes it on these sides for an operation, and waits for a guard that has it for a moment. `Ok(None)`: somebody else
+    /// has it. This process's guard stands still from when it is taken, and no sooner: while another pgflip that flips is
+    /// waited for, clients of this one have to be held like all others.
+    pub async fn take(config: &Config, sides: &[Side], acting: &Acting) -> Result<Option<OperatorLock>, RecoveryError> {
+        let mut lock = OperatorLock::within(config, sides, LOCK_WAIT).await?;
+        if let Some(lock) = &mut lock {
+            lock.acting = Some(acting.clone().lock_owned().await);
+        }
+        Ok(lock)
     }
 
     /// Takes it on these sides. `Ok(None)`: somebody else has it.
@@ -390,6 +401,7 @@ impl OperatorLock {
         };
         Ok(Some(OperatorLock {
             awake: clients.into_iter().map(stay_awake).collect(),
+            acting: None,
         }))
     }
 }
@@ -429,6 +441,7 @@ impl Drop for OperatorLock {
     fn drop(&mut self) {
         // Their sessions end with them.
         self.awake.iter().for_each(tokio::task::JoinHandle::abort);
+        self.acting = None;
     }
 }
 

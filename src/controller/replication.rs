@@ -19,7 +19,7 @@ use super::links::{
 };
 use super::operation::Operation;
 use super::preflight::{self, Failure};
-use super::recovery::OperatorLock;
+use super::recovery::{Acting, OperatorLock};
 use super::state::{self, Expect, Row, State, StateError};
 use super::{copy, fence, roles, schema};
 use crate::config::Config;
@@ -159,9 +159,9 @@ async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> 
 }
 
 /// The operator's lock, as long as this is kept: a flip needs it on both sides, so the active one is enough.
-async fn alone(config: &Config, active: Side) -> Result<OperatorLock, Failure> {
+async fn alone(config: &Config, active: Side, acting: &Acting) -> Result<OperatorLock, Failure> {
     let nothing = "Nothing was done.";
-    match OperatorLock::take(config, &[active]).await {
+    match OperatorLock::take(config, &[active], acting).await {
         Ok(Some(lock)) => Ok(lock),
         Ok(None) => Err(Failure::new(
             "Another pgflip is at work on these two servers.",
@@ -174,7 +174,7 @@ async fn alone(config: &Config, active: Side) -> Result<OperatorLock, Failure> {
 
 /// Brings the standby to life as a copy of the active side and both links into place. May be run again after any
 /// failure, and whenever tables or roles were added. A first start's epoch comes after `seen`.
-pub async fn start(config: Arc<Config>, op: Operation, seen: u64) -> Result<Value, Failure> {
+pub async fn start(config: Arc<Config>, op: Operation, seen: u64, acting: Acting) -> Result<Value, Failure> {
     op.event(
         "preflight",
         "started",
@@ -202,7 +202,7 @@ pub async fn start(config: Arc<Config>, op: Operation, seen: u64) -> Result<Valu
     );
 
     let (source, epoch) = who_is_active(&config).await?.unwrap_or((Side::Blue, seen + 1));
-    let _lock = alone(&config, source).await?;
+    let _lock = alone(&config, source, &acting).await?;
     let run = Run {
         config,
         op,
@@ -944,7 +944,7 @@ struct Left {
 /// Removes every trace of pgflip from both sides. The active side stays writable all along; the standby becomes an
 /// ordinary server. Refused while green is active: without state rows pgflip would lead clients to blue, which lacks
 /// everything since. A side that can't be reached is reported, and cleaned by the next run. May be run again.
-pub async fn stop(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
+pub async fn stop(config: Arc<Config>, op: Operation, acting: Acting) -> Result<Value, Failure> {
     let mut active = None;
     let mut unreachable = Vec::new();
     for side in Side::BOTH {
@@ -977,7 +977,7 @@ pub async fn stop(config: Arc<Config>, op: Operation) -> Result<Value, Failure> 
             "Make blue reachable, then try again.",
         ));
     }
-    let _lock = alone(&config, Side::Blue).await?;
+    let _lock = alone(&config, Side::Blue, &acting).await?;
     let expect = active.map(|(_, epoch)| epoch);
     let mut left = Left::default();
     // The standby first and the active side last: whenever this is interrupted, the rows still say who is active.
@@ -1017,7 +1017,7 @@ pub async fn stop(config: Arc<Config>, op: Operation) -> Result<Value, Failure> 
 
 /// Ends replication for good after a cutover: links down both ways, the active side without triggers, the old side as it
 /// is, fenced. Both sides keep schema pgflip: it says who is active. May be run again.
-pub async fn finalize(config: Arc<Config>, op: Operation) -> Result<Value, Failure> {
+pub async fn finalize(config: Arc<Config>, op: Operation, acting: Acting) -> Result<Value, Failure> {
     let (active, epoch) = who_is_active(&config).await?.ok_or_else(|| {
         Failure::new(
             "There is nothing to finalize: replication has never been started.",
@@ -1025,7 +1025,7 @@ pub async fn finalize(config: Arc<Config>, op: Operation) -> Result<Value, Failu
             "`pgflip replication start` begins a migration.",
         )
     })?;
-    let _lock = alone(&config, active).await?;
+    let _lock = alone(&config, active, &acting).await?;
     let mut left = Vec::new();
     for side in [active, active.other()] {
         for database in &config.databases {
