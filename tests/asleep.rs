@@ -29,7 +29,7 @@ async fn asleep_after(blue: u32, green: u32, steps: &[&str]) {
     let awake = rig.another("").await;
     let load = Load {
         clients: 6,
-        think: Duration::from_millis(20),
+        think: Duration::from_millis(50),
         ..Load::default()
     };
     let ledger = Ledger::start(rig.app(), rig.others[awake].port(), &load);

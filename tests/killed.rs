@@ -18,7 +18,7 @@ async fn start(blue: u32, green: u32, databases: usize) -> (Rig, Vec<Ledger>) {
     rig.replicate().await;
     let load = Load {
         clients: 6,
-        think: Duration::from_millis(20),
+        think: Duration::from_millis(50),
         ..Load::default()
     };
     let ledgers = rig.ledgers(&load);

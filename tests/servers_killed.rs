@@ -40,7 +40,7 @@ async fn start(blue: u32, green: u32) -> (Rig, Ledger) {
     rig.replicate().await;
     let load = Load {
         clients: 6,
-        think: Duration::from_millis(20),
+        think: Duration::from_millis(50),
         ..Load::default()
     };
     let ledger = rig.ledger(&load);
