@@ -16,6 +16,7 @@ mod killed;
 mod pinned;
 mod proxy;
 mod replication_pairs;
+mod restless;
 mod roles;
 mod sabotage;
 mod servers_killed;

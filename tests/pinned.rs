@@ -200,7 +200,7 @@ fn pins(session: &Value) -> Vec<(String, bool)> {
 
 #[tokio::test]
 async fn what_binds_sessions_is_shown_at_any_time_and_stops_a_flip_before_anybody_is_held() {
-    let rig = plan(16, 18).config("[flip]\ndrain_timeout = \"500ms\"\n").start().await;
+    let rig = plan(16, 18).config("[flip]\ndrain_timeout = \"3s\"\n").start().await;
     rig.replicate().await;
     let port = rig.sidecar.port();
     let mut free = login(&rig, port).await;

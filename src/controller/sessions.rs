@@ -16,7 +16,7 @@ use crate::config::{Config, Stragglers};
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::{Client, Purpose, Side, borrow};
-use crate::proxy::gate::{Gate, SessionId, SessionView};
+use crate::proxy::gate::{Gate, SessionId, SessionView, UNSEEN_SETTINGS};
 
 const PURPOSE: Purpose = Purpose("sessions");
 /// So many are named in a finding.
@@ -117,6 +117,13 @@ pub async fn read(config: &Config, gate: &Gate, seen: &Seen) -> (Vec<Pinned>, Ve
             of_this.push(Pin {
                 what: "listens".into(),
                 movable: true,
+                since_s: None,
+            });
+        }
+        if view.unseen_settings && config.custom_settings.is_empty() {
+            of_this.push(Pin {
+                what: UNSEEN_SETTINGS.into(),
+                movable: false,
                 since_s: None,
             });
         }

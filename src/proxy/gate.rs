@@ -107,6 +107,12 @@ const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(20);
 
 /// How long a session with a lock that only strangers wait for may be at its boundary before it has to stay there.
 const OTHERS_PATIENCE: std::time::Duration = std::time::Duration::from_millis(500);
+/// How long a flip waits, nobody held, for sessions that are busy to come to a boundary where their state can be read ahead.
+const READ_AHEAD: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Why a session can't be moved that calls set_config with names which pgflip can't see.
+pub const UNSEEN_SETTINGS: &str =
+    "custom settings whose names are put together at run time (list them in custom_settings, and start pgflip again)";
 
 /// Where a session stands, as the gate sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +172,9 @@ pub(super) enum Outcome {
 pub(super) enum Ahead {
     #[default]
     Unknown,
+    /// It is open.
+    Opened(u64),
+    /// It has what state could be read by now.
     Ready(u64),
     Failed(u64, String),
 }
@@ -267,6 +276,8 @@ pub(super) struct Shared {
     pub queries: AtomicU64,
     /// It has said LISTEN, as far as is known.
     listens: AtomicBool,
+    /// It has set custom settings whose names are not known.
+    unseen_settings: AtomicBool,
     waker: Mutex<Option<Waker>>,
     reports: Mutex<Reports>,
     cancel: Mutex<CancelState>,
@@ -291,7 +302,7 @@ impl Shared {
     pub fn set_waker(&self, waker: &Waker) {
         *self.waker.lock() = Some(waker.clone());
     }
-    fn signal(&self, bits: u8) {
+    pub fn signal(&self, bits: u8) {
         self.signals.fetch_or(bits, Ordering::AcqRel);
         if let Some(waker) = &*self.waker.lock() {
             waker.wake_by_ref();
@@ -324,6 +335,10 @@ impl Shared {
     #[inline]
     pub fn set_listens(&self, listens: bool) {
         self.listens.store(listens, Ordering::Relaxed);
+    }
+    #[inline]
+    pub fn set_unseen_settings(&self, unseen: bool) {
+        self.unseen_settings.store(unseen, Ordering::Relaxed);
     }
     /// The client has sent something that is held, or nothing is held any more. A cancel is either for what is held or for
     /// what the server runs: the lock keeps it from falling between the two.
@@ -481,9 +496,10 @@ impl Gate {
         self.inner.lock().orders.held
     }
 
-    /// Has every session open and log in a connection to `to` ahead of a flip, nobody held, and returns when all have
-    /// tried or at the deadline. Sessions that arrive later do the same until [`Gate::forget_prepared`]. Returns how
-    /// many are ready and which can't log in there. May be cancelled; the sessions go on opening.
+    /// Has every session open and log in a connection to `to` ahead of a flip and replay its state there, nobody held, and
+    /// returns when all have tried or at the deadline. What is in a transaction is not waited for. Sessions that arrive
+    /// later do the same until [`Gate::forget_prepared`]. Returns how many are ready and which can't log in there. May be
+    /// cancelled; the sessions go on opening.
     pub async fn prepare(&self, to: Side, deadline: Instant) -> (usize, Vec<Obstacle>) {
         let number = {
             let mut inner = self.inner.lock();
@@ -498,7 +514,7 @@ impl Gate {
             let (mut ready, mut failed, mut pending) = (0, Vec::new(), 0);
             for session in inner.sessions.values() {
                 match &session.reports.lock().ahead {
-                    Ahead::Ready(n) if *n == number => ready += 1,
+                    Ahead::Opened(n) | Ahead::Ready(n) if *n == number => ready += 1,
                     Ahead::Failed(n, why) if *n == number => {
                         failed.push(session.obstacle(format!("login on {to}: {why}")))
                     }
@@ -510,10 +526,20 @@ impl Gate {
             }
             (pending == 0).then_some((ready, failed))
         };
-        match self.wait_for(deadline, || look(false)).await {
+        let done = match self.wait_for(deadline, || look(false)).await {
             Some(done) => done,
             None => look(true).expect("nothing is pending when late"),
-        }
+        };
+        let replayed = || {
+            let inner = self.inner.lock();
+            let waits = |session: &Arc<Shared>| {
+                matches!(session.reports.lock().ahead, Ahead::Opened(n) if n == number)
+                    && matches!(session.phase(), Phase::Boundary | Phase::Busy)
+            };
+            (!inner.sessions.values().any(waits)).then_some(())
+        };
+        self.wait_for(deadline.min(Instant::now() + READ_AHEAD), replayed).await;
+        done
     }
 
     /// Drops connections opened by [`Gate::prepare`] that were not used. Called when a flip has unwound.
@@ -560,10 +586,8 @@ impl Gate {
                     ..Drained::default()
                 };
             }
-            let to = match (inner.orders.prepare, inner.orders.upstream) {
-                (Some((to, _)), _) => Some(to),
-                (None, upstream) => upstream.map(|upstream| upstream.side.other()),
-            };
+            // Not where connections were opened ahead: that may have been for a flip before this one.
+            let to = inner.orders.upstream.map(|upstream| upstream.side.other());
             inner.orders.harvest = to;
             let now = Instant::now();
             let time = deadline.saturating_duration_since(now);
@@ -803,6 +827,7 @@ impl Gate {
             bytes_out: AtomicU64::new(0),
             queries: AtomicU64::new(0),
             listens: AtomicBool::new(false),
+            unseen_settings: AtomicBool::new(false),
             waker: Mutex::new(None),
             reports: Mutex::new(Reports::default()),
             cancel: Mutex::new(CancelState::default()),
@@ -1170,6 +1195,7 @@ impl Shared {
             side: self.side(),
             server_pid: self.server_key().and_then(|key| i32::try_from(key.pid).ok()),
             listens: self.listens.load(Ordering::Relaxed),
+            unseen_settings: self.unseen_settings.load(Ordering::Relaxed),
             unmovable: self.reports.lock().unmovable.clone(),
             age_s: self.since.elapsed().as_secs_f64(),
             moved: self.moved.load(Ordering::Relaxed),
@@ -1202,6 +1228,9 @@ pub struct SessionView {
     /// It has said LISTEN, as far as is known.
     #[serde(skip)]
     pub listens: bool,
+    /// It has set custom settings whose names were put together at run time.
+    #[serde(skip)]
+    pub unseen_settings: bool,
     /// What kept it from being moved when it was held last, and when that was.
     #[serde(skip)]
     pub unmovable: Option<(String, std::time::Instant)>,
@@ -1238,6 +1267,25 @@ mod tests {
         });
         gate.arrived(&shared);
         (gate, shared)
+    }
+
+    #[tokio::test]
+    async fn a_drain_that_was_not_prepared_goes_to_the_other_side_whatever_was_prepared_before() {
+        let (gate, shared) = open_gate_with_a_session();
+        let soon = || tokio::time::Instant::now() + Duration::from_millis(1);
+        gate.prepare(Side::Green, soon()).await;
+        let side = Side::Green;
+        gate.switch(Upstream { side, epoch: 2 }).expect("later");
+        shared.set_server(CancelKey {
+            side,
+            pid: 2,
+            key: Vec::new(),
+        });
+        gate.moved();
+        gate.release();
+        gate.hold();
+        gate.drain(soon()).await;
+        assert_eq!(gate.orders().harvest, Some(Side::Blue));
     }
 
     /// A thread begins and ends transactions; this one closes and opens, and counts how often one was begun after the

@@ -13,16 +13,19 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
-use crate::config::Config;
 use crate::pg::Side;
-use crate::proxy::gate::{Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, Upstream, add, signal};
+use crate::proxy::gate::{
+    Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
+};
 use crate::proxy::handshake::Client;
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
-use crate::proxy::transfer::{self, Pins, TransferError};
+use crate::proxy::transfer::{self, Pins, State, TransferError};
 use crate::proxy::{Env, Worker, cancel};
 use crate::wire::error::ClientError;
 use crate::wire::message;
@@ -36,6 +39,8 @@ const ASK_IDLE_LIMIT: Duration = Duration::from_secs(1);
 const NEVER: Duration = Duration::from_secs(86_400 * 30);
 /// Never different on the other side: pgjdbc drops a connection on which they change.
 const KEPT: [&[u8]; 2] = [b"client_encoding", b"DateStyle"];
+/// How long a connection made ahead waits for the session's state before others have their turn.
+const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 /// How often a held client whose bytes are not read is looked at: it may have gone.
 const FULL_LOOK: Duration = Duration::from_millis(250);
 /// How long a session whose count is uncertain has to be quiet before it is asked.
@@ -149,8 +154,51 @@ struct Ready {
     pins: Pins,
 }
 
-/// A connection being opened ahead.
-type Opening = JoinHandle<Result<ServerConn, LoginError>>;
+/// A connection being made ahead of a flip.
+struct Opening {
+    /// The prepare's number.
+    number: u64,
+    to: Side,
+    task: JoinHandle<Result<Opened, LoginError>>,
+    question: Arc<Mutex<Question>>,
+}
+
+impl Opening {
+    /// What is asked, once.
+    fn take_question(&self) -> Option<oneshot::Sender<State>> {
+        let mut question = self.question.lock();
+        match &*question {
+            Question::Asked(_) => match std::mem::replace(&mut *question, Question::Over) {
+                Question::Asked(tell) => Some(tell),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Nothing is answered any more.
+    fn close_question(&self) {
+        *self.question.lock() = Question::Over;
+    }
+}
+
+/// A connection made ahead of a flip.
+struct Opened {
+    conn: ServerConn,
+    /// What has been replayed on it. `None`: nothing.
+    has: Option<State>,
+}
+
+/// Here whoever makes a connection ahead asks the session for its state, and signals it. A sender that is dropped says that
+/// no answer will come.
+#[derive(Default)]
+enum Question {
+    #[default]
+    NotAsked,
+    Asked(oneshot::Sender<State>),
+    /// Seen by the session, or too late.
+    Over,
+}
 
 struct Session {
     env: Arc<Env>,
@@ -172,8 +220,10 @@ struct Session {
     phase: Phase,
     /// Nothing is sent to the server: the gate is closed, or the session goes over.
     parked: bool,
-    /// The connection opened ahead of a flip, and the prepare's number.
-    ahead: Option<(u64, Side, Opening)>,
+    /// The connection made ahead of a flip.
+    ahead: Option<Opening>,
+    /// At the next boundary the state is read and told: see [`Session::read_ahead`].
+    asked: Option<oneshot::Sender<State>>,
     /// The connection with the state replayed.
     ready: Option<Ready>,
     /// One that had locks and was not used is being closed: until it is gone they are taken.
@@ -270,6 +320,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         phase: Phase::Login,
         parked: false,
         ahead: None,
+        asked: None,
         ready: None,
         closing: None,
         cut: Vec::new(),
@@ -564,6 +615,7 @@ impl Session {
             if answered != self.replies.answered {
                 add(&self.shared.queries, self.replies.answered - answered);
                 self.shared.set_listens(self.replies.listens);
+                self.shared.set_unseen_settings(self.requests.settings.incomplete());
             }
             Poll::Ready(Ok(!self.update_phase()))
         })
@@ -577,7 +629,7 @@ impl Session {
         }
         if at_boundary(&self.requests, &self.replies) && self.to_server.is_empty() {
             self.phase = Phase::Boundary;
-            return self.env.gate.at_boundary(&self.shared);
+            return self.env.gate.at_boundary(&self.shared) || self.asked.is_some();
         }
         let phase = if self.outstanding() || self.replies.status == b'I' {
             Phase::Busy
@@ -891,7 +943,7 @@ impl Session {
         let elsewhere = orders
             .upstream
             .is_some_and(|upstream| upstream.side != self.server.side);
-        if self.phase == Phase::Boundary && self.env.gate.attention() {
+        if self.phase == Phase::Boundary && (self.asked.is_some() || self.env.gate.attention()) {
             return self.park().await;
         }
         if elsewhere && !orders.held && crate::fault::skip("boundary") {
@@ -901,46 +953,61 @@ impl Session {
         Ok(())
     }
 
-    /// Opens a connection to where a flip will go, or drops one that is no longer wanted.
+    /// Makes a connection to where a flip will go, or drops one that is no longer wanted.
     fn open_ahead(&mut self, orders: &Orders) {
         let wanted = orders.prepare.filter(|(side, _)| *side != self.server.side);
-        let have = self.ahead.as_ref().map(|(number, side, _)| (*side, *number));
+        let have = self.ahead.as_ref().map(|ahead| (ahead.to, ahead.number));
         if wanted == have {
+            if let Some(tell) = self.ahead.as_ref().and_then(Opening::take_question) {
+                self.asked = Some(tell);
+            }
             return;
         }
-        if let Some((_, _, task)) = self.ahead.take() {
-            task.abort();
+        self.asked = None;
+        if let Some(ahead) = self.ahead.take() {
+            ahead.task.abort();
         }
-        let Some((side, number)) = wanted else { return };
-        if matches!(&self.ready, Some(ready) if ready.conn.side == side) {
+        let Some((to, number)) = wanted else { return };
+        if matches!(&self.ready, Some(ready) if ready.conn.side == to) {
             // It has one already, with its state replayed.
             self.env.gate.report_ahead(&self.shared, Ahead::Ready(number));
             return;
         }
-        let (env, shared, opening) = (self.env.clone(), self.shared.clone(), self.worker.opening.clone());
-        let login = self.login.clone();
-        let from = self.server.side;
-        let task = tokio::spawn(async move {
-            let opened = async {
-                let _permit = opening.acquire().await.expect("never closed");
-                let server = env.config.server(side);
-                let limit = env.config.limits.server_connect_timeout;
-                let mut conn = server::open(server, &login, limit).await?;
-                // What fails here fails again, with its reason, when it counts.
-                let _ = timeout(limit, transfer::warm(&mut conn)).await;
-                // Read ahead as well, so that the drain finds them.
-                env.names.load(&env.config, from, &shared.database, number).await;
-                Ok(conn)
-            }
-            .await;
-            let ahead = match &opened {
-                Ok(_) => Ahead::Ready(number),
-                Err(error) => Ahead::Failed(number, LoginError::to_string(error)),
-            };
-            env.gate.report_ahead(&shared, ahead);
-            opened
+        let question = Arc::new(Mutex::new(Question::default()));
+        let task = tokio::spawn(make_ahead(
+            self.worker.clone(),
+            self.shared.clone(),
+            self.login.clone(),
+            to,
+            number,
+            question.clone(),
+        ));
+        self.ahead = Some(Opening {
+            number,
+            to,
+            task,
+            question,
         });
-        self.ahead = Some((number, side, task));
+    }
+
+    /// At its boundary while nobody is held: tells whoever makes the connection ahead what to replay on it. The client
+    /// waits for this one reading; in the drain all wait for all of them, and then there is only to see what has changed.
+    async fn read_ahead(&mut self, tell: oneshot::Sender<State>) -> Result<(), End> {
+        if tell.is_closed() {
+            return Ok(());
+        }
+        match self.read_state().await {
+            Ok(state) => {
+                let _ = tell.send(state);
+                Ok(())
+            }
+            Err(NotReady::End(end)) => Err(end),
+            // Whether that still holds is seen in the drain.
+            Err(NotReady::Because(why)) => {
+                tracing::debug!(session = self.shared.id.0, %why, "not read ahead");
+                Ok(())
+            }
+        }
     }
 
     /// At the boundary, and the gate wants attention: waits, takes and replays state, goes over, as the gate says.
@@ -975,6 +1042,10 @@ impl Session {
                 match orders.upstream {
                     Some(upstream) if upstream.side == self.server.side => {
                         self.drop_ready();
+                        if let Some(tell) = self.asked.take() {
+                            self.read_ahead(tell).await?;
+                            continue;
+                        }
                         // If the server has closed meanwhile, its last words are among this.
                         self.pass_unasked()?;
                         return Ok(());
@@ -1182,16 +1253,12 @@ impl Session {
         }
     }
 
-    /// Takes the session's state from its server and replays it on a connection to the other side.
-    async fn make_ready(&mut self, to: Side) -> Result<Ready, NotReady> {
+    /// Reads the session's state from its server, at its boundary.
+    async fn read_state(&mut self) -> Result<State, NotReady> {
         self.finish_message().await?;
-        self.drop_ready();
-        self.closed().await.map_err(NotReady::End)?;
         self.shared.begin_own().await;
         let env = self.env.clone();
-        let config: &Config = &env.config;
-        let limit = config.limits.server_connect_timeout;
-        let ahead = self.ahead.take().filter(|(_, side, _)| *side == to);
+        let limit = env.config.limits.server_connect_timeout;
         let Session {
             server,
             client,
@@ -1199,77 +1266,110 @@ impl Session {
             requests,
             replies,
             shared,
-            login,
-            idle,
             ..
         } = self;
         let work = async {
-            let from = server.side;
+            if requests.settings.incomplete() && env.config.custom_settings.is_empty() {
+                return Err(TransferError::Unmovable(UNSEEN_SETTINGS.into()));
+            }
             let names = env
                 .names
-                .current(config, from, &shared.database)
+                .current(&env.config, server.side, &shared.database)
                 .await
                 .map_err(TransferError::Unmovable)?;
             let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
-            names.extend(config.custom_settings.iter().map(String::as_str));
+            names.extend(env.config.custom_settings.iter().map(String::as_str));
             names.extend(requests.settings.iter());
-            let state = timeout(limit, transfer::harvest(server, &names, &requests.unnamed))
+            let mut state = timeout(limit, transfer::harvest(server, &names, &requests.unnamed))
                 .await
                 .map_err(|_| TransferError::Stuck)??;
-            *idle = state.idle_limit.map_or(IdleLimit::None, IdleLimit::Some);
             // What the client knows, and must not see change.
-            let kept: Vec<(&[u8], &[u8])> = KEPT
+            state.kept = KEPT
                 .iter()
-                .filter_map(|name| Some((*name, replies.parameters.get(*name)?.as_slice())))
+                .filter_map(|name| Some((name.to_vec(), replies.parameters.get(*name)?.clone())))
                 .collect();
-            let opened = match ahead {
-                Some((_, _, task)) => match timeout(limit, task).await {
-                    Ok(Ok(Ok(conn))) => Some(conn),
-                    _ => None,
-                },
-                None => None,
-            };
-            let unmovable = |error: LoginError| TransferError::Unmovable(format!("login on {to}: {error}"));
-            let fresh = async || server::open(config.server(to), login, limit).await.map_err(unmovable);
-            let (mut conn, was_ahead) = match opened {
-                Some(conn) => (conn, true),
-                None => (fresh().await?, false),
-            };
-            let replayed = timeout(limit, transfer::replay(&mut conn, &state, &kept)).await;
-            let pins = state.pins();
-            replies.listens = pins.listens;
-            shared.set_listens(pins.listens);
-            match replayed {
-                Ok(Ok(())) => Ok(Ready { conn, pins }),
-                // Opened ahead and gone stale: once more with a new one.
-                Ok(Err(TransferError::Io(_))) if was_ahead => {
-                    conn = fresh().await?;
-                    timeout(limit, transfer::replay(&mut conn, &state, &kept))
-                        .await
-                        .map_err(|_| TransferError::Unmovable(format!("{to} did not answer in time")))??;
-                    Ok(Ready { conn, pins })
-                }
-                Ok(Err(TransferError::Io(error))) => Err(TransferError::Unmovable(format!("{to}: {error}"))),
-                Ok(Err(error)) => Err(error),
-                Err(_) => Err(TransferError::Unmovable(format!("{to} did not answer in time"))),
-            }
+            Ok(state)
         };
-        let worked = tokio::select! {
-            worked = work => worked,
+        let read = tokio::select! {
+            read = work => read,
             () = gone(client, held, Some(shared)) => return Err(NotReady::End(End::Client)),
             () = killed(shared) => return Err(NotReady::End(End::Kill(ClientError::terminated(IN_THE_WAY)))),
         };
         self.shared.end_own();
         self.note_waiting();
-        self.touch_again();
         self.pass_unasked().map_err(NotReady::End)?;
-        match worked {
-            Ok(ready) => Ok(ready),
+        match read {
+            Ok(state) => {
+                let listens = state.pins().listens;
+                self.replies.listens = listens;
+                self.shared.set_listens(listens);
+                self.idle = state.idle_limit.map_or(IdleLimit::None, IdleLimit::Some);
+                self.touch_again();
+                Ok(state)
+            }
             Err(TransferError::Io(_)) => Err(NotReady::End(End::Server)),
             Err(TransferError::Stuck) => Err(NotReady::End(End::Kill(ClientError::not_moved(
                 "Its server did not answer in time when it was asked for the session's state.",
             )))),
             Err(TransferError::Unmovable(why)) => Err(NotReady::Because(why)),
+        }
+    }
+
+    /// Takes the session's state from its server and replays it on a connection to the other side.
+    async fn make_ready(&mut self, to: Side) -> Result<Ready, NotReady> {
+        self.drop_ready();
+        self.closed().await.map_err(NotReady::End)?;
+        // Whoever still waits for an answer gets none: what is read now is newer.
+        self.asked = None;
+        let ahead = self.ahead.take().filter(|ahead| ahead.to == to);
+        if let Some(ahead) = &ahead {
+            ahead.close_question();
+        }
+        let state = self.read_state().await?;
+        let env = self.env.clone();
+        let limit = env.config.limits.server_connect_timeout;
+        let Session {
+            client,
+            held,
+            shared,
+            login,
+            ..
+        } = self;
+        let late = || TransferError::Unmovable(format!("{to} did not answer in time"));
+        let work = async {
+            if let Some(ahead) = ahead
+                && let Ok(Ok(Ok(Opened { mut conn, has }))) = timeout(limit, ahead.task).await
+            {
+                match timeout(limit, transfer::replay(&mut conn, &state, has.as_ref())).await {
+                    Ok(Ok(())) => return Ok(conn),
+                    // Gone stale: once more with a new one.
+                    Ok(Err(TransferError::Io(_))) => {}
+                    Ok(Err(error)) => return Err(error),
+                    Err(_) => return Err(late()),
+                }
+            }
+            let mut conn = server::open(env.config.server(to), login, limit)
+                .await
+                .map_err(|error| TransferError::Unmovable(format!("login on {to}: {error}")))?;
+            timeout(limit, transfer::replay(&mut conn, &state, None))
+                .await
+                .map_err(|_| late())??;
+            Ok(conn)
+        };
+        let replayed = tokio::select! {
+            replayed = work => replayed,
+            () = gone(client, held, Some(shared)) => return Err(NotReady::End(End::Client)),
+            () = killed(shared) => return Err(NotReady::End(End::Kill(ClientError::terminated(IN_THE_WAY)))),
+        };
+        self.note_waiting();
+        match replayed {
+            Ok(conn) => Ok(Ready {
+                conn,
+                pins: state.pins(),
+            }),
+            Err(TransferError::Unmovable(why)) => Err(NotReady::Because(why)),
+            Err(TransferError::Io(error)) => Err(NotReady::Because(format!("{to}: {error}"))),
+            Err(TransferError::Stuck) => Err(NotReady::Because(late().to_string())),
         }
     }
 
@@ -1442,8 +1542,8 @@ impl Session {
 
     /// Tells the client, ends the server's backend, and returns when that is gone.
     async fn finish(mut self, end: End) {
-        if let Some((_, _, task)) = self.ahead.take() {
-            task.abort();
+        if let Some(ahead) = self.ahead.take() {
+            ahead.task.abort();
         }
         self.drop_ready();
         let (error, kill) = match end {
@@ -1517,6 +1617,71 @@ impl Session {
         }
         server.close(CLOSE_LIMIT, false).await;
     }
+}
+
+/// Makes a session's connection ahead of a flip, asks the session for its state, and replays it.
+async fn make_ahead(
+    worker: Arc<Worker>,
+    shared: Arc<Shared>,
+    login: Login,
+    to: Side,
+    number: u64,
+    question: Arc<Mutex<Question>>,
+) -> Result<Opened, LoginError> {
+    let env = &worker.env;
+    let report = |ahead| env.gate.report_ahead(&shared, ahead);
+    let limit = env.config.limits.server_connect_timeout;
+    let open = async || server::open(env.config.server(to), &login, limit).await;
+    let permit = async || worker.opening.acquire().await.expect("never closed");
+    let made = async {
+        let mut turn = Some(permit().await);
+        let mut conn = open().await?;
+        // Read ahead as well, so that the drain finds them.
+        env.names.load(&env.config, to.other(), &shared.database, number).await;
+        report(Ahead::Opened(number));
+        let mut told = {
+            let (tell, told) = oneshot::channel();
+            let mut question = question.lock();
+            if matches!(*question, Question::NotAsked) {
+                *question = Question::Asked(tell);
+            }
+            told
+        };
+        shared.signal(signal::LOOK);
+        let state = match timeout(ANSWER_LIMIT, &mut told).await {
+            Ok(state) => state,
+            // It is in a transaction. Others have their turn, and if it has no time before the drain, the connection is warm.
+            Err(_) => {
+                // What fails here fails again, with its reason, when it counts.
+                let _ = timeout(limit, transfer::warm(&mut conn)).await;
+                turn = None;
+                let state = told.await;
+                if state.is_ok() {
+                    turn = Some(permit().await);
+                }
+                state
+            }
+        };
+        let has = match state {
+            Err(_) => None,
+            Ok(state) => match timeout(limit, transfer::replay_ahead(&mut conn, &state)).await {
+                Ok(Ok(())) => Some(state),
+                // For this, too, the drain has the words.
+                _ => {
+                    conn = open().await?;
+                    None
+                }
+            },
+        };
+        drop(turn);
+        Ok(Opened { conn, has })
+    }
+    .await;
+    report(match &made {
+        Ok(_) => Ahead::Ready(number),
+        Err(error) => Ahead::Failed(number, LoginError::to_string(error)),
+    });
+    made
 }
 
 enum NotReady {

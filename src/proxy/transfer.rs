@@ -5,6 +5,12 @@
 //! Query or an unnamed Parse would destroy the client's unnamed statement. Bytes are taken and given back as they are, in
 //! the session's client_encoding.
 //!
+//! # Ahead
+//!
+//! Of 32 sessions that are read and replayed in the drain, each waits for all. So before anybody is held each is read once at
+//! some boundary of its own and replayed on the connection that was opened ahead ([`replay_ahead`]); in the drain it is read
+//! again, since nothing tells what a function may have set, and only what has changed is replayed ([`replay`]).
+//!
 //! # What others may see of a session: LISTEN and advisory locks
 //!
 //! These two can't be taken along when a session goes over: by then something may have been missed, or somebody else may have
@@ -73,6 +79,8 @@ pub(super) struct State {
     channels: Vec<Vec<u8>>,
     /// What it has locked, each once.
     locks: Vec<Lock>,
+    /// What the client knows of its parameters and must not see change, whatever the other server's defaults are.
+    pub kept: Vec<Pair>,
 }
 
 /// The pivot says here in which epoch its side has become active (`pg/sql/state_pivot.sql`).
@@ -110,6 +118,29 @@ impl Pins {
 }
 
 impl State {
+    /// True if a connection with this state's settings has the other's as well.
+    fn same_settings(&self, other: &State) -> bool {
+        self.settings == other.settings
+            && self.session_user == other.session_user
+            && self.role == other.role
+            && self.kept == other.kept
+    }
+
+    /// As they are to be set on a connection: as the login user, then whom it pretends to be, the role last.
+    fn settings_in_order<'a>(&'a self, conn: &ServerConn) -> Vec<(&'a [u8], &'a [u8])> {
+        let pairs = |pairs: &'a [Pair]| pairs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()));
+        let mut settings: Vec<_> = pairs(&self.settings).collect();
+        for (name, value) in pairs(&self.kept) {
+            let known = conn.parameters.get(name).is_some_and(|now| now == value);
+            if !known && !settings.iter().any(|(set, _)| set.eq_ignore_ascii_case(name)) {
+                settings.insert(0, (name, value));
+            }
+        }
+        settings.push((b"session_authorization", &self.session_user));
+        settings.push((b"role", &self.role));
+        settings
+    }
+
     /// What of it others may see.
     pub fn pins(&self) -> Pins {
         Pins {
@@ -142,6 +173,7 @@ impl Lock {
     }
 }
 
+#[derive(PartialEq, Eq)]
 struct Statement {
     name: Vec<u8>,
     text: Vec<u8>,
@@ -167,7 +199,9 @@ struct Answer {
 }
 
 async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<Vec<Answer>> {
-    conn.send(bytes).await?;
+    if !bytes.is_empty() {
+        conn.send(bytes).await?;
+    }
     let mut answers = Vec::with_capacity(batches);
     while answers.len() < batches {
         let mut answer = Answer::default();
@@ -295,6 +329,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
         idle_limit: None,
         channels: Vec::new(),
         locks: Vec::new(),
+        kept: Vec::new(),
     };
     let mut obstacles: Vec<(String, Vec<String>)> = Vec::new();
     for row in rows {
@@ -404,82 +439,137 @@ fn type_name(text: &[u8]) -> Option<TypeName> {
     Some(TypeName::BuiltIn(std::str::from_utf8(text).ok()?.parse().ok()?))
 }
 
-/// Replays state on a new connection, in as few round trips as can be.
-/// `kept`: what the client knows of its parameters and must not see change, whatever this server's defaults are.
-pub(super) async fn replay(conn: &mut ServerConn, state: &State, kept: &[(&[u8], &[u8])]) -> Result<(), TransferError> {
-    let side = conn.side;
+/// Replays state on a connection that is nobody's yet, in as few round trips as can be. `has`: what has been replayed on it
+/// before ([`replay_ahead`]); then only what has changed since is said.
+pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&State>) -> Result<(), TransferError> {
+    let has = match has {
+        Some(has) if has.same_settings(state) => Some(has),
+        Some(_) => {
+            discard(conn).await?;
+            None
+        }
+        None => None,
+    };
     // Before the session's own limits are set.
-    set_encoding(conn, state).await?;
+    if has.is_none() {
+        set_encoding(conn, state).await?;
+    }
     listen(conn, &state.channels).await?;
     take_locks(conn, &state.locks).await?;
-    let oids = resolve(conn, state).await?;
+    replay_own(conn, state, has).await
+}
+
+/// The same before the drain, without what others may see.
+pub(super) async fn replay_ahead(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
+    set_encoding(conn, state).await?;
+    replay_own(conn, state, None).await
+}
+
+/// Back to what the connection was after its login.
+async fn discard(conn: &mut ServerConn) -> Result<(), TransferError> {
+    const DISCARD: &[u8] = b"pgflip:discard";
     let mut out = Vec::new();
-    let mut settings: Vec<(&[u8], &[u8])> = state
-        .settings
+    message::put_parse(&mut out, DISCARD, b"discard all", &[]);
+    message::put_run(&mut out, PORTAL, DISCARD, &[]);
+    message::put_sync(&mut out);
+    let side = conn.side;
+    match &ask(conn, &out, 1).await?[0].error {
+        None => Ok(()),
+        Some(error) => Err(TransferError::Unmovable(format!(
+            "a connection could not be used again on {side}: {}",
+            ErrorFields(error).describe()
+        ))),
+    }
+}
+
+/// What is the session's alone: settings, unless it `has` them, and statements that it has not.
+async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -> Result<(), TransferError> {
+    let side = conn.side;
+    let had: HashMap<&[u8], &Statement> = has
         .iter()
-        .map(|(n, v)| (n.as_slice(), v.as_slice()))
+        .flat_map(|has| &has.statements)
+        .map(|statement| (statement.name.as_slice(), statement))
         .collect();
-    for (name, value) in kept {
-        let known = conn.parameters.get(*name).is_some_and(|now| now == value);
-        if !known && !settings.iter().any(|(set, _)| set.eq_ignore_ascii_case(name)) {
-            settings.insert(0, (name, value));
+    let missing: Vec<&Statement> = state
+        .statements
+        .iter()
+        .filter(|statement| had.get(statement.name.as_slice()) != Some(statement))
+        .collect();
+    let oids = resolve(conn, &missing).await?;
+    let kept = |name: &[u8]| state.statements.iter().any(|statement| statement.name == name);
+    let gone: Vec<&[u8]> = had.keys().copied().filter(|name| !kept(name)).collect();
+
+    // One batch for each kind, so that what is refused is known, and only what there is.
+    let mut out = Vec::new();
+    let mut batches = Vec::new();
+    let settings = has.is_none().then(|| state.settings_in_order(conn)).unwrap_or_default();
+    if !settings.is_empty() {
+        const SET: &[u8] = b"pgflip:set";
+        message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);
+        for (name, value) in &settings {
+            message::put_run(&mut out, PORTAL, SET, &[name, value]);
         }
-    }
-    // As the login user; then whom it pretends to be; the role last.
-    settings.push((b"session_authorization", &state.session_user));
-    settings.push((b"role", &state.role));
-    const SET: &[u8] = b"pgflip:set";
-    message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);
-    for (name, value) in &settings {
-        message::put_run(&mut out, PORTAL, SET, &[name, value]);
-    }
-    message::put_close_statement(&mut out, SET);
-    message::put_sync(&mut out);
-    for statement in &state.statements {
-        let types: Vec<u32> = statement
-            .types
-            .iter()
-            .map(|name| match name {
-                TypeName::BuiltIn(oid) => *oid,
-                TypeName::Named(_) => oids[name],
-            })
-            .collect();
-        message::put_parse(&mut out, &statement.name, &statement.text, &types);
-    }
-    message::put_sync(&mut out);
-    let mut batches = 2;
-    if let Some(body) = &state.unnamed {
-        message::put(&mut out, b'P', |to| to.extend_from_slice(body));
+        message::put_close_statement(&mut out, SET);
         message::put_sync(&mut out);
-        batches += 1;
+        batches.push(Batch::Settings);
     }
-    let answers = ask(conn, &out, batches).await?;
-    let refused = |what: String, error: &[u8]| {
-        Err(TransferError::Unmovable(format!(
+    if !missing.is_empty() || !gone.is_empty() {
+        for name in gone {
+            message::put_close_statement(&mut out, name);
+        }
+        for statement in &missing {
+            if had.contains_key(statement.name.as_slice()) {
+                message::put_close_statement(&mut out, &statement.name);
+            }
+            let types: Vec<u32> = statement
+                .types
+                .iter()
+                .map(|name| match name {
+                    TypeName::BuiltIn(oid) => *oid,
+                    TypeName::Named(_) => oids[name],
+                })
+                .collect();
+            message::put_parse(&mut out, &statement.name, &statement.text, &types);
+        }
+        message::put_sync(&mut out);
+        batches.push(Batch::Statements);
+    }
+    if state.unnamed.as_ref() != has.and_then(|has| has.unnamed.as_ref()) {
+        match &state.unnamed {
+            Some(body) => message::put(&mut out, b'P', |to| to.extend_from_slice(body)),
+            None => message::put_close_statement(&mut out, b""),
+        }
+        message::put_sync(&mut out);
+        batches.push(Batch::Unnamed);
+    }
+    for (batch, answer) in batches.iter().zip(ask(conn, &out, batches.len()).await?) {
+        let Some(error) = &answer.error else { continue };
+        let named = |name: Option<&[u8]>| String::from_utf8_lossy(name.unwrap_or_default()).into_owned();
+        let what = match batch {
+            Batch::Settings => {
+                let at = answer.binds.saturating_sub(1);
+                format!("setting {}", named(settings.get(at).map(|(name, _)| *name)))
+            }
+            Batch::Statements => {
+                let statement = missing.get(answer.parses).map(|statement| statement.name.as_slice());
+                format!("prepared statement {:?}", named(statement))
+            }
+            Batch::Unnamed => "its unnamed prepared statement".into(),
+        };
+        return Err(TransferError::Unmovable(format!(
             "{what} on {side}: {}",
             ErrorFields(error).describe()
-        )))
-    };
-    if let Some(error) = &answers[0].error {
-        let at = answers[0].binds.saturating_sub(1);
-        let name = settings
-            .get(at)
-            .map_or("settings".into(), |(name, _)| String::from_utf8_lossy(name));
-        return refused(format!("setting {name}"), error);
-    }
-    if let Some(error) = &answers[1].error {
-        let name = state
-            .statements
-            .get(answers[1].parses)
-            .map_or("".into(), |s| String::from_utf8_lossy(&s.name));
-        return refused(format!("prepared statement {name:?}"), error);
-    }
-    if let Some(error) = answers.get(2).and_then(|answer| answer.error.as_ref()) {
-        return refused("its unnamed prepared statement".into(), error);
+        )));
     }
     // What was said unasked on this connection so far is about pgflip's own doing; its parameters are kept.
     conn.aside.clear();
     Ok(())
+}
+
+enum Batch {
+    Settings,
+    Statements,
+    Unnamed,
 }
 
 /// Names of types and channels are in the session's encoding; the connection still has that of its startup packet.
@@ -741,9 +831,8 @@ fn since_pivot(messages: &[u8], epoch: u64) -> Option<Vec<u8>> {
 }
 
 /// OIDs on this connection's server of the types that are not built in.
-async fn resolve(conn: &mut ServerConn, state: &State) -> Result<HashMap<TypeName, u32>, TransferError> {
-    let mut wanted: Vec<&TypeName> = state
-        .statements
+async fn resolve(conn: &mut ServerConn, statements: &[&Statement]) -> Result<HashMap<TypeName, u32>, TransferError> {
+    let mut wanted: Vec<&TypeName> = statements
         .iter()
         .flat_map(|s| &s.types)
         .filter(|t| matches!(t, TypeName::Named(_)))

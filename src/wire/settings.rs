@@ -1,13 +1,17 @@
-//! Names of custom settings (`app.tenant`) in the text of statements. They are hidden from `pg_settings`, so a session
-//! that is moved has to know which to ask for.
+//! Names of custom settings (`app.tenant`) in what a client sends. They are hidden from `pg_settings`, so a session that is
+//! moved has to know which to ask for.
 //!
-//! Only literal names are seen: `SET app.x`, `set_config('app.x', …)`. One that is put together at run time is not, nor
-//! is one set within a function that was not found in the catalogs: they can be listed in the config.
+//! Seen are literal names (`SET app.x`, `RESET app.x`, `set_config('app.x', …)`) and names that are parameters
+//! (`set_config($1, …)`, for which the session's Binds are looked at from then on). Of a name that is put together at run
+//! time (`set_config('app.' || x, …)`) it is only known that there is one. What functions set is looked for in the
+//! catalogs.
 
 use std::collections::BTreeSet;
 
 /// How much of a part that was cut is looked at again with the next one: longer than any name (63 bytes a piece).
 const OVERLAP: usize = 256;
+/// The longest name that is looked for.
+const NAME_MAX: usize = OVERLAP / 2;
 /// Names kept a session; an application that makes up names without end is not followed.
 const MAX_NAMES: usize = 1_000;
 
@@ -16,6 +20,23 @@ const MAX_NAMES: usize = 1_000;
 pub struct SettingNames {
     names: BTreeSet<String>,
     tail: Vec<u8>,
+    bound: bool,
+    bind_tail: Vec<u8>,
+    computed: bool,
+}
+
+/// What `set_config(` begins.
+enum First {
+    /// A literal.
+    Name(String),
+    /// A setting that is no custom one, or none at all.
+    Other,
+    /// A parameter.
+    Bound,
+    /// An expression.
+    Computed,
+    /// The text ends before that can be told.
+    Cut,
 }
 
 impl SettingNames {
@@ -24,12 +45,23 @@ impl SettingNames {
         self.names.iter().map(String::as_str)
     }
 
-    /// Looks at a part of a statement's text; `last`: nothing of it follows. A text without a dot, as most are, costs
-    /// one memchr.
+    /// True if there may be names that were not seen: one was put together at run time, or there were too many.
+    pub fn incomplete(&self) -> bool {
+        self.computed || self.names.len() == MAX_NAMES
+    }
+
+    /// True if names may be among the parameters of Bind: see [`SettingNames::feed_bind`].
+    #[inline]
+    pub fn bound(&self) -> bool {
+        self.bound
+    }
+
+    /// Looks at a part of a statement's text; `last`: nothing of it follows. A text without a dot or an underscore costs
+    /// two memchr.
     #[inline]
     pub fn feed(&mut self, part: &[u8], last: bool) {
         if self.tail.is_empty() && last {
-            if memchr::memchr(b'.', part).is_some() {
+            if memchr::memchr(b'.', part).is_some() || calls_config(part) {
                 self.look(part);
             }
             return;
@@ -39,12 +71,31 @@ impl SettingNames {
 
     #[cold]
     fn feed_cut(&mut self, part: &[u8], last: bool) {
-        let mut text = std::mem::take(&mut self.tail);
-        text.extend_from_slice(part);
+        let text = with_tail(&mut self.tail, part, last);
         self.look(&text);
-        if !last {
-            let keep = text.len().min(OVERLAP);
-            self.tail = text[text.len() - keep..].to_vec();
+    }
+
+    /// Looks at a part of a Bind: each parameter that reads like the name of a custom setting may be one.
+    #[cold]
+    pub fn feed_bind(&mut self, part: &[u8], last: bool) {
+        let bytes = with_tail(&mut self.bind_tail, part, last);
+        for dot in memchr::memchr_iter(b'.', &bytes) {
+            let in_name = |byte: &u8| is_word(*byte) || *byte == b'.';
+            let end = dot + bytes[dot..].iter().take_while(|byte| in_name(byte)).count();
+            // A parameter begins with its length. Bytes of that may look like a part of the name.
+            let start = (dot.saturating_sub(NAME_MAX)..dot)
+                .rev()
+                .take_while(|at| in_name(&bytes[*at]))
+                .find(|at| *at >= 4 && bytes[at - 4..*at] == ((end - at) as u32).to_be_bytes());
+            if let Some(name) = start.and_then(|start| custom(&bytes[start..end])) {
+                self.insert(name);
+            }
+        }
+    }
+
+    fn insert(&mut self, name: String) {
+        if self.names.len() < MAX_NAMES {
+            self.names.insert(name);
         }
     }
 
@@ -53,21 +104,50 @@ impl SettingNames {
             .chain(memchr::memmem::find_iter(text, b"ET"))
             .collect::<Vec<_>>()
         {
-            // `SET` alone, or `set_config(`.
-            if at == 0 || !text[at - 1].eq_ignore_ascii_case(&b's') || (at > 1 && is_word(text[at - 2])) {
+            // `SET` or `RESET` alone, or `set_config(`.
+            let Some(before) = strip_end(&text[..at], b"s") else {
                 continue;
-            }
-            let name = match &text[at + 2..] {
-                [b'_', rest @ ..] => after_set_config(rest),
-                rest => after_set(rest),
             };
-            if let Some(name) = name
-                && self.names.len() < MAX_NAMES
-            {
-                self.names.insert(name);
+            let begins = |before: &[u8]| !before.last().is_some_and(|byte| is_word(*byte));
+            let reset = strip_end(before, b"re").is_some_and(begins);
+            let rest = &text[at + 2..];
+            match rest.strip_prefix(b"_") {
+                None if reset || begins(before) => {
+                    if let Some(name) = after_set(rest) {
+                        self.insert(name);
+                    }
+                }
+                Some(rest) if begins(before) => match after_set_config(rest) {
+                    First::Name(name) => self.insert(name),
+                    First::Bound => self.bound = true,
+                    First::Computed => self.computed = true,
+                    First::Other | First::Cut => {}
+                },
+                _ => {}
             }
         }
     }
+}
+
+/// What was kept of the parts before, and this one; keeps what the next one needs.
+fn with_tail(tail: &mut Vec<u8>, part: &[u8], last: bool) -> Vec<u8> {
+    let mut all = std::mem::take(tail);
+    all.extend_from_slice(part);
+    if !last {
+        *tail = all[all.len() - all.len().min(OVERLAP)..].to_vec();
+    }
+    all
+}
+
+#[inline]
+fn calls_config(text: &[u8]) -> bool {
+    memchr::memchr_iter(b'_', text).any(|at| keyword(&text[at + 1..], b"config").is_some())
+}
+
+/// What is before this word, at the end of the text.
+fn strip_end<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
+    let (rest, end) = text.split_at_checked(text.len().checked_sub(word.len())?)?;
+    end.eq_ignore_ascii_case(word).then_some(rest)
 }
 
 fn is_word(byte: u8) -> bool {
@@ -83,13 +163,39 @@ fn keyword<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
     (head.eq_ignore_ascii_case(word) && !rest.first().is_some_and(|b| is_word(*b))).then_some(rest)
 }
 
-/// `_config ( 'name' …` (what follows `set_`).
-fn after_set_config(text: &[u8]) -> Option<String> {
-    let rest = spaces(keyword(text, b"config")?);
-    let rest = spaces(rest.strip_prefix(b"(")?);
-    let rest = rest.strip_prefix(b"'")?;
-    let end = memchr::memchr(b'\'', rest)?;
-    custom(&rest[..end])
+/// `config ( 'name' , …` (what follows `set_`).
+fn after_set_config(text: &[u8]) -> First {
+    let Some(rest) = keyword(text, b"config").map(spaces) else {
+        return First::Other;
+    };
+    let Some(rest) = rest.strip_prefix(b"(").map(spaces) else {
+        return First::Other;
+    };
+    let (name, rest) = match rest.first() {
+        None => return First::Cut,
+        Some(b'\'') => match memchr::memchr(b'\'', &rest[1..]) {
+            None => return First::Cut,
+            Some(end) => (Some(&rest[1..=end]), &rest[end + 2..]),
+        },
+        Some(b'$') if rest.len() == 1 => return First::Cut,
+        Some(b'$') if rest[1].is_ascii_digit() => {
+            let digits = rest[1..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+            (None, &rest[1 + digits..])
+        }
+        Some(_) => return First::Computed,
+    };
+    let mut rest = spaces(rest);
+    // A cast: `::text`, `::pg_catalog.text`.
+    if let Some(cast) = rest.strip_prefix(b"::") {
+        let type_name = cast.iter().take_while(|byte| is_word(**byte) || **byte == b'.').count();
+        rest = spaces(&cast[type_name..]);
+    }
+    match (rest.first(), name) {
+        (None, _) => First::Cut,
+        (Some(b','), None) => First::Bound,
+        (Some(b','), Some(name)) => custom(name).map_or(First::Other, First::Name),
+        (Some(_), _) => First::Computed,
+    }
 }
 
 /// ` [SESSION | LOCAL] name`.
@@ -128,8 +234,8 @@ fn custom(name: &[u8]) -> Option<String> {
     let name = std::str::from_utf8(name).ok()?;
     let pieces_ok = name
         .split('.')
-        .all(|piece| !piece.is_empty() && piece.bytes().all(is_word));
-    (name.contains('.') && pieces_ok && name.len() < OVERLAP / 2).then(|| name.to_ascii_lowercase())
+        .all(|piece| piece.bytes().all(is_word) && piece.starts_with(|first| !matches!(first, '0'..='9' | '$')));
+    (name.contains('.') && pieces_ok && name.len() < NAME_MAX).then(|| name.to_ascii_lowercase())
 }
 
 #[cfg(test)]
@@ -152,12 +258,63 @@ mod tests {
             names("select pg_catalog.set_config( 'app.user_id', $1, false)"),
             ["app.user_id"]
         );
+        assert_eq!(names("select set_config('app.x'::text, $1, true)"), ["app.x"]);
+        assert_eq!(names("RESET app.x"), [] as [&str; 0], "its end may be cut off");
+        assert_eq!(names("RESET app.x;"), ["app.x"]);
         assert!(names("UPDATE t SET a = b.c").is_empty());
         assert!(names("SET search_path = a.b").is_empty());
         assert!(names("select offset.x from reset.y").is_empty());
     }
 
+    fn bind(parameters: &[&str]) -> Vec<u8> {
+        let mut body = b"portal\0statement\0\0\0".to_vec();
+        body.extend((parameters.len() as u16).to_be_bytes());
+        for parameter in parameters {
+            body.extend((parameter.len() as u32).to_be_bytes());
+            body.extend(parameter.as_bytes());
+        }
+        body.extend([0, 0]);
+        body
+    }
+
+    #[test]
+    fn names_that_are_parameters_are_found_in_binds_once_a_statement_has_some() {
+        let mut names = SettingNames::default();
+        names.feed(b"select set_config($1, $2, false)", true);
+        assert!(names.bound() && !names.incomplete());
+        // 36 bytes: the length itself reads like a part of a name.
+        let long = "app.a_name_of_thirty_six_characters_";
+        assert_eq!(long.len(), 36);
+        names.feed_bind(&bind(&["App.Tenant", "1.5", "see app.other", long, "a..b"]), true);
+        assert_eq!(names.iter().collect::<Vec<_>>(), [long, "app.tenant"]);
+    }
+
+    #[test]
+    fn a_name_that_is_put_together_at_run_time_is_not_known_and_that_is() {
+        let look = |text: &str| {
+            let mut names = SettingNames::default();
+            names.feed(text.as_bytes(), true);
+            (names.bound(), names.incomplete())
+        };
+        assert_eq!(look("select set_config('app.' || $1, $2, true)"), (false, true));
+        assert_eq!(look("SELECT SET_CONFIG(name, value, true) from t"), (false, true));
+        assert_eq!(look("select set_config($1 || 'x', $2, true)"), (false, true));
+        assert_eq!(look("select set_config('jit', 'off', false)"), (false, false));
+        assert_eq!(look("select set_config from my_set_config(a)"), (false, false));
+        assert_eq!(look("select set_config($1::text, $2, false)"), (true, false));
+    }
+
     proptest! {
+        #[test]
+        fn a_parameter_is_found_wherever_the_bind_is_cut(cut in 0usize..70) {
+            let bytes = bind(&["some text", "app.tenant", "more"]);
+            let mut names = SettingNames::default();
+            let cut = cut.min(bytes.len());
+            names.feed_bind(&bytes[..cut], false);
+            names.feed_bind(&bytes[cut..], true);
+            prop_assert_eq!(names.iter().collect::<Vec<_>>(), vec!["app.tenant"]);
+        }
+
         #[test]
         fn a_name_is_found_wherever_the_text_is_cut(cut in 0usize..60) {
             let text = b"select 1.5; select set_config('app.tenant', '1', false); SET app.other = 2";
