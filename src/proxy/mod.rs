@@ -28,7 +28,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::{ClientTls, Config};
@@ -36,8 +36,9 @@ use crate::wire::error::ClientError;
 use gate::Gate;
 use handshake::{Arrival, Failed};
 
-/// Server logins at once, a worker, when connections are opened ahead: a fleet of sessions must not stampede.
-const OPENING_AT_ONCE: usize = 8;
+/// Connections that are made ahead at once, a worker, at most: a fleet of sessions must not stampede. Each costs the servers
+/// some tens of milliseconds of CPU time, which clients feel and nobody waits for.
+const OPENING_AT_ONCE: u32 = 8;
 /// Connections the kernel keeps for us, a worker.
 const BACKLOG: i32 = 1024;
 
@@ -54,7 +55,44 @@ struct Env {
 /// What the sessions of one thread share.
 struct Worker {
     env: Arc<Env>,
-    opening: Arc<Semaphore>,
+    opening: Opening,
+}
+
+/// Whose turn it is to make a connection ahead.
+struct Opening {
+    permits: Semaphore,
+    waiting: AtomicUsize,
+}
+
+impl Default for Opening {
+    fn default() -> Opening {
+        Opening {
+            permits: Semaphore::new(OPENING_AT_ONCE as usize),
+            waiting: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl Opening {
+    /// Waits for a turn. May be cancelled.
+    async fn turn(&self) -> SemaphorePermit<'_> {
+        struct Waits<'a>(&'a AtomicUsize);
+        impl Drop for Waits<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        // The fewer there are, the less need anybody notice.
+        let at_once = match self.waiting.fetch_add(1, Ordering::Relaxed) {
+            0..8 => 1,
+            8..32 => 2,
+            32..128 => 4,
+            _ => OPENING_AT_ONCE,
+        };
+        let _waits = Waits(&self.waiting);
+        let share = OPENING_AT_ONCE / at_once;
+        self.permits.acquire_many(share).await.expect("never closed")
+    }
 }
 
 /// The running data plane.
@@ -93,7 +131,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     for (n, listener) in listeners.into_iter().enumerate() {
         let worker = Arc::new(Worker {
             env: env.clone(),
-            opening: Arc::new(Semaphore::new(OPENING_AT_ONCE)),
+            opening: Opening::default(),
         });
         let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -165,7 +165,7 @@ struct Opening {
 
 impl Opening {
     /// What is asked, once.
-    fn take_question(&self) -> Option<oneshot::Sender<State>> {
+    fn take_question(&self) -> Option<oneshot::Sender<Arc<State>>> {
         let mut question = self.question.lock();
         match &*question {
             Question::Asked(_) => match std::mem::replace(&mut *question, Question::Over) {
@@ -186,7 +186,7 @@ impl Opening {
 struct Opened {
     conn: ServerConn,
     /// What has been replayed on it. `None`: nothing.
-    has: Option<State>,
+    has: Option<Arc<State>>,
 }
 
 /// Here whoever makes a connection ahead asks the session for its state, and signals it. A sender that is dropped says that
@@ -195,7 +195,7 @@ struct Opened {
 enum Question {
     #[default]
     NotAsked,
-    Asked(oneshot::Sender<State>),
+    Asked(oneshot::Sender<Arc<State>>),
     /// Seen by the session, or too late.
     Over,
 }
@@ -223,7 +223,9 @@ struct Session {
     /// The connection made ahead of a flip.
     ahead: Option<Opening>,
     /// At the next boundary the state is read and told: see [`Session::read_ahead`].
-    asked: Option<oneshot::Sender<State>>,
+    asked: Option<oneshot::Sender<Arc<State>>>,
+    /// The state as it was read last, and how many requests had been sent by then: without another one it is the same.
+    read: Option<(u64, Arc<State>)>,
     /// The connection with the state replayed.
     ready: Option<Ready>,
     /// One that had locks and was not used is being closed: until it is gone they are taken.
@@ -321,6 +323,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         parked: false,
         ahead: None,
         asked: None,
+        read: None,
         ready: None,
         closing: None,
         cut: Vec::new(),
@@ -963,7 +966,7 @@ impl Session {
             }
             return;
         }
-        self.asked = None;
+        (self.asked, self.read) = (None, None);
         if let Some(ahead) = self.ahead.take() {
             ahead.task.abort();
         }
@@ -992,7 +995,7 @@ impl Session {
 
     /// At its boundary while nobody is held: tells whoever makes the connection ahead what to replay on it. The client
     /// waits for this one reading; in the drain all wait for all of them, and then there is only to see what has changed.
-    async fn read_ahead(&mut self, tell: oneshot::Sender<State>) -> Result<(), End> {
+    async fn read_ahead(&mut self, tell: oneshot::Sender<Arc<State>>) -> Result<(), End> {
         if tell.is_closed() {
             return Ok(());
         }
@@ -1253,9 +1256,33 @@ impl Session {
         }
     }
 
-    /// Reads the session's state from its server, at its boundary.
-    async fn read_state(&mut self) -> Result<State, NotReady> {
+    /// The session's state, read from its server at its boundary unless it has sent no request since that was done last.
+    async fn read_state(&mut self) -> Result<Arc<State>, NotReady> {
         self.finish_message().await?;
+        // What the client knows, and must not see change.
+        let kept: Vec<message::Pair> = KEPT
+            .iter()
+            .filter_map(|name| Some((name.to_vec(), self.replies.parameters.get(*name)?.clone())))
+            .collect();
+        let state = match &self.read {
+            Some((sent, state)) if *sent == self.requests.sent && state.kept == kept => state.clone(),
+            _ => {
+                let mut state = self.read_state_anew().await?;
+                state.kept = kept;
+                let state = Arc::new(state);
+                self.read = Some((self.requests.sent, state.clone()));
+                state
+            }
+        };
+        let listens = state.pins().listens;
+        self.replies.listens = listens;
+        self.shared.set_listens(listens);
+        self.idle = state.idle_limit.map_or(IdleLimit::None, IdleLimit::Some);
+        self.touch_again();
+        Ok(state)
+    }
+
+    async fn read_state_anew(&mut self) -> Result<State, NotReady> {
         self.shared.begin_own().await;
         let env = self.env.clone();
         let limit = env.config.limits.server_connect_timeout;
@@ -1264,7 +1291,6 @@ impl Session {
             client,
             held,
             requests,
-            replies,
             shared,
             ..
         } = self;
@@ -1280,15 +1306,9 @@ impl Session {
             let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
             names.extend(env.config.custom_settings.iter().map(String::as_str));
             names.extend(requests.settings.iter());
-            let mut state = timeout(limit, transfer::harvest(server, &names, &requests.unnamed))
+            timeout(limit, transfer::harvest(server, &names, &requests.unnamed))
                 .await
-                .map_err(|_| TransferError::Stuck)??;
-            // What the client knows, and must not see change.
-            state.kept = KEPT
-                .iter()
-                .filter_map(|name| Some((name.to_vec(), replies.parameters.get(*name)?.clone())))
-                .collect();
-            Ok(state)
+                .map_err(|_| TransferError::Stuck)?
         };
         let read = tokio::select! {
             read = work => read,
@@ -1299,14 +1319,7 @@ impl Session {
         self.note_waiting();
         self.pass_unasked().map_err(NotReady::End)?;
         match read {
-            Ok(state) => {
-                let listens = state.pins().listens;
-                self.replies.listens = listens;
-                self.shared.set_listens(listens);
-                self.idle = state.idle_limit.map_or(IdleLimit::None, IdleLimit::Some);
-                self.touch_again();
-                Ok(state)
-            }
+            Ok(state) => Ok(state),
             Err(TransferError::Io(_)) => Err(NotReady::End(End::Server)),
             Err(TransferError::Stuck) => Err(NotReady::End(End::Kill(ClientError::not_moved(
                 "Its server did not answer in time when it was asked for the session's state.",
@@ -1340,7 +1353,7 @@ impl Session {
             if let Some(ahead) = ahead
                 && let Ok(Ok(Ok(Opened { mut conn, has }))) = timeout(limit, ahead.task).await
             {
-                match timeout(limit, transfer::replay(&mut conn, &state, has.as_ref())).await {
+                match timeout(limit, transfer::replay(&mut conn, &state, has.as_deref())).await {
                     Ok(Ok(())) => return Ok(conn),
                     // Gone stale: once more with a new one.
                     Ok(Err(TransferError::Io(_))) => {}
@@ -1423,6 +1436,7 @@ impl Session {
         // Behind the boundary there is none; with the boundary left out on purpose it belongs to nothing.
         self.cut.clear();
         let old = std::mem::replace(&mut self.server, conn);
+        self.read = None;
         tokio::spawn(old.close(CLOSE_LIMIT, true));
         // Only what differs in the end, before the first answer of the new server.
         for (name, value) in &self.server.parameters {
@@ -1632,9 +1646,8 @@ async fn make_ahead(
     let report = |ahead| env.gate.report_ahead(&shared, ahead);
     let limit = env.config.limits.server_connect_timeout;
     let open = async || server::open(env.config.server(to), &login, limit).await;
-    let permit = async || worker.opening.acquire().await.expect("never closed");
     let made = async {
-        let mut turn = Some(permit().await);
+        let mut turn = Some(worker.opening.turn().await);
         let mut conn = open().await?;
         // Read ahead as well, so that the drain finds them.
         env.names.load(&env.config, to.other(), &shared.database, number).await;
@@ -1657,7 +1670,7 @@ async fn make_ahead(
                 turn = None;
                 let state = told.await;
                 if state.is_ok() {
-                    turn = Some(permit().await);
+                    turn = Some(worker.opening.turn().await);
                 }
                 state
             }

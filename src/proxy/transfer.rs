@@ -120,10 +120,11 @@ impl Pins {
 impl State {
     /// True if a connection with this state's settings has the other's as well.
     fn same_settings(&self, other: &State) -> bool {
-        self.settings == other.settings
-            && self.session_user == other.session_user
-            && self.role == other.role
-            && self.kept == other.kept
+        std::ptr::eq(self, other)
+            || self.settings == other.settings
+                && self.session_user == other.session_user
+                && self.role == other.role
+                && self.kept == other.kept
     }
 
     /// As they are to be set on a connection: as the login user, then whom it pretends to be, the role last.

@@ -240,6 +240,8 @@ async fn a_session_that_is_in_the_way_can_be_ended_while_its_state_is_being_take
     let mut raw = front.raw().await;
     let (_, failed) = front.gate.prepare(Side::Green, soon(30)).await;
     assert!(failed.is_empty());
+    // What was read ahead of it may not be true any more.
+    assert_eq!(raw.value("select 1").await, "1");
     servers.blue.freeze();
     front.gate.hold();
     let drained = front.gate.drain(soon(1)).await;
@@ -251,6 +253,23 @@ async fn a_session_that_is_in_the_way_can_be_ended_while_its_state_is_being_take
     servers.blue.thaw();
     assert!(ended.await.unwrap().is_empty());
     servers.blue.stop(Stop::Immediate).unwrap();
+}
+
+#[tokio::test]
+async fn a_session_that_has_said_nothing_since_it_was_read_is_not_asked_again() {
+    let servers = Servers::start(TABLE).await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    raw.query("set work_mem = '123kB'").await;
+    let (_, failed) = front.gate.prepare(Side::Green, soon(30)).await;
+    assert!(failed.is_empty());
+    servers.blue.freeze();
+    front.gate.hold();
+    let drained = front.gate.drain(soon(10)).await;
+    assert_eq!(drained.ready, 1, "{drained:?}");
+    front.go_over().await;
+    assert_eq!(raw.value("show work_mem").await, "123kB");
+    servers.blue.thaw();
 }
 
 #[tokio::test]

@@ -71,8 +71,7 @@ async fn every_committed_notification_comes_once_and_in_order_over_many_flips() 
     }
     // What nobody may hear, and what everybody has to, said around the proxy.
     let (mut flips, mut unwound, mut direct) = (0, 0, 0);
-    let until = Instant::now() + Duration::from_secs(20);
-    while Instant::now() < until {
+    while flips < 6 {
         let Upstream { side, .. } = front.upstream();
         let (source, target) = (servers.admin(side).await, servers.admin(side.other()).await);
         let mut say = async |on: &tokio_postgres::Client| {
@@ -133,10 +132,7 @@ async fn every_committed_notification_comes_once_and_in_order_over_many_flips() 
     }
     let total: u64 = sent.values().map(|(_, count)| count).sum();
     eprintln!("{flips} flips, {unwound} unwound, {total} notifications to each of 40");
-    assert!(
-        flips >= 5 && unwound >= 1 && total > 500,
-        "{flips} flips, {unwound} unwound, {total}"
-    );
+    assert!(unwound >= 1 && total > 500, "{flips} flips, {unwound} unwound, {total}");
 }
 
 #[tokio::test]

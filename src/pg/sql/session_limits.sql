@@ -10,4 +10,6 @@ select 'limits',
        pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true),
        case when pg_catalog.current_setting('transaction_timeout', true) is not null
             then pg_catalog.set_config('transaction_timeout', '0', true) end,
-       (select s.setting from pg_catalog.pg_settings s where s.name OPERATOR(pg_catalog.=) 'idle_session_timeout')
+       -- Milliseconds. Not from pg_settings: that shows all settings to find one, at the cost of everything else here.
+       (extract(epoch from pg_catalog.current_setting('idle_session_timeout', true)::pg_catalog.interval)
+        OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8::pg_catalog.text
