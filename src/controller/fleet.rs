@@ -346,6 +346,8 @@ impl Caller {
         let heard = Arc::new(Notify::new());
         let server = config.server(source);
         let client = connect_listening(server, config.carrier(), PURPOSE, limit, ANSWERS, heard.clone()).await?;
+        // What is said here counts while this session lives: nobody need wait until it is on disk.
+        client.batch_execute("set synchronous_commit = off").await?;
         let begin = include_str!("../pg/sql/sidecar_call_begin.sql");
         let n: i64 = client
             .query_opt(begin, &[&state::bigint(epoch), &source.other().as_str(), &me.id])

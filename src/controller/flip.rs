@@ -567,7 +567,7 @@ impl Flip {
             Reversible::Preflight => Duration::from_secs(60),
             // These two keep their own time, and say more than "too late".
             Reversible::Settle => flip.settle_timeout + ROUND_TRIP_MAX + Duration::from_secs(10),
-            Reversible::Arm => flip.arm_timeout + Duration::from_secs(30),
+            Reversible::Arm => flip.arm_timeout + flip.settle_timeout + ROUND_TRIP_MAX + Duration::from_secs(30),
             Reversible::Prepare => Duration::from_secs(60),
             Reversible::Hold => spare,
             // To drain, to end stragglers, and to drain again.
@@ -599,7 +599,7 @@ impl Flip {
             Reversible::Hold => {
                 self.held_since = Some(Instant::now());
                 self.gate.hold();
-                Ok(self.fleet()?.ask(fleet::Step::Hold).await?)
+                Ok(())
             }
             Reversible::Drain => self.drain().await,
             Reversible::Fence => {
@@ -741,6 +741,20 @@ impl Flip {
         }
     }
 
+    /// After arming: thousands of tables whose triggers have changed keep a link busy for some seconds.
+    async fn caught_up(&self, database: &Database) -> Result<(), Stop> {
+        let deadline = Instant::now() + self.config.flip.settle_timeout;
+        loop {
+            match self.round_trip(database).await {
+                Err(Stop::NoGo { what, .. }) if Instant::now() < deadline => {
+                    let reading = format!("database {}: {what}", database.name);
+                    self.operation.event("arm", "progress", reading, Value::Null);
+                }
+                ended => return ended,
+            }
+        }
+    }
+
     async fn round_trip(&self, database: &Database) -> Result<(), Stop> {
         let limit = ROUND_TRIP_MAX.min(self.config.flip.window_timeout);
         let n = marker::write(&database.source, self.source).await?;
@@ -781,7 +795,7 @@ impl Flip {
                 rounds += 1;
                 let after = fence::digest(&database.source).await?;
                 if before == after && after.all_armed() && carried == database.carried(&statement, &name).await? {
-                    this.round_trip(database).await?;
+                    this.caught_up(database).await?;
                     return Ok(Checked { source: after, carried });
                 }
             }
@@ -869,13 +883,16 @@ impl Flip {
     async fn drain(&mut self) -> Result<(), Stop> {
         let deadline = Instant::now() + self.config.flip.drain_timeout;
         let mut caller = self.fleet.take().ok_or_else(not_called)?;
-        let (drained, prepared, theirs) = tokio::join!(
-            self.gate.drain(deadline),
-            self.no_prepared(deadline),
-            caller.answers(fleet::Step::Hold)
+        let done = tokio::try_join!(
+            async { Ok(tokio::join!(self.gate.drain(deadline), self.no_prepared(deadline))) },
+            // Beside the drain here: clients wait from now on. If others must not hold, these need not either.
+            async {
+                caller.ask(fleet::Step::Hold).await?;
+                Ok::<_, Stop>(caller.answers(fleet::Step::Hold).await?)
+            }
         );
         self.fleet = Some(caller);
-        let (_, theirs) = theirs?;
+        let ((drained, prepared), (_, theirs)) = done?;
         let mine: Vec<Obstacle> = drained.stragglers.into_iter().chain(drained.unmovable).collect();
         let in_the_way: Vec<Obstacle> = mine.iter().cloned().chain(theirs).collect();
         if !in_the_way.is_empty() {
@@ -919,10 +936,6 @@ impl Flip {
             ));
         }
         Ok(())
-    }
-
-    fn fleet(&self) -> Result<&Caller, Stop> {
-        self.fleet.as_ref().ok_or_else(not_called)
     }
 
     /// Lets the other sidecars go, wherever the state rows lead them.
