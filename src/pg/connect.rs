@@ -110,6 +110,13 @@ pub enum Stream {
     Tls(Box<tokio_rustls::client::TlsStream<TcpStream>>),
 }
 
+impl Stream {
+    /// True with TLS.
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Stream::Tls(_))
+    }
+}
+
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
@@ -148,17 +155,20 @@ impl AsyncWrite for Stream {
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
 /// Opens a byte stream to a server, TLS negotiated as its `sslmode` says. `limit` bounds the whole of it. With `allow` it
-/// is a plain one; if the server refuses the login on it, [`dial_again`].
+/// is a plain one. If the server refuses the login on it, [`dial_again`].
 pub async fn dial(server: &Server, limit: Duration) -> Result<Stream, ConnectError> {
     dial_as(server, server.sslmode, limit).await
 }
 
-/// With `sslmode=allow`, a TLS stream to try when the login on the plain one was refused, as libpq does; else `None`.
-pub async fn dial_again(server: &Server, limit: Duration) -> Option<Result<Stream, ConnectError>> {
-    if server.sslmode != SslMode::Allow || server.host.starts_with('/') {
-        return None;
-    }
-    Some(dial_as(server, SslMode::Require, limit).await)
+/// What libpq tries when the login on the first stream was refused: with `allow` one with TLS, with `prefer` one without, if
+/// the first was the other way (`tls`). Else `None`.
+pub async fn dial_again(server: &Server, tls: bool, limit: Duration) -> Option<Result<Stream, ConnectError>> {
+    let other = match (server.sslmode, tls) {
+        (SslMode::Allow, false) if !server.host.starts_with('/') => SslMode::Require,
+        (SslMode::Prefer, true) => SslMode::Disable,
+        _ => return None,
+    };
+    Some(dial_as(server, other, limit).await)
 }
 
 async fn dial_as(server: &Server, sslmode: SslMode, limit: Duration) -> Result<Stream, ConnectError> {
@@ -430,15 +440,16 @@ async fn connect_heard(
     heard: Arc<Notify>,
 ) -> Result<Client, ConnectError> {
     let stream = dial(server, limit).await?;
+    let tls = stream.is_tls();
     let refused = match connect_on(stream, server, database, purpose, limit, heard.clone()).await {
         Err(ConnectError::Login { source, side, database }) if source.as_db_error().is_some() => {
             ConnectError::Login { source, side, database }
         }
         done => return done,
     };
-    match dial_again(server, limit).await {
+    match dial_again(server, tls, limit).await {
         Some(Ok(stream)) => connect_on(stream, server, database, purpose, limit, heard).await,
-        // What the server said on the plain stream tells more than that there is no TLS.
+        // What the server said tells more than why there is no other stream.
         Some(Err(_)) | None => Err(refused),
     }
 }

@@ -82,13 +82,15 @@ pub(super) async fn open(server: &Server, login: &Login, limit: Duration) -> Res
             .await
             .map_err(|_| LoginError::Timeout(limit))?
     };
-    let refused = match bounded(crate::pg::dial(server, limit).await?).await {
+    let stream = crate::pg::dial(server, limit).await?;
+    let tls = stream.is_tls();
+    let refused = match bounded(stream).await {
         Err(refused @ LoginError::Refused(_)) => refused,
         done => return done,
     };
-    match crate::pg::dial_again(server, limit).await {
+    match crate::pg::dial_again(server, tls, limit).await {
         Some(Ok(stream)) => bounded(stream).await,
-        // What the server said on the plain stream tells more than that there is no TLS.
+        // What the server said tells more than why there is no other stream.
         Some(Err(_)) | None => Err(refused),
     }
 }

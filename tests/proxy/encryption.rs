@@ -114,6 +114,31 @@ async fn leg(servers: &Servers, query: &str) -> Result<bool, String> {
     }
 }
 
+/// Has both servers refuse connections of this kind, and of no other.
+async fn reject(servers: &Servers, kind: &str) {
+    for side in Side::BOTH {
+        let admin = servers.admin(side).await;
+        let row = admin.query_one("select current_setting('hba_file'), pg_conf_load_time()", &[]);
+        let row = row.await.unwrap();
+        let (file, before): (String, std::time::SystemTime) = (row.get(0), row.get(1));
+        let rules = std::fs::read_to_string(&file).unwrap();
+        let rest: Vec<&str> = rules.lines().filter(|rule| !rule.ends_with(" reject")).collect();
+        let first = format!("{kind} all app,postgres 127.0.0.1/32 reject\n");
+        std::fs::write(&file, first + &rest.join("\n") + "\n").unwrap();
+        servers.cluster(side).reload();
+        let until = std::time::Instant::now() + super::LIMIT;
+        // New sessions say when the server has read its files, or are refused.
+        while let Ok(session) = servers.cluster(side).connect("app").await {
+            let row = session.query_one("select pg_conf_load_time()", &[]).await.unwrap();
+            if row.get::<_, std::time::SystemTime>(0) > before {
+                break;
+            }
+            assert!(std::time::Instant::now() < until, "the file is not read");
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn every_sslmode_towards_servers_means_what_it_means_in_libpq() {
     let mut servers = Servers::with(WITH_TLS, &[], "").await;
@@ -134,28 +159,15 @@ async fn every_sslmode_towards_servers_means_what_it_means_in_libpq() {
     ] {
         assert_eq!(leg(&servers, &query).await, Ok(tls), "{query}");
     }
-    // A server that wants TLS gets it with `allow` as well.
-    for side in Side::BOTH {
-        let admin = servers.admin(side).await;
-        let file: String = admin.query_one("show hba_file", &[]).await.unwrap().get(0);
-        let before = std::fs::read_to_string(&file).unwrap();
-        std::fs::write(
-            &file,
-            format!("hostnossl all app,postgres 127.0.0.1/32 reject\n{before}"),
-        )
-        .unwrap();
-        admin.batch_execute("select pg_reload_conf()").await.unwrap();
-        let until = std::time::Instant::now() + super::LIMIT;
-        loop {
-            assert!(std::time::Instant::now() < until, "the file is not read");
-            if servers.cluster(side).connect("app").await.is_err() {
-                break;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-    }
-    assert_eq!(leg(&servers, "sslmode=allow").await, Ok(true));
+    // What is refused one way is tried the other way, if it may be.
+    reject(&servers, "hostssl").await;
+    assert!(leg(&servers, "sslmode=require").await.is_err());
+    assert_eq!(leg(&servers, "sslmode=prefer").await, Ok(false));
+    assert_eq!(leg(&servers, "sslmode=allow").await, Ok(false));
+    reject(&servers, "hostnossl").await;
     assert!(leg(&servers, "sslmode=disable").await.is_err());
+    assert_eq!(leg(&servers, "sslmode=allow").await, Ok(true));
+    assert_eq!(leg(&servers, "sslmode=prefer").await, Ok(true));
     // Another authority, and another name.
     let stranger = Authority::new();
     let wrong = stranger.root().display().to_string();
