@@ -185,8 +185,8 @@ async fn read(on: &Client, me: &Me) -> Result<Option<Call>, FleetError> {
 }
 
 /// Does what is called for, step by step, until the call is over or its caller dead. Lets nobody go: that is left to
-/// the guard, which knows where to. May be cancelled.
-pub async fn follow(config: &Config, active: Side, me: &Me, gate: &Gate) -> Result<(), FleetError> {
+/// the guard, which knows where to. `prepared`: the number of the last prepare that was done for the call. May be cancelled.
+pub async fn follow(config: &Config, active: Side, me: &Me, gate: &Gate, prepared: &mut u64) -> Result<(), FleetError> {
     let limit = config.limits.server_connect_timeout;
     let heard = Arc::new(Notify::new());
     let server = config.server(active);
@@ -197,6 +197,9 @@ pub async fn follow(config: &Config, active: Side, me: &Me, gate: &Gate) -> Resu
         if answered == Some((call.n, call.step)) {
             let _ = timeout_at(Instant::now() + LOOK, heard.notified()).await;
             continue;
+        }
+        if call.step == Step::Prepare {
+            *prepared = gate.prepares() + 1;
         }
         let done = tokio::select! {
             done = act(gate, &call, &in_the_way) => Some(done),

@@ -50,6 +50,8 @@ const TELL_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long reading both sides' rows may take, before anything is begun.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long clients that are held already are waited for to go on.
+const SETTLED_LIMIT: Duration = Duration::from_secs(15);
 
 /// How long forward steps are tried before they are left to the guard.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(20);
@@ -426,12 +428,28 @@ impl Flip {
         acting: &Acting,
     ) -> Result<Flip, Stop> {
         let source = request.direction.source();
-        let lock = OperatorLock::take(&config, &Side::BOTH, acting).await?.ok_or_else(|| {
-            Stop::no_go(
-                "another pgflip is at work on these two servers",
-                "Wait until it has finished: `pgflip status`.",
-            )
-        })?;
+        let settled_by = Instant::now() + SETTLED_LIMIT;
+        let lock = loop {
+            let lock = OperatorLock::take(&config, &Side::BOTH, acting).await?.ok_or_else(|| {
+                Stop::no_go(
+                    "another pgflip is at work on these two servers",
+                    "Wait until it has finished: `pgflip status`.",
+                )
+            })?;
+            if !gate.held() {
+                break lock;
+            }
+            // Another pgflip's flip has just ended, or died. Whoever was held for it is let go by the guard, which stands
+            // still as long as this has the lock.
+            drop(lock);
+            if Instant::now() >= settled_by {
+                return Err(Stop::no_go(
+                    "clients are held, and who is to let them go has not done so",
+                    "`pgflip status` says what is not settled.",
+                ));
+            }
+            sleep(Duration::from_millis(200)).await;
+        };
         complete_last(&config, &gate).await?;
         let databases = try_join_all(
             config

@@ -172,28 +172,35 @@ async fn answers(config: &Config, side: Side) -> Option<String> {
     }
 }
 
-/// True if a link brings something to the living side, and goes on doing so: what was heard last may have been said just
-/// before the other side died.
-async fn still_hears(config: &Config, alive: Side, database: &str) -> bool {
+/// True unless it is certain that no link brings anything to the living side: that it has been silent for [`HEARD_LATELY`]
+/// has to be seen, and a look that fails, or a worker that is just being started again, says nothing.
+async fn may_still_hear(config: &Config, alive: Side, database: &str) -> bool {
     let limit = config.limits.server_connect_timeout;
-    let until = Instant::now() + HEARD_LATELY + HEARD_LATELY / 2;
-    let statement = "select exists (select from pg_stat_subscription where subname = $1 and pid is not null
+    let statement = "select exists (select from pg_stat_subscription where subname = $1
                       and last_msg_receipt_time > clock_timestamp() - make_interval(secs => $2))";
-    loop {
-        let hears = async {
-            let client = connect(config.server(alive), database, PURPOSE, limit).await?;
-            let (name, lately) = (links::slot_name(alive, database), HEARD_LATELY.as_secs_f64());
-            let row = client.query_one(statement, &[&name, &lately]).await;
-            Ok::<bool, ConnectError>(row.is_ok_and(|row| row.get(0)))
+    let (name, lately) = (links::slot_name(alive, database), HEARD_LATELY.as_secs_f64());
+    let mut silent_since = None;
+    let until = Instant::now() + HEARD_LATELY * 3;
+    let mut client: Option<Client> = None;
+    while Instant::now() < until {
+        let heard = async {
+            if client.as_ref().is_none_or(|client| client.is_closed()) {
+                client = Some(connect(config.server(alive), database, PURPOSE, limit).await.ok()?);
+            }
+            let row = timeout(limit, client.as_ref()?.query_one(statement, &[&name, &lately])).await;
+            Some(row.ok()?.ok()?.get::<_, bool>(0))
         };
-        if !hears.await.unwrap_or(false) {
-            return false;
-        }
-        if Instant::now() >= until {
-            return true;
+        match heard.await {
+            Some(false) if silent_since.is_some_and(|since: Instant| since.elapsed() >= HEARD_LATELY) => return false,
+            Some(false) => {
+                silent_since.get_or_insert_with(Instant::now);
+            }
+            Some(true) => silent_since = None,
+            None => {}
         }
         sleep(Duration::from_millis(200)).await;
     }
+    true
 }
 
 /// The rows of every database of the living side, which must not be hearing from the other one.
@@ -215,7 +222,7 @@ async fn rows(config: &Config, alive: Side) -> Result<Vec<Row>, (String, &'stati
                 ));
             }
         }
-        if still_hears(config, alive, database).await {
+        if may_still_hear(config, alive, database).await {
             return Err((
                 format!(
                     "{alive} still hears from the other side in database {database}: it lives, only pgflip can't reach it"

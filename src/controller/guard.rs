@@ -292,10 +292,12 @@ impl Guard {
         if call.is_some() && idle {
             let (config, wake) = (config.clone(), self.controller.wake.clone());
             self.following = Some(tokio::spawn(async move {
-                if let Err(error) = fleet::follow(&config, active, &me, &gate).await {
+                let mut prepared = 0;
+                if let Err(error) = fleet::follow(&config, active, &me, &gate, &mut prepared).await {
                     tracing::warn!(%error, "another sidecar's flip can't be followed");
                 }
-                gate.forget_prepared();
+                // A flip of this process may have begun meanwhile.
+                gate.forget_prepared_in(prepared);
                 wake.notify_one();
             }));
         }

@@ -111,8 +111,8 @@ const OTHERS_PATIENCE: std::time::Duration = std::time::Duration::from_millis(50
 const READ_AHEAD: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Why a session can't be moved that calls set_config with names which pgflip can't see.
-pub const UNSEEN_SETTINGS: &str =
-    "custom settings whose names are put together at run time (list them in custom_settings, and start pgflip again)";
+pub const UNSEEN_SETTINGS: &str = "custom settings whose names are not known: put together at run time, or given to \
+    EXECUTE (list them in custom_settings, and start pgflip again)";
 
 /// Where a session stands, as the gate sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -451,6 +451,14 @@ struct Draining {
     trouble: Option<String>,
 }
 
+struct EndsDrain<'a>(&'a Gate);
+
+impl Drop for EndsDrain<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().draining = None;
+    }
+}
+
 impl Gate {
     /// A gate that is closed and leads nowhere until the first [`Gate::switch`]: clients that arrive before it is known
     /// which side is active are let in and wait.
@@ -549,6 +557,18 @@ impl Gate {
         inner.wake_all();
     }
 
+    /// The same, if the last [`Gate::prepare`] was the one of this number.
+    pub fn forget_prepared_in(&self, number: u64) {
+        if self.prepares() == number {
+            self.forget_prepared();
+        }
+    }
+
+    /// How many times [`Gate::prepare`] has been called: the number of the last.
+    pub fn prepares(&self) -> u64 {
+        self.inner.lock().prepares
+    }
+
     /// Stops sessions at their boundary. From when this returns on, no session begins a transaction; those inside one
     /// go on to its end. Idempotent.
     pub fn hold(&self) {
@@ -603,6 +623,8 @@ impl Gate {
             inner.orders.hold
         };
         self.asked.notify_one();
+        // Also when it is given up: nobody is let through any more.
+        let _ends = EndsDrain(self);
         let look = |late: bool| {
             let mut inner = self.inner.lock();
             let mut drained = Drained::default();
@@ -644,7 +666,6 @@ impl Gate {
                 }
                 drained.stragglers.push(session.obstacle(why));
             }
-            // From now on nobody is let through.
             inner.draining = None;
             Some(drained)
         };

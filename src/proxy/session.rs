@@ -176,9 +176,12 @@ impl Opening {
         }
     }
 
-    /// Nothing is answered any more.
-    fn close_question(&self) {
-        *self.question.lock() = Question::Over;
+    /// Nothing is answered any more. False: nothing was asked yet either, because the connection is not open.
+    fn close_question(&self) -> bool {
+        !matches!(
+            std::mem::replace(&mut *self.question.lock(), Question::Over),
+            Question::NotAsked
+        )
     }
 }
 
@@ -999,7 +1002,7 @@ impl Session {
         if tell.is_closed() {
             return Ok(());
         }
-        match self.read_state().await {
+        match self.read_state(true).await {
             Ok(state) => {
                 let _ = tell.send(state);
                 Ok(())
@@ -1257,7 +1260,9 @@ impl Session {
     }
 
     /// The session's state, read from its server at its boundary unless it has sent no request since that was done last.
-    async fn read_state(&mut self) -> Result<Arc<State>, NotReady> {
+    /// `ahead`: nobody is held. Then a server that takes its time is waited for, as for a statement of the client's, and
+    /// what a client sent before it went away is still sent on.
+    async fn read_state(&mut self, ahead: bool) -> Result<Arc<State>, NotReady> {
         self.finish_message().await?;
         // What the client knows, and must not see change.
         let kept: Vec<message::Pair> = KEPT
@@ -1267,7 +1272,7 @@ impl Session {
         let state = match &self.read {
             Some((sent, state)) if *sent == self.requests.sent && state.kept == kept => state.clone(),
             _ => {
-                let mut state = self.read_state_anew().await?;
+                let mut state = self.read_state_anew(ahead).await?;
                 state.kept = kept;
                 let state = Arc::new(state);
                 self.read = Some((self.requests.sent, state.clone()));
@@ -1282,7 +1287,7 @@ impl Session {
         Ok(state)
     }
 
-    async fn read_state_anew(&mut self) -> Result<State, NotReady> {
+    async fn read_state_anew(&mut self, ahead: bool) -> Result<State, NotReady> {
         self.shared.begin_own().await;
         let env = self.env.clone();
         let limit = env.config.limits.server_connect_timeout;
@@ -1306,14 +1311,28 @@ impl Session {
             let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
             names.extend(env.config.custom_settings.iter().map(String::as_str));
             names.extend(requests.settings.iter());
-            timeout(limit, transfer::harvest(server, &names, &requests.unnamed))
-                .await
-                .map_err(|_| TransferError::Stuck)?
+            let harvest = transfer::harvest(server, &names, &requests.unnamed);
+            if ahead {
+                return harvest.await;
+            }
+            timeout(limit, harvest).await.map_err(|_| TransferError::Stuck)?
         };
-        let read = tokio::select! {
-            read = work => read,
-            () = gone(client, held, Some(shared)) => return Err(NotReady::End(End::Client)),
-            () = killed(shared) => return Err(NotReady::End(End::Kill(ClientError::terminated(IN_THE_WAY)))),
+        let read = {
+            let mut work = pin!(work);
+            let end = || NotReady::End(End::Kill(ClientError::terminated(IN_THE_WAY)));
+            tokio::select! {
+                read = &mut work => read,
+                () = killed(shared) => return Err(end()),
+                () = gone(client, held, Some(shared)) => {
+                    if !ahead {
+                        return Err(NotReady::End(End::Client));
+                    }
+                    tokio::select! {
+                        read = &mut work => read,
+                        () = killed(shared) => return Err(end()),
+                    }
+                }
+            }
         };
         self.shared.end_own();
         self.note_waiting();
@@ -1334,11 +1353,12 @@ impl Session {
         self.closed().await.map_err(NotReady::End)?;
         // Whoever still waits for an answer gets none: what is read now is newer.
         self.asked = None;
-        let ahead = self.ahead.take().filter(|ahead| ahead.to == to);
-        if let Some(ahead) = &ahead {
-            ahead.close_question();
+        let mut ahead = self.ahead.take();
+        // One that is still waiting for its turn is not waited for.
+        if let Some(useless) = ahead.take_if(|ahead| !ahead.close_question() || ahead.to != to) {
+            useless.task.abort();
         }
-        let state = self.read_state().await?;
+        let state = self.read_state(false).await?;
         let env = self.env.clone();
         let limit = env.config.limits.server_connect_timeout;
         let Session {
@@ -1665,11 +1685,14 @@ async fn make_ahead(
             Ok(state) => state,
             // It is in a transaction. Others have their turn, and if it has no time before the drain, the connection is warm.
             Err(_) => {
-                // What fails here fails again, with its reason, when it counts.
-                let _ = timeout(limit, transfer::warm(&mut conn)).await;
+                if !matches!(timeout(limit, transfer::warm(&mut conn)).await, Ok(Ok(()))) {
+                    // Answers may still be on their way.
+                    conn = open().await?;
+                }
                 turn = None;
                 let state = told.await;
-                if state.is_ok() {
+                // Whoever is held waits for this.
+                if state.is_ok() && !env.gate.held() {
                     turn = Some(worker.opening.turn().await);
                 }
                 state

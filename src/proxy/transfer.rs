@@ -443,6 +443,10 @@ fn type_name(text: &[u8]) -> Option<TypeName> {
 /// Replays state on a connection that is nobody's yet, in as few round trips as can be. `has`: what has been replayed on it
 /// before ([`replay_ahead`]); then only what has changed since is said.
 pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&State>) -> Result<(), TransferError> {
+    // Nothing may be left to say on it.
+    if has.is_some() && !conn.is_alive().await {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
     let has = match has {
         Some(has) if has.same_settings(state) => Some(has),
         Some(_) => {
@@ -472,6 +476,8 @@ async fn discard(conn: &mut ServerConn) -> Result<(), TransferError> {
     let mut out = Vec::new();
     message::put_parse(&mut out, DISCARD, b"discard all", &[]);
     message::put_run(&mut out, PORTAL, DISCARD, &[]);
+    // That is not among what it discards.
+    message::put_close_statement(&mut out, b"");
     message::put_sync(&mut out);
     let side = conn.side;
     match &ask(conn, &out, 1).await?[0].error {
@@ -503,7 +509,10 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
     // One batch for each kind, so that what is refused is known, and only what there is.
     let mut out = Vec::new();
     let mut batches = Vec::new();
-    let settings = has.is_none().then(|| state.settings_in_order(conn)).unwrap_or_default();
+    let settings = match has {
+        None => state.settings_in_order(conn),
+        Some(_) => Vec::new(),
+    };
     if !settings.is_empty() {
         const SET: &[u8] = b"pgflip:set";
         message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);

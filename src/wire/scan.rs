@@ -170,7 +170,7 @@ impl Requests {
                 self.begin(&part);
             }
             match part.kind {
-                b'Q' => self.settings.feed(part.body, part.last),
+                b'Q' => self.settings.feed_simple(part.body, part.last),
                 b'B' if self.settings.bound() => self.settings.feed_bind(part.body, part.last),
                 b'P' => {
                     if let (Some(length), Some(byte)) = (self.undecided, part.body.first()) {

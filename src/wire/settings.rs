@@ -12,8 +12,9 @@ use std::collections::BTreeSet;
 const OVERLAP: usize = 256;
 /// The longest name that is looked for.
 const NAME_MAX: usize = OVERLAP / 2;
-/// Names kept a session; an application that makes up names without end is not followed.
-const MAX_NAMES: usize = 1_000;
+/// Names kept a session; an application that makes up names without end is not followed. Many: whatever reads like one among
+/// the parameters of Bind is kept, such as the name of a host or a file.
+const MAX_NAMES: usize = 10_000;
 
 /// The names one session has used.
 #[derive(Default)]
@@ -56,8 +57,18 @@ impl SettingNames {
         self.bound
     }
 
-    /// Looks at a part of a statement's text; `last`: nothing of it follows. A text without a dot or an underscore costs
-    /// two memchr.
+    /// Looks at a part of a simple Query's text; `last`: nothing of it follows. Its parameters are those of PREPARE, whose
+    /// values nobody sees.
+    #[inline]
+    pub fn feed_simple(&mut self, part: &[u8], last: bool) {
+        let before = std::mem::take(&mut self.bound);
+        self.feed(part, last);
+        self.computed |= self.bound;
+        self.bound = before;
+    }
+
+    /// Looks at a part of a Parse, or of another statement's text; `last`: nothing of it follows. A text without a dot or an
+    /// underscore costs two memchr.
     #[inline]
     pub fn feed(&mut self, part: &[u8], last: bool) {
         if self.tail.is_empty() && last {
@@ -302,6 +313,12 @@ mod tests {
         assert_eq!(look("select set_config('jit', 'off', false)"), (false, false));
         assert_eq!(look("select set_config from my_set_config(a)"), (false, false));
         assert_eq!(look("select set_config($1::text, $2, false)"), (true, false));
+        let mut names = SettingNames::default();
+        names.feed_simple(b"prepare p as select set_config($1, $2, false)", true);
+        assert!(
+            names.incomplete() && !names.bound(),
+            "who runs it by EXECUTE binds nothing"
+        );
     }
 
     proptest! {

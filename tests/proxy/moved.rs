@@ -1,7 +1,7 @@
 //! What a session finds again on the other side, and on its way back.
 
-use super::Servers;
 use super::raw::{self, describe_statement, kinds, parse, query, run, sync};
+use super::{Servers, soon};
 
 #[tokio::test]
 async fn the_unnamed_statement_is_there_after_a_flip_as_lib_pq_needs_it() {
@@ -248,5 +248,27 @@ async fn many_flips_with_requests_on_their_way_lose_double_and_reorder_nothing()
         seen.sort_unstable();
         let all: Vec<u64> = (0..acknowledged[client]).collect();
         assert_eq!(seen, all, "client {client}: each once");
+    }
+}
+
+#[tokio::test]
+async fn an_unnamed_statement_that_is_gone_since_it_was_read_ahead_is_gone_on_the_other_side() {
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", "");
+    for change in ["select 1", "set work_mem = '123kB'"] {
+        let mut raw = front.raw().await;
+        raw.send(&[parse("", "select 'unnamed'"), sync()].concat()).await;
+        assert_eq!(kinds(&raw.until_ready().await), "1Z");
+        let to = front.upstream().side.other();
+        let (_, failed) = front.gate.prepare(to, soon(30)).await;
+        assert!(failed.is_empty());
+        // A simple query destroys it.
+        raw.query(change).await;
+        front.gate.hold();
+        let drained = front.gate.drain(soon(10)).await;
+        assert!(drained.ready > 0 && drained.unmovable.is_empty(), "{drained:?}");
+        front.go_over().await;
+        raw.send(&[run("", &[]), sync()].concat()).await;
+        assert_eq!(raw::code(&raw.until_ready().await), "26000", "{change}");
     }
 }
