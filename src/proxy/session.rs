@@ -167,12 +167,12 @@ impl Opening {
     /// What is asked, once.
     fn take_question(&self) -> Option<oneshot::Sender<Arc<State>>> {
         let mut question = self.question.lock();
-        match &*question {
-            Question::Asked(_) => match std::mem::replace(&mut *question, Question::Over) {
-                Question::Asked(tell) => Some(tell),
-                _ => None,
-            },
-            _ => None,
+        match std::mem::replace(&mut *question, Question::Over) {
+            Question::Asked(tell) => Some(tell),
+            before => {
+                *question = before;
+                None
+            }
         }
     }
 
