@@ -1297,8 +1297,10 @@ impl Session {
             held,
             requests,
             shared,
+            read,
             ..
         } = self;
+        let before = read.as_ref().map(|(_, state)| state.clone());
         let work = async {
             if requests.settings.incomplete() && env.config.custom_settings.is_empty() {
                 return Err(TransferError::Unmovable(UNSEEN_SETTINGS.into()));
@@ -1311,7 +1313,7 @@ impl Session {
             let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
             names.extend(env.config.custom_settings.iter().map(String::as_str));
             names.extend(requests.settings.iter());
-            let harvest = transfer::harvest(server, &names, &requests.unnamed);
+            let harvest = transfer::harvest(server, &names, &requests.unnamed, before.as_deref());
             if ahead {
                 return harvest.await;
             }

@@ -11,6 +11,15 @@
 //! some boundary of its own and replayed on the connection that was opened ahead ([`replay_ahead`]); in the drain it is read
 //! again, since nothing tells what a function may have set, and only what has changed is replayed ([`replay`]).
 //!
+//! # Statements whose columns differ on the other side
+//!
+//! A client that has a statement described once may read its rows by that description for ever, and where a column has
+//! another type there, it reads wrong values without an error. So both servers describe each statement, and where the answers
+//! differ, what is prepared on the other side is a stand-in ([`Statement::stand_in`]). It is made where `pg_am` means a view of
+//! pgflip's and used where it means the catalog of that name: its rows' type has changed since it was prepared, so the
+//! server itself refuses it as it does after DDL (0A000 from `RevalidateCachedQuery`), from which drivers know how to go on.
+//! The stand-in's text has the statement's in it: on the way back that is prepared again.
+//!
 //! # What others may see of a session: LISTEN and advisory locks
 //!
 //! These two can't be taken along when a session goes over: by then something may have been missed, or somebody else may have
@@ -33,6 +42,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use tokio::time::{sleep, timeout};
 
 use crate::config::Config;
@@ -71,8 +82,7 @@ pub(super) struct State {
     session_user: Vec<u8>,
     role: Vec<u8>,
     statements: Vec<Statement>,
-    /// Body of the Parse.
-    unnamed: Option<Vec<u8>>,
+    unnamed: Option<UnnamedStatement>,
     /// How long its server lets it be idle.
     pub idle_limit: Option<Duration>,
     /// What it listens to.
@@ -179,6 +189,87 @@ struct Statement {
     name: Vec<u8>,
     text: Vec<u8>,
     types: Vec<TypeName>,
+    shape: Shape,
+}
+
+/// What a stand-in's text begins and ends with. Between them, in base64: the text it stands for, and that one's shape.
+const STAND_IN: [&[u8]; 2] = [
+    b"select * from pg_am /* pgflip: the columns of another statement differ here: ",
+    b" */",
+];
+
+impl Statement {
+    /// Text of what is prepared in its place where its columns differ.
+    fn stand_in(&self) -> Vec<u8> {
+        stand_in(&self.text, &self.shape)
+    }
+
+    /// Its text and shape again, if that is what it is.
+    fn from_stand_in(text: &[u8]) -> Option<(Vec<u8>, Shape)> {
+        let inner = text.strip_prefix(STAND_IN[0])?.strip_suffix(STAND_IN[1])?;
+        let mut parts = inner
+            .split(|byte| *byte == b' ')
+            .map(|part| BASE64_STANDARD.decode(part).ok());
+        let (text, shape) = (parts.next()??, parts.next()??);
+        let shape = match shape.split_first()? {
+            (b'c', columns) => Shape::Columns(columns.to_vec()),
+            (b'n', _) => Shape::NoRows,
+            _ => Shape::Unusable,
+        };
+        Some((text, shape))
+    }
+}
+
+fn stand_in(text: &[u8], shape: &Shape) -> Vec<u8> {
+    let shape = match shape {
+        Shape::Columns(columns) => [b"c", columns.as_slice()].concat(),
+        Shape::NoRows => b"n".to_vec(),
+        Shape::Unknown | Shape::Unusable => b"u".to_vec(),
+    };
+    let inner = format!("{} {}", BASE64_STANDARD.encode(text), BASE64_STANDARD.encode(shape));
+    [STAND_IN[0], inner.as_bytes(), STAND_IN[1]].concat()
+}
+
+/// What a server says of a statement's rows, as far as a client may rely on it.
+#[derive(Clone, Default, PartialEq, Eq)]
+enum Shape {
+    #[default]
+    Unknown,
+    NoRows,
+    /// Of each column its name, 0, its type's OID and modifier.
+    Columns(Vec<u8>),
+    /// The server refuses to describe it: it is of no use any more.
+    Unusable,
+}
+
+impl Shape {
+    fn of(mut description: &[u8]) -> Option<Shape> {
+        let columns = description.split_off(..2)?;
+        let mut kept = Vec::new();
+        for _ in 0..u16::from_be_bytes([columns[0], columns[1]]) {
+            kept.extend_from_slice(message::cstr(&mut description)?);
+            kept.push(0);
+            // Its table and number there, its type, the type's length and modifier, its format.
+            let rest = description.split_off(..18)?;
+            kept.extend_from_slice(&rest[6..10]);
+            kept.extend_from_slice(&rest[12..16]);
+        }
+        Some(Shape::Columns(kept))
+    }
+}
+
+/// The statement without a name.
+#[derive(PartialEq, Eq)]
+struct UnnamedStatement {
+    /// Body of its Parse.
+    parse: Vec<u8>,
+    shape: Shape,
+}
+
+/// What a server has said of a statement.
+struct Described {
+    types: Vec<u32>,
+    shape: Shape,
 }
 
 /// A parameter's type: the same OID everywhere if it is built in, else by name.
@@ -196,7 +287,15 @@ struct Answer {
     error: Option<Vec<u8>>,
     parses: usize,
     binds: usize,
+    described: Vec<Described>,
     status: u8,
+}
+
+impl Answer {
+    /// Statements that have been described in full.
+    fn shapes(&self) -> usize {
+        self.described.iter().filter(|d| d.shape != Shape::Unknown).count()
+    }
 }
 
 async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<Vec<Answer>> {
@@ -211,6 +310,23 @@ async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<
             match kind {
                 b'1' => answer.parses += 1,
                 b'2' => answer.binds += 1,
+                b't' => answer.described.push(Described {
+                    types: body
+                        .get(2..)
+                        .unwrap_or_default()
+                        .chunks_exact(4)
+                        .map(|oid| u32::from_be_bytes([oid[0], oid[1], oid[2], oid[3]]))
+                        .collect(),
+                    shape: Shape::Unknown,
+                }),
+                b'T' | b'n' => {
+                    if let Some(described) = answer.described.last_mut() {
+                        described.shape = match kind {
+                            b'n' => Shape::NoRows,
+                            _ => Shape::of(&body).unwrap_or_default(),
+                        };
+                    }
+                }
                 b'D' => answer.rows.push(body),
                 b'E' if answer.error.is_none() => answer.error = Some(body),
                 b'Z' => {
@@ -230,10 +346,17 @@ const LIMITS: &[u8] = b"pgflip:limits";
 const STATE: &[u8] = b"pgflip:state";
 const END: &[u8] = b"pgflip:end";
 const PORTAL: &[u8] = b"pgflip:portal";
+/// To describe a statement takes the locks of its tables, for which somebody may have queued who waits for long.
+const DESCRIBE_LIMIT: &[u8] = b"select pg_catalog.set_config('lock_timeout', '200ms', true)";
 
 /// Reads a session's state in its own connection, which is at its boundary and is left there. `names`: custom settings to
-/// ask for.
-pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unnamed) -> Result<State, TransferError> {
+/// ask for. `before`: its state on this connection as it was read before.
+pub(super) async fn harvest(
+    conn: &mut ServerConn,
+    names: &[&str],
+    unnamed: &Unnamed,
+    before: Option<&State>,
+) -> Result<State, TransferError> {
     let names = names.join("\x01");
     let asked_for_unnamed = unnamed.too_long || !unnamed.body.is_empty();
     let mut why = String::new();
@@ -280,13 +403,95 @@ pub(super) async fn harvest(conn: &mut ServerConn, names: &[&str], unnamed: &Unn
                     "the text of its unnamed prepared statement is not known".into(),
                 ));
             }
-            None => Some(unnamed.body.clone()),
+            None => Some(UnnamedStatement {
+                parse: unnamed.body.clone(),
+                shape: described
+                    .described
+                    .into_iter()
+                    .next()
+                    .map(|d| d.shape)
+                    .unwrap_or_default(),
+            }),
             // 26000: there is none. Anything else: it can't be used any more, for instance because its table is gone.
             Some(_) => None,
         };
-        return understand(&state.rows, unnamed);
+        let mut state = understand(&state.rows, unnamed)?;
+        describe(conn, &mut state.statements, before).await?;
+        return Ok(state);
     }
     Err(TransferError::Unmovable(why))
+}
+
+/// Has the server describe statements, but those described `before`.
+async fn describe(
+    conn: &mut ServerConn,
+    statements: &mut [Statement],
+    before: Option<&State>,
+) -> Result<(), TransferError> {
+    let known: HashMap<&[u8], &Statement> = before
+        .iter()
+        .flat_map(|before| &before.statements)
+        .map(|statement| (statement.name.as_slice(), statement))
+        .collect();
+    for statement in statements.iter_mut().filter(|s| s.shape == Shape::Unknown) {
+        if let Some(known) = known.get(statement.name.as_slice())
+            && known.text == statement.text
+            && known.types == statement.types
+        {
+            statement.shape = known.shape.clone();
+        }
+    }
+    let mut interrupted = 0;
+    loop {
+        let mut left: Vec<&mut Statement> = statements.iter_mut().filter(|s| s.shape == Shape::Unknown).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let mut out = Vec::new();
+        put_begin(&mut out);
+        message::put_parse(&mut out, STATE, DESCRIBE_LIMIT, &[]);
+        message::put_run(&mut out, PORTAL, STATE, &[]);
+        for statement in &left {
+            message::put_describe_statement(&mut out, &statement.name);
+        }
+        message::put_parse(&mut out, END, b"rollback", &[]);
+        message::put_run(&mut out, PORTAL, END, &[]);
+        close_own(&mut out);
+        message::put_sync(&mut out);
+        let answer = ask(conn, &out, 1).await?.pop().expect("one was asked for");
+        let done = answer.shapes();
+        for (statement, described) in left.iter_mut().zip(answer.described) {
+            statement.shape = described.shape;
+        }
+        let Some(error) = &answer.error else {
+            return match left.iter().any(|statement| statement.shape == Shape::Unknown) {
+                false => Ok(()),
+                true => Err(TransferError::Unmovable(
+                    "its prepared statements can't be described: a malformed answer".into(),
+                )),
+            };
+        };
+        undo(conn, answer.status).await?;
+        let refused = |what: &str| {
+            Err(TransferError::Unmovable(format!(
+                "{what}: {}",
+                ErrorFields(error).describe()
+            )))
+        };
+        // Before the first of them.
+        if answer.binds < 3 {
+            return refused("its prepared statements can't be described");
+        }
+        let Some(statement) = left.get_mut(done) else { continue };
+        match ErrorFields(error).code() {
+            b"57014" if interrupted < TRIES => interrupted += 1,
+            b"57014" | b"55P03" | b"40P01" => {
+                let name = String::from_utf8_lossy(&statement.name);
+                return refused(&format!("prepared statement {name:?} can't be described"));
+            }
+            _ => statement.shape = Shape::Unusable,
+        }
+    }
 }
 
 /// Begins a transaction that changes nothing, without the session's time limits; its first row says what they were.
@@ -319,7 +524,7 @@ fn close_own(out: &mut Vec<u8>) {
 }
 
 /// Turns rows into state. Of the rows of `session_limits.sql` and `session_state.sql` the first column says which.
-fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, TransferError> {
+fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<State, TransferError> {
     let unreadable = || TransferError::Unmovable("its state can't be read: a malformed row".into());
     let mut state = State {
         settings: Vec::new(),
@@ -360,8 +565,10 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
             b"lock" => state.locks.push(Lock([text(1), text(2), text(3), text(4)])),
             b"statement" => {
                 let name = text(1);
-                let mut body = text(2);
-                if column(3) == Some(b"sql") {
+                let (mut body, mut shape) = (text(2), Shape::Unknown);
+                if let Some((original, of_original)) = Statement::from_stand_in(&body) {
+                    (body, shape) = (original, of_original);
+                } else if column(3) == Some(b"sql") {
                     body = prepare_body(&body).map(<[u8]>::to_vec).ok_or_else(|| {
                         let name = String::from_utf8_lossy(&name).into_owned();
                         TransferError::Unmovable(format!(
@@ -381,6 +588,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<Vec<u8>>) -> Result<State, Trans
                     name,
                     text: body,
                     types,
+                    shape,
                 });
             }
             b"obstacle" => {
@@ -523,58 +731,141 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
         message::put_sync(&mut out);
         batches.push(Batch::Settings);
     }
+    // Those that are of no use on the other side either.
+    let usable: Vec<&Statement> = missing.iter().copied().filter(|s| s.shape != Shape::Unusable).collect();
+    let types = |statement: &Statement| -> Vec<u32> {
+        let oid = |name| match name {
+            &TypeName::BuiltIn(oid) => oid,
+            named => oids[named],
+        };
+        statement.types.iter().map(oid).collect()
+    };
     if !missing.is_empty() || !gone.is_empty() {
         for name in gone {
             message::put_close_statement(&mut out, name);
         }
-        for statement in &missing {
+        for statement in &usable {
             if had.contains_key(statement.name.as_slice()) {
                 message::put_close_statement(&mut out, &statement.name);
             }
-            let types: Vec<u32> = statement
-                .types
-                .iter()
-                .map(|name| match name {
-                    TypeName::BuiltIn(oid) => *oid,
-                    TypeName::Named(_) => oids[name],
-                })
-                .collect();
-            message::put_parse(&mut out, &statement.name, &statement.text, &types);
+            message::put_parse(&mut out, &statement.name, &statement.text, &types(statement));
+            message::put_describe_statement(&mut out, &statement.name);
         }
         message::put_sync(&mut out);
         batches.push(Batch::Statements);
     }
     if state.unnamed.as_ref() != has.and_then(|has| has.unnamed.as_ref()) {
         match &state.unnamed {
-            Some(body) => message::put(&mut out, b'P', |to| to.extend_from_slice(body)),
+            Some(unnamed) => {
+                message::put(&mut out, b'P', |to| to.extend_from_slice(&unnamed.parse));
+                message::put_describe_statement(&mut out, b"");
+            }
             None => message::put_close_statement(&mut out, b""),
         }
         message::put_sync(&mut out);
         batches.push(Batch::Unnamed);
     }
+    let unusable = missing.iter().filter(|s| s.shape == Shape::Unusable);
+    let mut stand_ins: Vec<StandIn> = unusable
+        .map(|s| StandIn::new(&s.name, s.stand_in(), types(s)))
+        .collect();
     for (batch, answer) in batches.iter().zip(ask(conn, &out, batches.len()).await?) {
-        let Some(error) = &answer.error else { continue };
         let named = |name: Option<&[u8]>| String::from_utf8_lossy(name.unwrap_or_default()).into_owned();
-        let what = match batch {
-            Batch::Settings => {
-                let at = answer.binds.saturating_sub(1);
-                format!("setting {}", named(settings.get(at).map(|(name, _)| *name)))
+        if let Some(error) = &answer.error {
+            let what = match batch {
+                Batch::Settings => {
+                    let at = answer.binds.saturating_sub(1);
+                    format!("setting {}", named(settings.get(at).map(|(name, _)| *name)))
+                }
+                Batch::Statements => {
+                    let statement = usable.get(answer.shapes()).map(|statement| statement.name.as_slice());
+                    format!("prepared statement {:?}", named(statement))
+                }
+                Batch::Unnamed => "its unnamed prepared statement".into(),
+            };
+            return Err(TransferError::Unmovable(format!(
+                "{what} on {side}: {}",
+                ErrorFields(error).describe()
+            )));
+        }
+        match (batch, &state.unnamed) {
+            (Batch::Statements, _) => {
+                for (statement, described) in usable.iter().zip(&answer.described) {
+                    if described.shape != statement.shape {
+                        stand_ins.push(StandIn::new(&statement.name, statement.stand_in(), types(statement)));
+                    }
+                }
             }
-            Batch::Statements => {
-                let statement = missing.get(answer.parses).map(|statement| statement.name.as_slice());
-                format!("prepared statement {:?}", named(statement))
+            (Batch::Unnamed, Some(unnamed)) => {
+                if let Some(described) = answer.described.first().filter(|d| d.shape != unnamed.shape) {
+                    stand_ins.push(StandIn::new(
+                        b"",
+                        stand_in(b"", &unnamed.shape),
+                        described.types.clone(),
+                    ));
+                }
             }
-            Batch::Unnamed => "its unnamed prepared statement".into(),
-        };
-        return Err(TransferError::Unmovable(format!(
-            "{what} on {side}: {}",
-            ErrorFields(error).describe()
-        )));
+            _ => {}
+        }
     }
+    put_stand_ins(conn, &stand_ins).await?;
     // What was said unasked on this connection so far is about pgflip's own doing; its parameters are kept.
     conn.aside.clear();
     Ok(())
 }
+
+/// What is prepared for a statement whose columns differ: see this module's beginning.
+struct StandIn<'a> {
+    name: &'a [u8],
+    text: Vec<u8>,
+    types: Vec<u32>,
+}
+
+impl StandIn<'_> {
+    fn new(name: &[u8], text: Vec<u8>, types: Vec<u32>) -> StandIn<'_> {
+        StandIn { name, text, types }
+    }
+}
+
+async fn put_stand_ins(conn: &mut ServerConn, stand_ins: &[StandIn<'_>]) -> Result<(), TransferError> {
+    if stand_ins.is_empty() {
+        return Ok(());
+    }
+    let mut out = Vec::new();
+    put_begin(&mut out);
+    message::put_parse(&mut out, STATE, STAND_IN_PATH, &[]);
+    message::put_run(&mut out, PORTAL, STATE, &[]);
+    for stand_in in stand_ins {
+        message::put_close_statement(&mut out, stand_in.name);
+        message::put_parse(&mut out, stand_in.name, &stand_in.text, &stand_in.types);
+        message::put_describe_statement(&mut out, stand_in.name);
+    }
+    message::put_parse(&mut out, END, b"rollback", &[]);
+    message::put_run(&mut out, PORTAL, END, &[]);
+    close_own(&mut out);
+    message::put_sync(&mut out);
+    let answer = ask(conn, &out, 1).await?.pop().expect("one was asked for");
+    let side = conn.side;
+    let failed = |why: &str| {
+        Err(TransferError::Unmovable(format!(
+            "the columns of its prepared statements differ on {side}, and it can't be told there: {why}"
+        )))
+    };
+    if let Some(error) = &answer.error {
+        return failed(&ErrorFields(error).describe());
+    }
+    // One column, the view's.
+    let view = |d: &Described| matches!(&d.shape, Shape::Columns(columns) if columns.starts_with(b"changed\0"));
+    if answer.described.len() != stand_ins.len() || !answer.described.iter().all(view) {
+        return failed("view pgflip.pg_am can't be used; `pgflip replication start` makes it");
+    }
+    let names: Vec<_> = stand_ins.iter().map(|s| String::from_utf8_lossy(s.name)).collect();
+    tracing::info!(%side, statements = ?names, "prepared statements whose columns differ: the client is told at its next use");
+    Ok(())
+}
+
+/// Where a stand-in is made, `pg_am` is `pgflip.pg_am` (`pg/sql/install.sql`).
+const STAND_IN_PATH: &[u8] = b"select pg_catalog.set_config('search_path', 'pgflip, pg_catalog', true)";
 
 enum Batch {
     Settings,
@@ -1062,7 +1353,7 @@ pub(super) async fn mark(conn: &mut ServerConn) -> io::Result<Marked> {
 /// Runs once, on a connection that is nobody's yet, what reads and replays state, and changes nothing: a server's session
 /// that does so for the first time spends ten times as long on its catalogs, and in the drain clients would wait for it.
 pub(super) async fn warm(conn: &mut ServerConn) -> Result<(), TransferError> {
-    harvest(conn, &[], &Unnamed::default()).await?;
+    harvest(conn, &[], &Unnamed::default(), None).await?;
     const SET: &[u8] = b"pgflip:set";
     let mut out = Vec::new();
     message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);

@@ -9,6 +9,7 @@ mod moved;
 mod pinned;
 mod process;
 pub mod raw;
+mod shapes;
 mod tools;
 
 use std::path::Path;

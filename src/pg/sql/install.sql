@@ -115,6 +115,10 @@ end
 $$;
 revoke all on function pgflip.expect(text[], bigint) from public;
 
+-- A statement that is prepared where this hides the catalog of the same name, and used where it does not, is refused with
+-- 0A000 as after DDL: that is how a client learns that the columns of a statement of its own differ here (src/proxy/transfer.rs).
+create or replace view pgflip.pg_am as select true as changed;
+
 -- Sidecars before these two servers: each keeps its row on the active side's carrier, once a second, and answers there
 -- what it is called to do. A row whose session is gone, or that is old, is nobody's.
 create table if not exists pgflip.sidecar (
