@@ -13,7 +13,8 @@
 //! 3  controller/    what an operator asks for: flip (THE LIST of steps), preflight, fence, links, lag, sequences,
 //!                   copy … each usable alone; steps of a flip are thin. state: the rows that say who is right;
 //!                   recovery: what to do from them alone; guard and upkeep: doing it, for ever; fleet: the other
-//!                   sidecars; force: going on without a dead side; sessions: what binds clients to a server
+//!                   sidecars; force: going on without a dead side; sessions: what binds clients to a server;
+//!                   easing: writers slowed down until the target keeps up
 //! 2  proxy/         what a client goes through: listener, handshake, session, boundary, gate, transfer, cancel; turns: who
 //!                   is let through in a drain because others wait for it
 //! 1  wire/          bytes: scan headers, startup, SCRAM, errors; no sockets inside

@@ -8,6 +8,7 @@ mod common;
 mod copy_ended;
 mod drift;
 mod drivers;
+mod eased;
 mod fleet;
 mod flip_parts;
 mod forced;

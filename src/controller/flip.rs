@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::Statement;
 
+use super::easing::Easing;
 use super::fence::{self, Digest, DigestStatement, FenceError, OldXids};
 use super::fleet::{self, Caller, FleetError, Me, Other};
 use super::force;
@@ -323,6 +324,10 @@ pub struct Flip {
     me: Arc<Me>,
     /// Where they stand after the flip.
     sidecars: Vec<Other>,
+    /// From `settle` until clients are held.
+    easing: Option<Easing>,
+    /// Clients have been eased.
+    eased: bool,
     held_since: Option<Instant>,
     window_since: Option<Instant>,
     held_ms: f64,
@@ -336,6 +341,13 @@ pub struct Flip {
     traffic: Option<Traffic>,
     /// Forward steps that clients did not have to wait for and that the guard goes on trying.
     left_undone: Vec<String>,
+}
+
+/// What speaks against holding clients now.
+struct Unsettled {
+    what: String,
+    /// How far the standby is behind, if that is it.
+    lag_bytes: u64,
 }
 
 /// The last lag that was seen towards the standby, all databases together.
@@ -514,6 +526,8 @@ impl Flip {
             fleet: None,
             me: me.clone(),
             sidecars: Vec::new(),
+            easing: None,
+            eased: false,
             held_since: None,
             window_since: None,
             held_ms: 0.0,
@@ -586,7 +600,7 @@ impl Flip {
             // These two keep their own time, and say more than "too late".
             Reversible::Settle => flip.settle_timeout + ROUND_TRIP_MAX + Duration::from_secs(10),
             Reversible::Arm => flip.arm_timeout + flip.settle_timeout + ROUND_TRIP_MAX + Duration::from_secs(30),
-            Reversible::Prepare => Duration::from_secs(60),
+            Reversible::Prepare => flip.settle_timeout + Duration::from_secs(60),
             Reversible::Hold => spare,
             // To drain, to end stragglers, and to drain again.
             Reversible::Drain => flip.drain_timeout * 3 + spare * 2,
@@ -613,8 +627,12 @@ impl Flip {
             Reversible::Preflight => self.preflight().await,
             Reversible::Settle => self.settle().await,
             Reversible::Arm => self.arm().await,
-            Reversible::Prepare => self.prepare().await,
+            Reversible::Prepare => {
+                self.prepare().await?;
+                self.still_close_behind().await
+            }
             Reversible::Hold => {
+                self.stop_easing();
                 self.held_since = Some(Instant::now());
                 self.gate.hold();
                 Ok(())
@@ -705,36 +723,90 @@ impl Flip {
                 links::move_reverse_slot_up(&database.target, &slot, &expect).await?;
             }
         }
+        self.easing = Some(Easing::new(self.gate.clone()));
         loop {
             let readings = try_join_all(self.databases.iter().map(|database| self.unsettled(database))).await?;
-            let Some(reading) = readings.into_iter().flatten().next() else {
+            let lag = readings.iter().flatten().map(|unsettled| unsettled.lag_bytes).sum();
+            let Some(unsettled) = readings.into_iter().flatten().next() else {
                 return Ok(());
             };
-            if Instant::now() >= deadline {
-                return Err(Stop::no_go(
-                    format!("not settled within {:?}: {reading}", self.config.flip.settle_timeout),
-                    "Look at `pgflip lag` and `pgflip replication status`; when it is quieter, try again.",
-                ));
-            }
-            self.operation.event("settle", "progress", reading, Value::Null);
-            sleep(Duration::from_millis(200)).await;
+            self.wait_for_the_link("settle", unsettled.what, lag, deadline).await?;
         }
     }
 
+    /// It is not settled yet: says so, eases writers if the lag (bytes, of all databases) does not fall fast enough, waits
+    /// for a moment.
+    async fn wait_for_the_link(&self, step: &str, what: String, lag: u64, deadline: Instant) -> Result<(), Stop> {
+        if let Some(easing) = &self.easing
+            && lag > 0
+        {
+            easing.look(lag, self.config.flip.settle_lag_bytes, deadline);
+        }
+        let what = format!("{what}{}", self.how_eased());
+        if Instant::now() >= deadline {
+            return Err(Stop::no_go(
+                format!("not settled within {:?}: {what}", self.config.flip.settle_timeout),
+                "Look at `pgflip lag` and `pgflip replication status`; when it is quieter, try again.",
+            ));
+        }
+        self.operation.event(step, "progress", what, Value::Null);
+        sleep(Duration::from_millis(200)).await;
+        Ok(())
+    }
+
+    fn how_eased(&self) -> String {
+        let eased = self.easing.as_ref().and_then(Easing::describe);
+        eased.map_or(String::new(), |how| format!("; {how}"))
+    }
+
+    fn stop_easing(&mut self) {
+        self.eased |= self.easing.take().is_some_and(|easing| easing.has_eased());
+    }
+
+    /// Arming and preparing take their time, in which the link may have fallen behind again: clients would be held for it.
+    async fn still_close_behind(&self) -> Result<(), Stop> {
+        let deadline = Instant::now() + self.config.flip.settle_timeout;
+        loop {
+            let close = async |database| match self.behind(database).await? {
+                None => self.marker_behind(database).await,
+                behind => Ok(behind),
+            };
+            let readings = try_join_all(self.databases.iter().map(close)).await?;
+            let lag = readings.iter().flatten().map(|unsettled| unsettled.lag_bytes).sum();
+            let Some(unsettled) = readings.into_iter().flatten().next() else {
+                return Ok(());
+            };
+            self.wait_for_the_link("prepare", unsettled.what, lag, deadline).await?;
+        }
+    }
+
+    /// How far the standby is behind, if that is too much or unknown.
+    async fn behind(&self, database: &Database) -> Result<Option<Unsettled>, Stop> {
+        let reading = links::read(&database.ends(self.source)).await?;
+        let (name, link) = (&database.name, reading.name);
+        let (what, lag_bytes) = match reading.lag_bytes {
+            None => (format!("database {name}: the lag of {link} is unknown"), 0),
+            Some(lag) if lag > self.config.flip.settle_lag_bytes => {
+                (format!("database {name}: {link} is {lag} bytes behind"), lag)
+            }
+            Some(_) => return Ok(None),
+        };
+        Ok(Some(Unsettled { what, lag_bytes }))
+    }
+
     /// What speaks against holding clients now. `None`: nothing.
-    async fn unsettled(&self, database: &Database) -> Result<Option<String>, Stop> {
+    async fn unsettled(&self, database: &Database) -> Result<Option<Unsettled>, Stop> {
         let name = &database.name;
+        let other = |what: String| {
+            let what = format!("database {name}: {what}");
+            Ok(Some(Unsettled { what, lag_bytes: 0 }))
+        };
         let found = links::obstacles(&database.ends(self.source), self.regime).await?;
         if let Some(finding) = found.iter().find(|finding| finding.stops()) {
-            return Ok(Some(format!("database {name}: {}", finding.what)));
+            return other(finding.what.clone());
         }
-        let reading = links::read(&database.ends(self.source)).await?;
-        match reading.lag_bytes {
-            None => return Ok(Some(format!("database {name}: the lag of {} is unknown", reading.name))),
-            Some(lag) if lag > self.config.flip.settle_lag_bytes => {
-                return Ok(Some(format!("database {name}: {} is {lag} bytes behind", reading.name)));
-            }
-            Some(_) => {}
+        if let Some(behind) = self.behind(database).await? {
+            return Ok(Some(behind));
         }
         let seconds = self.config.flip.drain_timeout.max(LONG_OPEN).as_secs_f64();
         let (clients, ended) = (
@@ -747,30 +819,36 @@ impl Flip {
             .await?;
         if !open.is_empty() {
             let open: Vec<String> = open.iter().map(|row| row.get(0)).collect();
-            return Ok(Some(format!(
-                "database {name}: transactions that have been open for longer than everybody could be held for them: {}",
+            return other(format!(
+                "transactions that have been open for longer than everybody could be held for them: {}",
                 open.join(", ")
-            )));
+            ));
         }
+        self.marker_behind(database).await
+    }
+
+    /// If a marker is not seen on the target in time. Writers are eased then.
+    async fn marker_behind(&self, database: &Database) -> Result<Option<Unsettled>, Stop> {
         match self.round_trip(database).await {
             Ok(()) => Ok(None),
-            Err(Stop::NoGo { what, .. }) => Ok(Some(format!("database {name}: {what}"))),
-            Err(other) => Err(other),
+            Err(Stop::NoGo { what, .. }) => {
+                if let Some(easing) = &self.easing {
+                    easing.late();
+                }
+                let what = format!("database {}: {what}", database.name);
+                Ok(Some(Unsettled { what, lag_bytes: 0 }))
+            }
+            Err(error) => Err(error),
         }
     }
 
     /// After arming: thousands of tables whose triggers have changed keep a link busy for some seconds.
     async fn caught_up(&self, database: &Database) -> Result<(), Stop> {
         let deadline = Instant::now() + self.config.flip.settle_timeout;
-        loop {
-            match self.round_trip(database).await {
-                Err(Stop::NoGo { what, .. }) if Instant::now() < deadline => {
-                    let reading = format!("database {}: {what}", database.name);
-                    self.operation.event("arm", "progress", reading, Value::Null);
-                }
-                ended => return ended,
-            }
+        while let Some(unsettled) = self.marker_behind(database).await? {
+            self.wait_for_the_link("arm", unsettled.what, 0, deadline).await?;
         }
+        Ok(())
     }
 
     async fn round_trip(&self, database: &Database) -> Result<(), Stop> {
@@ -1274,6 +1352,7 @@ impl Flip {
 
     /// Undoes these steps, last first. `why` is none for a rehearsal.
     async fn unwind(&mut self, applied: &[Reversible], why: Option<(&'static str, Stop)>) -> Ended {
+        self.stop_easing();
         if let Some((step, stop)) = &why {
             let text = match stop {
                 Stop::NoGo { what, .. } | Stop::Superseded(what) | Stop::Broken(what) => what.clone(),
@@ -1324,6 +1403,8 @@ impl Flip {
             result["failed_step"] = json!(step);
             result["why"] = json!(what);
             result["means"] = json!(match (before_anybody, self.sessions.ended) {
+                (true, _) if self.eased =>
+                    "No client was held and nothing was changed; writers were slowed down for a while.".into(),
                 (true, _) => UNTOUCHED.to_owned(),
                 (false, 0) => format!("Clients go on on {} where they were; nothing was lost.", self.source),
                 (false, n) => format!(
@@ -1686,6 +1767,7 @@ impl Flip {
             "held_ms": self.held_ms,
             "drain_ms": self.drain_ms,
             "window_ms": self.window_ms,
+            "eased": self.eased,
             "steps": self.timings,
             "sessions": self.sessions,
             "sidecars": self.sidecars,

@@ -5,6 +5,7 @@
 
 pub mod copy;
 pub mod drift;
+mod easing;
 pub mod fence;
 pub mod fleet;
 pub mod flip;
