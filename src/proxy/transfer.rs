@@ -507,14 +507,20 @@ fn put_begin(out: &mut Vec<u8>) {
 async fn undo(conn: &mut ServerConn, status: u8) -> io::Result<()> {
     let mut out = Vec::new();
     if status != b'I' {
-        // Whether it was parsed is not known; closing what does not exist is no error.
+        // Whether they were made is not known; closing what does not exist is no error. A portal whose execution failed is
+        // there until the transaction ends, and its name can't be used again before.
+        message::put_close_portal(&mut out, PORTAL);
         message::put_close_statement(&mut out, END);
         message::put_parse(&mut out, END, b"rollback", &[]);
         message::put_run(&mut out, PORTAL, END, &[]);
     }
     close_own(&mut out);
     message::put_sync(&mut out);
-    ask(conn, &out, 1).await.map(drop)
+    match ask(conn, &out, 1).await?.first() {
+        Some(answer) if answer.status == b'I' => Ok(()),
+        // Not fit for the client: it would meet pgflip's own transaction.
+        _ => Err(io::Error::other("a transaction of pgflip's could not be ended")),
+    }
 }
 
 fn close_own(out: &mut Vec<u8>) {

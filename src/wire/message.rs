@@ -228,9 +228,14 @@ pub fn put_run(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: &[&[
         put_cstr(body, portal);
         body.extend_from_slice(&[0; 4]);
     });
+    put_close_portal(into, portal);
+}
+
+/// Close of a portal.
+pub fn put_close_portal(into: &mut Vec<u8>, name: &[u8]) {
     put(into, b'C', |body| {
         body.push(b'P');
-        put_cstr(body, portal);
+        put_cstr(body, name);
     });
 }
 

@@ -272,3 +272,25 @@ async fn an_unnamed_statement_that_is_gone_since_it_was_read_ahead_is_gone_on_th
         assert_eq!(raw::code(&raw.until_ready().await), "26000", "{change}");
     }
 }
+
+#[tokio::test]
+async fn a_session_whose_state_can_not_be_read_is_named_and_goes_on_as_if_nothing_had_been_asked() {
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    raw.query("set app.tenant = '☃'").await;
+    raw.query("set client_encoding = 'LATIN1'").await;
+    for _ in 0..2 {
+        let drained = front.hold().await;
+        assert!(
+            drained.unmovable[0].why.starts_with("its state can't be read"),
+            "{drained:?}"
+        );
+        front.unwind();
+        let answer = raw.query("set client_min_messages = notice").await;
+        assert_eq!(kinds(&answer), "CZ", "{}", raw::describe(&answer));
+    }
+    raw.query("set client_encoding = 'UTF8'").await;
+    front.flip().await;
+    assert_eq!(raw.value("show app.tenant").await, "☃");
+}
