@@ -15,7 +15,8 @@
 //!                   recovery: what to do from them alone; guard and upkeep: doing it, for ever; fleet: the other
 //!                   sidecars; force: going on without a dead side; sessions: what binds clients to a server;
 //!                   easing: writers slowed down until the target keeps up
-//! 2  proxy/         what a client goes through: listener, handshake, session, boundary, gate, transfer, cancel; turns: who
+//! 2  proxy/         what a client goes through: listener, handshake, session, boundary, gate, transfer and
+//!                   temporary (what a session takes along), cancel; turns: who
 //!                   is let through in a drain because others wait for it
 //! 1  wire/          bytes: scan headers, startup, SCRAM, errors; no sockets inside
 //!    pg/            the servers: Side, Lsn, Ident, connecting, server features, SQL (`pg/sql/*.sql`)

@@ -66,6 +66,7 @@ async fn pair(blue: u32, green: u32) -> Pair {
             client_login_timeout: second * 30,
             server_connect_timeout: second * 30,
             unnamed_statement_max: 1 << 16,
+            temporary_max: 0,
             hold_timeout: second * 30,
         },
         custom_settings: Vec::new(),

@@ -179,6 +179,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "client_login_timeout",
             "server_connect_timeout",
             "unnamed_statement_max",
+            "temporary_max",
             "hold_timeout",
         ],
     ),
@@ -659,6 +660,9 @@ impl<'a> Reader<'a> {
             unnamed_statement_max: self
                 .integer("limits", "unnamed_statement_max", 64 * 1024, 0, 1 << 30)
                 .unsigned_abs() as usize,
+            temporary_max: self
+                .integer("limits", "temporary_max", 1 << 20, 0, 1 << 30)
+                .unsigned_abs(),
             hold_timeout: self.duration("limits", "hold_timeout", s(30), ms(100), s(86_400)),
         };
         let log_format = self.choice(

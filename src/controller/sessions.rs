@@ -176,11 +176,7 @@ async fn outside(config: &Config, side: Side, database: &str, pids: &[i32]) -> R
             .query(include_str!("../pg/sql/sessions_outside.sql"), &[&pids])
             .await?;
         let temporary = match Features::read(&*client).await?.temporary_schemas_are_numbered() {
-            true => {
-                client
-                    .query(include_str!("../pg/sql/sessions_temporary.sql"), &[&pids])
-                    .await?
-            }
+            true => temporary(config, &client, pids).await?,
             false => Vec::new(),
         };
         Ok::<_, tokio_postgres::Error>((rows, temporary))
@@ -200,11 +196,56 @@ async fn outside(config: &Config, side: Side, database: &str, pids: &[i32]) -> R
         };
         pins.push((row.get("pid"), Pin { what, movable, since_s }));
     }
-    for row in &temporary {
-        let (schema, name): (String, String) = (row.get("schema"), row.get("name"));
-        let what = format!("temporary: {name} ({schema})");
-        let (movable, since_s) = (false, None);
-        pins.push((row.get("pid"), Pin { what, movable, since_s }));
+    pins.extend(temporary);
+    Ok(pins)
+}
+
+/// Temporary objects. Those that the drain could take along are movable.
+async fn temporary(config: &Config, client: &Client, pids: &[i32]) -> Result<Vec<(i32, Pin)>, tokio_postgres::Error> {
+    let pin = |what: String, movable| Pin {
+        what: format!("temporary: {what}"),
+        movable,
+        since_s: None,
+    };
+    let mut pins = Vec::new();
+    let mut schemas: BTreeMap<u32, (i32, String)> = BTreeMap::new();
+    let rows = client
+        .query(include_str!("../pg/sql/sessions_temporary.sql"), &[&pids])
+        .await?;
+    for row in &rows {
+        let (pid, schema): (i32, String) = (row.get("pid"), row.get("schema"));
+        match row.get::<_, Option<&str>>("name") {
+            None => drop(schemas.insert(row.get("namespace"), (pid, schema))),
+            Some(name) => pins.push((pid, pin(format!("{name} ({schema})"), false))),
+        }
+    }
+    let namespaces: Vec<u32> = schemas.keys().copied().collect();
+    if namespaces.is_empty() {
+        return Ok(pins);
+    }
+    let rows = client
+        .query(include_str!("../pg/sql/temporary_objects.sql"), &[&namespaces])
+        .await?;
+    // An object has a row for each statement that makes it.
+    let mut objects: BTreeMap<(u32, &str), (i64, Option<&str>)> = BTreeMap::new();
+    for row in &rows {
+        let object = objects
+            .entry((row.get("namespace"), row.get("plain")))
+            .or_insert((row.get("bytes"), None));
+        object.1 = object.1.or(row.get("obstacle"));
+    }
+    for (namespace, (pid, schema)) in &schemas {
+        let own = || objects.iter().filter(|((of, _), _)| of == namespace);
+        let bytes = own().map(|(_, (bytes, _))| *bytes).sum::<i64>().unsigned_abs();
+        let max = config.limits.temporary_max;
+        for ((_, name), (_, obstacle)) in own() {
+            let (why, movable) = match obstacle {
+                Some(why) => (format!(" {why}"), false),
+                None if bytes > max => (format!(" ({bytes} bytes, limits.temporary_max is {max})"), false),
+                None => (String::new(), true),
+            };
+            pins.push((*pid, pin(format!("{name} ({schema}){why}"), movable)));
+        }
     }
     Ok(pins)
 }

@@ -389,13 +389,7 @@ fn template(binaries: &Binaries, options: &Options) -> Result<Template, ClusterE
     initdb.arg("-D").arg(making.join("data")).arg("-U").arg(&options.user);
     initdb.arg(format!("--pwfile={}", file.display()));
     // C knows every platform; collations are not what throwaway servers are for.
-    initdb.args([
-        "--auth=scram-sha-256",
-        "--encoding=UTF8",
-        "--no-locale",
-        "--no-sync",
-        "--no-instructions",
-    ]);
+    initdb.args(["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync"]);
     run(&format!("initdb {}", binaries.version), &mut initdb)?;
     fs::rename(&making, &directory).map_err(io_error("moving a template in place"))?;
     template(&directory).ok_or_else(|| ClusterError::Failed {

@@ -13,6 +13,7 @@ pub mod gate;
 mod handshake;
 mod server;
 mod session;
+mod temporary;
 mod transfer;
 mod turns;
 mod verifiers;

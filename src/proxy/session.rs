@@ -1300,6 +1300,7 @@ impl Session {
             read,
             ..
         } = self;
+        let temporary_max = env.config.limits.temporary_max;
         let before = read.as_ref().map(|(_, state)| state.clone());
         let work = async {
             if requests.settings.incomplete() && env.config.custom_settings.is_empty() {
@@ -1313,7 +1314,7 @@ impl Session {
             let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
             names.extend(env.config.custom_settings.iter().map(String::as_str));
             names.extend(requests.settings.iter());
-            let harvest = transfer::harvest(server, &names, &requests.unnamed, before.as_deref());
+            let harvest = transfer::harvest(server, &names, &requests.unnamed, before.as_deref(), temporary_max);
             if ahead {
                 return harvest.await;
             }

@@ -49,6 +49,7 @@ use tokio::time::{sleep, timeout};
 use crate::config::Config;
 use crate::pg::{self, Purpose, Side};
 use crate::proxy::server::ServerConn;
+use crate::proxy::temporary::Temporary;
 use crate::wire::message::{self, ErrorFields, Pair};
 use crate::wire::scan::Unnamed;
 
@@ -83,6 +84,7 @@ pub(super) struct State {
     role: Vec<u8>,
     statements: Vec<Statement>,
     unnamed: Option<UnnamedStatement>,
+    temporary: Temporary,
     /// How long its server lets it be idle.
     pub idle_limit: Option<Duration>,
     /// What it listens to.
@@ -282,12 +284,14 @@ enum TypeName {
 
 /// What came between two ReadyForQuery.
 #[derive(Default)]
-struct Answer {
-    rows: Vec<Vec<u8>>,
-    error: Option<Vec<u8>>,
+pub(super) struct Answer {
+    pub rows: Vec<Vec<u8>>,
+    pub error: Option<Vec<u8>>,
     parses: usize,
     binds: usize,
     described: Vec<Described>,
+    /// What each COPY TO has said.
+    pub copies: Vec<Vec<u8>>,
     status: u8,
 }
 
@@ -298,7 +302,7 @@ impl Answer {
     }
 }
 
-async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<Vec<Answer>> {
+pub(super) async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<Vec<Answer>> {
     if !bytes.is_empty() {
         conn.send(bytes).await?;
     }
@@ -328,6 +332,12 @@ async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<
                     }
                 }
                 b'D' => answer.rows.push(body),
+                b'H' => answer.copies.push(Vec::new()),
+                b'd' => {
+                    if let Some(copy) = answer.copies.last_mut() {
+                        copy.extend_from_slice(&body);
+                    }
+                }
                 b'E' if answer.error.is_none() => answer.error = Some(body),
                 b'Z' => {
                     answer.status = body.first().copied().unwrap_or(b'?');
@@ -343,19 +353,20 @@ async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<
 
 const BEGIN: &[u8] = b"pgflip:begin";
 const LIMITS: &[u8] = b"pgflip:limits";
-const STATE: &[u8] = b"pgflip:state";
-const END: &[u8] = b"pgflip:end";
-const PORTAL: &[u8] = b"pgflip:portal";
+pub(super) const STATE: &[u8] = b"pgflip:state";
+pub(super) const END: &[u8] = b"pgflip:end";
+pub(super) const PORTAL: &[u8] = b"pgflip:portal";
 /// To describe a statement takes the locks of its tables, for which somebody may have queued who waits for long.
 const DESCRIBE_LIMIT: &[u8] = b"select pg_catalog.set_config('lock_timeout', '200ms', true)";
 
 /// Reads a session's state in its own connection, which is at its boundary and is left there. `names`: custom settings to
-/// ask for. `before`: its state on this connection as it was read before.
+/// ask for. `before`: its state on this connection as it was read before. `temporary_max`: bytes of temporary objects.
 pub(super) async fn harvest(
     conn: &mut ServerConn,
     names: &[&str],
     unnamed: &Unnamed,
     before: Option<&State>,
+    temporary_max: u64,
 ) -> Result<State, TransferError> {
     let names = names.join("\x01");
     let asked_for_unnamed = unnamed.too_long || !unnamed.body.is_empty();
@@ -415,7 +426,10 @@ pub(super) async fn harvest(
             // 26000: there is none. Anything else: it can't be used any more, for instance because its table is gone.
             Some(_) => None,
         };
-        let mut state = understand(&state.rows, unnamed)?;
+        let (mut state, temporary_schema) = understand(&state.rows, unnamed)?;
+        if let Some(schema) = temporary_schema {
+            state.temporary = Temporary::read(conn, &schema, temporary_max).await?;
+        }
         describe(conn, &mut state.statements, before).await?;
         return Ok(state);
     }
@@ -454,10 +468,7 @@ async fn describe(
         for statement in &left {
             message::put_describe_statement(&mut out, &statement.name);
         }
-        message::put_parse(&mut out, END, b"rollback", &[]);
-        message::put_run(&mut out, PORTAL, END, &[]);
-        close_own(&mut out);
-        message::put_sync(&mut out);
+        put_end(&mut out, b"rollback");
         let answer = ask(conn, &out, 1).await?.pop().expect("one was asked for");
         let done = answer.shapes();
         for (statement, described) in left.iter_mut().zip(answer.described) {
@@ -495,8 +506,12 @@ async fn describe(
 }
 
 /// Begins a transaction that changes nothing, without the session's time limits; its first row says what they were.
-fn put_begin(out: &mut Vec<u8>) {
-    let begin = b"begin isolation level read committed, read only, not deferrable";
+pub(super) fn put_begin(out: &mut Vec<u8>) {
+    put_begin_with(out, b"begin isolation level read committed, read only, not deferrable");
+}
+
+/// The same with another statement.
+pub(super) fn put_begin_with(out: &mut Vec<u8>, begin: &[u8]) {
     message::put_parse(out, BEGIN, begin, &[]);
     message::put_run(out, PORTAL, BEGIN, &[]);
     message::put_parse(out, LIMITS, include_bytes!("../pg/sql/session_limits.sql"), &[]);
@@ -523,14 +538,44 @@ async fn undo(conn: &mut ServerConn, status: u8) -> io::Result<()> {
     }
 }
 
+/// Ends a transaction that [`put_begin`] has begun, and the batch.
+pub(super) fn put_end(out: &mut Vec<u8>, how: &[u8]) {
+    message::put_parse(out, END, how, &[]);
+    message::put_run(out, PORTAL, END, &[]);
+    close_own(out);
+    message::put_sync(out);
+}
+
+/// Runs one such transaction. An error is undone and named.
+pub(super) async fn transact(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
+    let mut interrupted = 0;
+    loop {
+        let mut answer = ask(conn, batch, 1).await?.pop().expect("one was asked for");
+        let Some(error) = &answer.error else {
+            // The first is that of the limits.
+            answer.rows.drain(..answer.rows.len().min(1));
+            return Ok(answer);
+        };
+        undo(conn, answer.status).await?;
+        if ErrorFields(error).code() == b"57014" && interrupted < TRIES {
+            interrupted += 1;
+            continue;
+        }
+        let (side, why) = (conn.side, ErrorFields(error).describe());
+        return Err(TransferError::Unmovable(format!("{what} on {side}: {why}")));
+    }
+}
+
 fn close_own(out: &mut Vec<u8>) {
     for name in [BEGIN, LIMITS, STATE, END] {
         message::put_close_statement(out, name);
     }
 }
 
-/// Turns rows into state. Of the rows of `session_limits.sql` and `session_state.sql` the first column says which.
-fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<State, TransferError> {
+/// Turns rows into state; and the OID of its temporary schema, if there is something in it. Of the rows of
+/// `session_limits.sql` and `session_state.sql` the first column says which.
+fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(State, Option<Vec<u8>>), TransferError> {
+    let mut temporary_schema = None;
     let unreadable = || TransferError::Unmovable("its state can't be read: a malformed row".into());
     let mut state = State {
         settings: Vec::new(),
@@ -538,6 +583,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<Sta
         role: b"none".to_vec(),
         statements: Vec::new(),
         unnamed,
+        temporary: Temporary::default(),
         idle_limit: None,
         channels: Vec::new(),
         locks: Vec::new(),
@@ -567,6 +613,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<Sta
             b"setting" => state.settings.push((text(1), text(2))),
             b"session_user" => state.session_user = text(1),
             b"role" => state.role = text(1),
+            b"temporary" => temporary_schema = Some(text(1)),
             b"listen" => state.channels.push(text(1)),
             b"lock" => state.locks.push(Lock([text(1), text(2), text(3), text(4)])),
             b"statement" => {
@@ -617,7 +664,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<Sta
             .collect();
         return Err(TransferError::Unmovable(parts.join("; ")));
     }
-    Ok(state)
+    Ok((state, temporary_schema))
 }
 
 /// A time in milliseconds, of which 0 means none.
@@ -662,7 +709,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     let has = match has {
-        Some(has) if has.same_settings(state) => Some(has),
+        Some(has) if has.same_settings(state) && has.temporary == state.temporary => Some(has),
         Some(_) => {
             discard(conn).await?;
             None
@@ -672,6 +719,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
     // Before the session's own limits are set.
     if has.is_none() {
         set_encoding(conn, state).await?;
+        state.temporary.make(conn).await?;
     }
     listen(conn, &state.channels).await?;
     take_locks(conn, &state.locks).await?;
@@ -681,6 +729,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
 /// The same before the drain, without what others may see.
 pub(super) async fn replay_ahead(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
     set_encoding(conn, state).await?;
+    state.temporary.make(conn).await?;
     replay_own(conn, state, None).await
 }
 
@@ -846,10 +895,7 @@ async fn put_stand_ins(conn: &mut ServerConn, stand_ins: &[StandIn<'_>]) -> Resu
         message::put_parse(&mut out, stand_in.name, &stand_in.text, &stand_in.types);
         message::put_describe_statement(&mut out, stand_in.name);
     }
-    message::put_parse(&mut out, END, b"rollback", &[]);
-    message::put_run(&mut out, PORTAL, END, &[]);
-    close_own(&mut out);
-    message::put_sync(&mut out);
+    put_end(&mut out, b"rollback");
     let answer = ask(conn, &out, 1).await?.pop().expect("one was asked for");
     let side = conn.side;
     let failed = |why: &str| {
@@ -882,7 +928,9 @@ enum Batch {
 /// Names of types and channels are in the session's encoding; the connection still has that of its startup packet.
 async fn set_encoding(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
     let named = |t: &TypeName| matches!(t, TypeName::Named(_));
-    let wanted = !state.channels.is_empty() || state.statements.iter().flat_map(|s| &s.types).any(named);
+    let wanted = !state.channels.is_empty()
+        || !state.temporary.is_empty()
+        || state.statements.iter().flat_map(|s| &s.types).any(named);
     let first = state.settings.first().filter(|(name, _)| name == b"client_encoding");
     let (true, Some((name, value))) = (wanted, first) else {
         return Ok(());
@@ -1359,7 +1407,7 @@ pub(super) async fn mark(conn: &mut ServerConn) -> io::Result<Marked> {
 /// Runs once, on a connection that is nobody's yet, what reads and replays state, and changes nothing: a server's session
 /// that does so for the first time spends ten times as long on its catalogs, and in the drain clients would wait for it.
 pub(super) async fn warm(conn: &mut ServerConn) -> Result<(), TransferError> {
-    harvest(conn, &[], &Unnamed::default(), None).await?;
+    harvest(conn, &[], &Unnamed::default(), None, 0).await?;
     const SET: &[u8] = b"pgflip:set";
     let mut out = Vec::new();
     message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);

@@ -213,6 +213,12 @@ pub fn put_parse(into: &mut Vec<u8>, name: &[u8], text: &[u8], types: &[u32]) {
 
 /// Bind (all parameters and results as text), Execute, Close of the portal.
 pub fn put_run(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: &[&[u8]]) {
+    put_execute(into, portal, statement, values);
+    put_close_portal(into, portal);
+}
+
+/// The same without the Close: what a COPY reads may follow.
+pub fn put_execute(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: &[&[u8]]) {
     put(into, b'B', |body| {
         put_cstr(body, portal);
         put_cstr(body, statement);
@@ -228,7 +234,6 @@ pub fn put_run(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: &[&[
         put_cstr(body, portal);
         body.extend_from_slice(&[0; 4]);
     });
-    put_close_portal(into, portal);
 }
 
 /// Close of a portal.

@@ -10,6 +10,7 @@ mod pinned;
 mod process;
 pub mod raw;
 mod shapes;
+mod temporary;
 mod tools;
 
 use std::path::Path;

@@ -80,6 +80,13 @@ begin
     if pg_catalog.pg_replication_origin_session_is_setup() then
         return;
     end if;
+    -- A session's temporary objects are made on the standby before it becomes the active side (src/proxy/temporary.rs). One
+    -- command, and nothing that others see.
+    if pg_catalog.strpos(pg_catalog.current_query(), ';') = 0
+       and pg_catalog.current_query() operator(pg_catalog.~*)
+           '^/\* pgflip: temporary \*/ (create temporary|create (unique )?index|alter sequence pg_temp\.)' then
+        return;
+    end if;
     lock table pgflip.gate in row exclusive mode;
     if pg_catalog.current_setting('transaction_isolation') in ('read committed', 'read uncommitted') then
         select * into row from pgflip.state;

@@ -31,11 +31,12 @@ select 'statement', s.name, s.statement, case when s.from_sql then 'sql' else 'p
   from pg_catalog.pg_prepared_statements s
  where pg_catalog.left(s.name, 7) OPERATOR(pg_catalog.<>) 'pgflip:'
 union all
-select 'obstacle', 'temporary tables', c.relname::pg_catalog.text, null, null
-  from pg_catalog.pg_class c
+-- Tables, views and sequences: see temporary_objects.sql.
+select 'temporary', pg_catalog.pg_my_temp_schema()::pg_catalog.text, null, null, null
  where pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
-   and c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
-   and c.relkind OPERATOR(pg_catalog.<>) all (array['i', 'I', 't']::pg_catalog."char"[])
+   and exists (select from pg_catalog.pg_class c
+                where c.relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
+                  and c.relkind OPERATOR(pg_catalog.<>) all (array['i', 'I', 't']::pg_catalog."char"[]))
 union all
 select 'obstacle', 'temporary functions', p.proname::pg_catalog.text, null, null
   from pg_catalog.pg_proc p
