@@ -149,7 +149,7 @@ pub struct Limits {
     pub server_connect_timeout: Duration,
     /// How long the last unnamed Parse may be to be kept, in bytes.
     pub unnamed_statement_max: usize,
-    /// Bytes of temporary tables and sequences that a flip takes along, of each session.
+    /// Bytes of temporary tables and sequences, and of cursors' rows, that a flip takes along, of each session.
     pub temporary_max: u64,
     /// How long a client that arrives while no side can be served, or is held by a flip, waits before 57P03.
     pub hold_timeout: Duration,

@@ -298,6 +298,10 @@ impl Shared {
     pub fn take_signals(&self) -> u8 {
         self.signals.swap(0, Ordering::AcqRel)
     }
+    /// Takes one of them away: whether it was there.
+    pub fn take_signal(&self, bit: u8) -> bool {
+        self.signals.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+    }
     /// The task's waker; it never changes.
     pub fn set_waker(&self, waker: &Waker) {
         *self.waker.lock() = Some(waker.clone());

@@ -9,6 +9,7 @@
 
 mod cancel;
 mod client;
+mod cursors;
 pub mod gate;
 mod handshake;
 mod server;

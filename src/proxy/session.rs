@@ -1028,7 +1028,7 @@ impl Session {
         self.waiting_since = None;
         self.shared.set_waiting(false);
         // A cancel that found the request held, just before it goes on.
-        if self.shared.signals() & signal::CANCEL_HELD != 0 {
+        if self.shared.take_signal(signal::CANCEL_HELD) {
             self.cancel_held()?;
         }
         done

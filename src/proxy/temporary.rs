@@ -4,7 +4,9 @@
 //! (`pg/sql/temporary_objects.sql`), and filled by COPY. The fence's event trigger knows such a statement by how it begins.
 
 use crate::proxy::server::ServerConn;
-use crate::proxy::transfer::{PORTAL, STATE, TransferError, put_begin, put_begin_with, put_end, transact};
+use crate::proxy::transfer::{
+    PORTAL, STATE, TransferError, put_begin, put_begin_with, put_end, put_statement, transact,
+};
 use crate::wire::message;
 
 /// Everything temporary that a session has, in the order in which it is made.
@@ -55,8 +57,9 @@ impl Temporary {
         self.parts.is_empty()
     }
 
-    /// What is in the schema with this OID. More than `max` bytes, or something that can't be made anew, can't be moved.
-    pub async fn read(conn: &mut ServerConn, schema: &[u8], max: u64) -> Result<Temporary, TransferError> {
+    /// What is in the schema with this OID. More than `max` bytes, or something that can't be made anew, can't be moved. What it
+    /// has is taken from `max`.
+    pub async fn read(conn: &mut ServerConn, schema: &[u8], max: &mut u64) -> Result<Temporary, TransferError> {
         let mut out = Vec::new();
         put_begin(&mut out);
         put_statement(&mut out, SETTINGS);
@@ -110,11 +113,12 @@ impl Temporary {
                 obstacles.join("; ")
             )));
         }
-        if bytes > max {
+        let Some(rest) = max.checked_sub(bytes) else {
             return Err(TransferError::Unmovable(format!(
                 "its temporary objects have {bytes} bytes, more than limits.temporary_max ({max})"
             )));
-        }
+        };
+        *max = rest;
         temporary.read_contents(conn).await?;
         Ok(temporary)
     }
@@ -208,10 +212,4 @@ impl Temporary {
 
 fn unreadable(why: &str) -> TransferError {
     TransferError::Unmovable(format!("its temporary objects can't be read: {why}"))
-}
-
-fn put_statement(out: &mut Vec<u8>, text: &[u8]) {
-    message::put_parse(out, STATE, text, &[]);
-    message::put_run(out, PORTAL, STATE, &[]);
-    message::put_close_statement(out, STATE);
 }

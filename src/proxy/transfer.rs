@@ -48,6 +48,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::config::Config;
 use crate::pg::{self, Purpose, Side};
+use crate::proxy::cursors::{self, Cursor};
 use crate::proxy::server::ServerConn;
 use crate::proxy::temporary::Temporary;
 use crate::wire::message::{self, ErrorFields, Pair};
@@ -85,6 +86,7 @@ pub(super) struct State {
     statements: Vec<Statement>,
     unnamed: Option<UnnamedStatement>,
     temporary: Temporary,
+    cursors: Vec<Cursor>,
     /// How long its server lets it be idle.
     pub idle_limit: Option<Duration>,
     /// What it listens to.
@@ -245,19 +247,31 @@ enum Shape {
 }
 
 impl Shape {
-    fn of(mut description: &[u8]) -> Option<Shape> {
-        let columns = description.split_off(..2)?;
+    fn of(columns: &[(Vec<u8>, u32, i32)]) -> Shape {
         let mut kept = Vec::new();
-        for _ in 0..u16::from_be_bytes([columns[0], columns[1]]) {
-            kept.extend_from_slice(message::cstr(&mut description)?);
+        for (name, oid, modifier) in columns {
+            kept.extend_from_slice(name);
             kept.push(0);
-            // Its table and number there, its type, the type's length and modifier, its format.
-            let rest = description.split_off(..18)?;
-            kept.extend_from_slice(&rest[6..10]);
-            kept.extend_from_slice(&rest[12..16]);
+            kept.extend_from_slice(&oid.to_be_bytes());
+            kept.extend_from_slice(&modifier.to_be_bytes());
         }
-        Some(Shape::Columns(kept))
+        Shape::Columns(kept)
     }
+}
+
+/// Of a RowDescription: each column's name, its type's OID and modifier.
+fn described_columns(mut description: &[u8]) -> Option<Vec<(Vec<u8>, u32, i32)>> {
+    let columns = description.split_off(..2)?;
+    let mut all = Vec::new();
+    for _ in 0..u16::from_be_bytes([columns[0], columns[1]]) {
+        let name = message::cstr(&mut description)?.to_vec();
+        // Its table and number there, its type, the type's length and modifier, its format.
+        let rest = description.split_off(..18)?;
+        let oid = u32::from_be_bytes([rest[6], rest[7], rest[8], rest[9]]);
+        let modifier = i32::from_be_bytes([rest[12], rest[13], rest[14], rest[15]]);
+        all.push((name, oid, modifier));
+    }
+    Some(all)
 }
 
 /// The statement without a name.
@@ -292,6 +306,10 @@ pub(super) struct Answer {
     described: Vec<Described>,
     /// What each COPY TO has said.
     pub copies: Vec<Vec<u8>>,
+    /// Commands' tags, each with its 0.
+    pub tags: Vec<Vec<u8>>,
+    /// Of the last rows that were described: name, type's OID, modifier.
+    pub columns: Vec<(Vec<u8>, u32, i32)>,
     status: u8,
 }
 
@@ -324,14 +342,21 @@ pub(super) async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> 
                     shape: Shape::Unknown,
                 }),
                 b'T' | b'n' => {
+                    let columns = match kind {
+                        b'T' => described_columns(&body),
+                        _ => Some(Vec::new()),
+                    };
                     if let Some(described) = answer.described.last_mut() {
-                        described.shape = match kind {
-                            b'n' => Shape::NoRows,
-                            _ => Shape::of(&body).unwrap_or_default(),
+                        described.shape = match &columns {
+                            Some(columns) if kind == b'T' => Shape::of(columns),
+                            Some(_) => Shape::NoRows,
+                            None => Shape::Unknown,
                         };
                     }
+                    answer.columns = columns.unwrap_or_default();
                 }
                 b'D' => answer.rows.push(body),
+                b'C' => answer.tags.push(body),
                 b'H' => answer.copies.push(Vec::new()),
                 b'd' => {
                     if let Some(copy) = answer.copies.last_mut() {
@@ -426,9 +451,13 @@ pub(super) async fn harvest(
             // 26000: there is none. Anything else: it can't be used any more, for instance because its table is gone.
             Some(_) => None,
         };
-        let (mut state, temporary_schema) = understand(&state.rows, unnamed)?;
-        if let Some(schema) = temporary_schema {
-            state.temporary = Temporary::read(conn, &schema, temporary_max).await?;
+        let (mut state, to_read) = understand(&state.rows, unnamed)?;
+        let mut left = temporary_max;
+        if let Some(schema) = to_read.temporary_schema {
+            state.temporary = Temporary::read(conn, &schema, &mut left).await?;
+        }
+        for cursor in to_read.cursors {
+            state.cursors.push(Cursor::read(conn, &cursor, &mut left).await?);
         }
         describe(conn, &mut state.statements, before).await?;
         return Ok(state);
@@ -538,6 +567,26 @@ async fn undo(conn: &mut ServerConn, status: u8) -> io::Result<()> {
     }
 }
 
+/// Runs a statement without parameters.
+pub(super) fn put_statement(out: &mut Vec<u8>, text: &[u8]) {
+    message::put_parse(out, STATE, text, &[]);
+    message::put_run(out, PORTAL, STATE, &[]);
+    message::put_close_statement(out, STATE);
+}
+
+/// A name in double quotes, in any encoding that a server has.
+pub(super) fn quoted(name: &[u8]) -> Vec<u8> {
+    let mut text = b"\"".to_vec();
+    for byte in name {
+        text.push(*byte);
+        if *byte == b'"' {
+            text.push(b'"');
+        }
+    }
+    text.push(b'"');
+    text
+}
+
 /// Ends a transaction that [`put_begin`] has begun, and the batch.
 pub(super) fn put_end(out: &mut Vec<u8>, how: &[u8]) {
     message::put_parse(out, END, how, &[]);
@@ -572,10 +621,17 @@ fn close_own(out: &mut Vec<u8>) {
     }
 }
 
-/// Turns rows into state; and the OID of its temporary schema, if there is something in it. Of the rows of
-/// `session_limits.sql` and `session_state.sql` the first column says which.
-fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(State, Option<Vec<u8>>), TransferError> {
-    let mut temporary_schema = None;
+/// What is still to be read.
+#[derive(Default)]
+struct ToRead {
+    /// Its OID, if there is something in it.
+    temporary_schema: Option<Vec<u8>>,
+    cursors: Vec<cursors::Found>,
+}
+
+/// Turns rows into state. Of the rows of `session_limits.sql` and `session_state.sql` the first column says which.
+fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(State, ToRead), TransferError> {
+    let mut to_read = ToRead::default();
     let unreadable = || TransferError::Unmovable("its state can't be read: a malformed row".into());
     let mut state = State {
         settings: Vec::new(),
@@ -584,6 +640,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
         statements: Vec::new(),
         unnamed,
         temporary: Temporary::default(),
+        cursors: Vec::new(),
         idle_limit: None,
         channels: Vec::new(),
         locks: Vec::new(),
@@ -613,7 +670,12 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
             b"setting" => state.settings.push((text(1), text(2))),
             b"session_user" => state.session_user = text(1),
             b"role" => state.role = text(1),
-            b"temporary" => temporary_schema = Some(text(1)),
+            b"temporary" => to_read.temporary_schema = Some(text(1)),
+            b"cursor" => to_read.cursors.push(cursors::Found {
+                name: text(1),
+                binary: column(2) == Some(b"true"),
+                scrolls: column(3) == Some(b"true"),
+            }),
             b"listen" => state.channels.push(text(1)),
             b"lock" => state.locks.push(Lock([text(1), text(2), text(3), text(4)])),
             b"statement" => {
@@ -664,7 +726,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
             .collect();
         return Err(TransferError::Unmovable(parts.join("; ")));
     }
-    Ok((state, temporary_schema))
+    Ok((state, to_read))
 }
 
 /// A time in milliseconds, of which 0 means none.
@@ -709,7 +771,9 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     let has = match has {
-        Some(has) if has.same_settings(state) && has.temporary == state.temporary => Some(has),
+        Some(has) if has.same_settings(state) && has.temporary == state.temporary && has.cursors == state.cursors => {
+            Some(has)
+        }
         Some(_) => {
             discard(conn).await?;
             None
@@ -720,6 +784,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
     if has.is_none() {
         set_encoding(conn, state).await?;
         state.temporary.make(conn).await?;
+        Cursor::declare(&state.cursors, conn).await?;
     }
     listen(conn, &state.channels).await?;
     take_locks(conn, &state.locks).await?;
@@ -730,6 +795,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
 pub(super) async fn replay_ahead(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
     set_encoding(conn, state).await?;
     state.temporary.make(conn).await?;
+    Cursor::declare(&state.cursors, conn).await?;
     replay_own(conn, state, None).await
 }
 
@@ -930,6 +996,7 @@ async fn set_encoding(conn: &mut ServerConn, state: &State) -> Result<(), Transf
     let named = |t: &TypeName| matches!(t, TypeName::Named(_));
     let wanted = !state.channels.is_empty()
         || !state.temporary.is_empty()
+        || !state.cursors.is_empty()
         || state.statements.iter().flat_map(|s| &s.types).any(named);
     let first = state.settings.first().filter(|(name, _)| name == b"client_encoding");
     let (true, Some((name, value))) = (wanted, first) else {
@@ -1009,16 +1076,7 @@ async fn listen(conn: &mut ServerConn, channels: &[Vec<u8>]) -> Result<(), Trans
 }
 
 fn with_channel(verb: &str, name: &[u8]) -> Vec<u8> {
-    let mut text = verb.as_bytes().to_vec();
-    text.push(b'"');
-    for byte in name {
-        text.push(*byte);
-        if *byte == b'"' {
-            text.push(b'"');
-        }
-    }
-    text.push(b'"');
-    text
+    [verb.as_bytes(), &quoted(name)].concat()
 }
 
 /// Types of the parameters of `session_lock.sql` (oid, oid, int2, text, int8), and of `session_lock_holders.sql`.

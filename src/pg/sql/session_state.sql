@@ -53,7 +53,7 @@ union all
 select 'listen', l.channel, null, null, null
   from pg_catalog.pg_listening_channels() l (channel)
 union all
-select 'obstacle', 'cursors WITH HOLD', c.name, null, null
+select 'cursor', c.name, c.is_binary::pg_catalog.text, c.is_scrollable::pg_catalog.text, null
   from pg_catalog.pg_cursors c
  where c.is_holdable
 union all
