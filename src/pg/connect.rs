@@ -115,6 +115,13 @@ impl Stream {
     pub fn is_tls(&self) -> bool {
         matches!(self, Stream::Tls(_))
     }
+
+    /// The certificate that the server has shown.
+    pub fn certificate(&self) -> Option<&[u8]> {
+        let Stream::Tls(stream) = self else { return None };
+        let (_, session) = stream.get_ref();
+        Some(session.peer_certificates()?.first()?)
+    }
 }
 
 impl AsyncRead for Stream {

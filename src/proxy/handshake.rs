@@ -12,7 +12,7 @@ use crate::proxy::client::ClientStream;
 use crate::proxy::server::Login;
 use crate::wire::error::ClientError;
 use crate::wire::message::{self, Opening, Startup};
-use crate::wire::scram::{Keys, MECHANISM, ServerExchange};
+use crate::wire::scram::{Binding, Keys, MECHANISM, MECHANISM_PLUS, ServerExchange};
 
 /// Longest message of a client that is not yet authenticated.
 const MAX_PASSWORD_MESSAGE: usize = 8192;
@@ -62,6 +62,7 @@ pub(super) async fn refuse(stream: &mut ClientStream, error: ClientError) -> Fai
 pub(super) async fn receive(env: &Arc<Env>, socket: TcpStream) -> Result<Arrival, Failed> {
     let mut stream = ClientStream::Plain(socket);
     let (mut asked_tls, mut asked_gss) = (false, false);
+    let mut end_point = None;
     let startup = loop {
         let body = match startup_packet(&mut stream).await? {
             Some(body) => body,
@@ -72,7 +73,7 @@ pub(super) async fn receive(env: &Arc<Env>, socket: TcpStream) -> Result<Arrival
         match message::opening(&body) {
             Ok(Opening::Ssl) if !asked_tls && !stream.is_tls() => {
                 asked_tls = true;
-                stream = answer_ssl(env, stream).await?;
+                (stream, end_point) = answer_ssl(env, stream).await?;
             }
             Ok(Opening::Gss) if !asked_gss && !stream.is_tls() => {
                 asked_gss = true;
@@ -113,7 +114,7 @@ pub(super) async fn receive(env: &Arc<Env>, socket: TcpStream) -> Result<Arrival
     let application = String::from_utf8_lossy(application).into_owned();
     let keys = match env.config.auth {
         ClientAuth::Trust => None,
-        ClientAuth::Scram => Some(authenticate(env, &mut stream, &user, &user_text).await?),
+        ClientAuth::Scram => Some(authenticate(env, &mut stream, end_point.as_deref(), &user, &user_text).await?),
     };
     let mut parameters = startup.parameters;
     parameters.retain(|(name, _)| !name.starts_with(b"_pq_."));
@@ -138,13 +139,14 @@ async fn startup_packet(stream: &mut ClientStream) -> io::Result<Option<Vec<u8>>
     Ok(Some(body))
 }
 
-async fn answer_ssl(env: &Env, stream: ClientStream) -> Result<ClientStream, Failed> {
+/// The second value is what a login can be bound to.
+async fn answer_ssl(env: &Env, stream: ClientStream) -> Result<(ClientStream, Option<Vec<u8>>), Failed> {
     let ClientStream::Plain(mut socket) = stream else {
         unreachable!("asked only of a plain stream")
     };
-    let Some(acceptor) = env.tls.load_full() else {
+    let Some(tls) = env.tls.load_full() else {
         socket.write_all(b"N").await?;
-        return Ok(ClientStream::Plain(socket));
+        return Ok((ClientStream::Plain(socket), None));
     };
     // A client waits for the answer. What is here already was put there by somebody else.
     let mut early = [0u8; 1];
@@ -158,7 +160,8 @@ async fn answer_ssl(env: &Env, stream: ClientStream) -> Result<ClientStream, Fai
         Err(error) => return Err(error.into()),
     }
     socket.write_all(b"S").await?;
-    Ok(ClientStream::Tls(Box::new(acceptor.accept(socket).await?)))
+    let stream = ClientStream::Tls(Box::new(tls.acceptor.accept(socket).await?));
+    Ok((stream, tls.end_point.clone()))
 }
 
 fn check(env: &Env, stream: &ClientStream, startup: &Startup) -> Result<(), ClientError> {
@@ -187,7 +190,14 @@ fn check(env: &Env, stream: &ClientStream, startup: &Startup) -> Result<(), Clie
     Ok(())
 }
 
-async fn authenticate(env: &Env, stream: &mut ClientStream, user: &[u8], user_text: &str) -> Result<Keys, Failed> {
+/// `end_point`: of the certificate that the client has seen.
+async fn authenticate(
+    env: &Env,
+    stream: &mut ClientStream,
+    end_point: Option<&[u8]>,
+    user: &[u8],
+    user_text: &str,
+) -> Result<Keys, Failed> {
     let verifier = match env.verifiers.lookup(user).await {
         Ok(verifier) => verifier,
         Err(error) => {
@@ -196,7 +206,11 @@ async fn authenticate(env: &Env, stream: &mut ClientStream, user: &[u8], user_te
         }
     };
     let mut out = Vec::new();
-    message::put_authentication(&mut out, 10, format!("{MECHANISM}\0\0").as_bytes());
+    let offered = match end_point {
+        Some(_) => format!("{MECHANISM_PLUS}\0{MECHANISM}\0\0"),
+        None => format!("{MECHANISM}\0\0"),
+    };
+    message::put_authentication(&mut out, 10, offered.as_bytes());
     stream.write_all(&out).await?;
     stream.flush().await?;
 
@@ -211,14 +225,16 @@ async fn authenticate(env: &Env, stream: &mut ClientStream, user: &[u8], user_te
     let Some((mechanism, data)) = first else {
         return Err(refuse(stream, ClientError::sasl("malformed SASL message")).await);
     };
-    if mechanism != MECHANISM.as_bytes() {
-        return Err(refuse(
-            stream,
-            ClientError::sasl("client selected an invalid SASL authentication mechanism"),
-        )
-        .await);
-    }
-    let (exchange, server_first) = match ServerExchange::begin(verifier, data) {
+    let binding = match end_point {
+        Some(end_point) if mechanism == MECHANISM_PLUS.as_bytes() => Binding::To(end_point),
+        Some(_) if mechanism == MECHANISM.as_bytes() => Binding::Declined,
+        None if mechanism == MECHANISM.as_bytes() => Binding::Impossible,
+        _ => {
+            let error = ClientError::sasl("client selected an invalid SASL authentication mechanism");
+            return Err(refuse(stream, error).await);
+        }
+    };
+    let (exchange, server_first) = match ServerExchange::begin(verifier, binding, data) {
         Ok(begun) => begun,
         Err(error) => return Err(refuse(stream, ClientError::sasl(error.to_string())).await),
     };

@@ -35,6 +35,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::config::{ClientTls, Config};
 use crate::wire::error::ClientError;
+use crate::wire::scram;
 use gate::Gate;
 use handshake::{Arrival, Failed};
 
@@ -50,8 +51,15 @@ struct Env {
     gate: Arc<Gate>,
     verifiers: verifiers::Verifiers,
     names: transfer::SettingNamesInCatalogs,
-    tls: Arc<ArcSwapOption<TlsAcceptor>>,
+    tls: Arc<ArcSwapOption<Tls>>,
     clients: AtomicUsize,
+}
+
+/// TLS towards clients.
+struct Tls {
+    acceptor: TlsAcceptor,
+    /// Of the certificate: see [`scram::end_point`].
+    end_point: Option<Vec<u8>>,
 }
 
 /// What the sessions of one thread share.
@@ -192,7 +200,7 @@ impl Proxy {
     }
 }
 
-fn acceptor(files: &ClientTls) -> io::Result<TlsAcceptor> {
+fn acceptor(files: &ClientTls) -> io::Result<Tls> {
     let invalid = |path: &std::path::Path, error: &dyn std::fmt::Display| {
         io::Error::new(io::ErrorKind::InvalidInput, format!("{}: {error}", path.display()))
     };
@@ -200,6 +208,7 @@ fn acceptor(files: &ClientTls) -> io::Result<TlsAcceptor> {
     for certificate in CertificateDer::pem_file_iter(&files.cert).map_err(|e| invalid(&files.cert, &e))? {
         chain.push(certificate.map_err(|e| invalid(&files.cert, &e))?);
     }
+    let end_point = chain.first().and_then(|certificate| scram::end_point(certificate));
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| invalid(&files.key, &e))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
@@ -211,7 +220,10 @@ fn acceptor(files: &ClientTls) -> io::Result<TlsAcceptor> {
     // Clients that negotiate directly (libpq 17, sslnegotiation=direct) are not served, so none is asked for; those that
     // name a protocol name this one.
     config.alpn_protocols = vec![b"postgresql".to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
+    Ok(Tls {
+        acceptor: TlsAcceptor::from(Arc::new(config)),
+        end_point,
+    })
 }
 
 fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {

@@ -16,7 +16,7 @@ use crate::pg::{ConnectError, Side, Stream};
 use crate::wire::error::ClientError;
 use crate::wire::message::{self, ErrorFields, Pair};
 use crate::wire::scan;
-use crate::wire::scram::{ClientExchange, Keys, MECHANISM};
+use crate::wire::scram::{self, ClientExchange, Keys, MECHANISM, MECHANISM_PLUS};
 
 /// Longest message read into memory while pgflip itself speaks: what it asks for is small, statements aside.
 const MAX_MESSAGE: usize = 64 << 20;
@@ -126,19 +126,25 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
                 0 => {}
                 10 => {
                     let mut offers = rest;
-                    let mut offered = false;
+                    let (mut offered, mut plus) = (false, false);
                     while let Some(name) = message::cstr(&mut offers).filter(|name| !name.is_empty()) {
                         offered |= name == MECHANISM.as_bytes();
+                        plus |= name == MECHANISM_PLUS.as_bytes();
                     }
+                    let bound_to = conn.stream.certificate().filter(|_| plus).and_then(scram::end_point);
                     let keys = login
                         .keys
                         .clone()
-                        .filter(|_| offered)
+                        .filter(|_| offered || bound_to.is_some())
                         .ok_or(LoginError::Asks("a password"))?;
-                    let (started, first) = ClientExchange::begin(keys);
+                    let mechanism = match bound_to {
+                        Some(_) => MECHANISM_PLUS,
+                        None => MECHANISM,
+                    };
+                    let (started, first) = ClientExchange::begin(keys, bound_to.as_deref());
                     exchange = Some(started);
                     message::put(&mut out, b'p', |body| {
-                        body.extend_from_slice(MECHANISM.as_bytes());
+                        body.extend_from_slice(mechanism.as_bytes());
                         body.push(0);
                         body.extend_from_slice(&(first.len() as u32).to_be_bytes());
                         body.extend_from_slice(first.as_bytes());

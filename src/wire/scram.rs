@@ -1,16 +1,24 @@
 //! SCRAM-SHA-256 (RFC 5802, RFC 7677; PostgreSQL manual, 55.3): the server's half towards clients, against a verifier, and
 //! the client's half towards servers, with the ClientKey that a client's proof has given away and no password.
 //!
-//! Channel binding is not offered; a client that could do it (`y`) is let in without.
+//! Channel binding (`tls-server-end-point`, RFC 5929): whoever logs in proves that the certificate it sees is the one that
+//! the server showed, so nobody stands in between. pgflip does: each of its two legs is bound to its own certificate.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, Mac};
-use sha2::{Digest, Sha256};
+use sha2::{Digest, Sha256, Sha384, Sha512};
+use spki::AlgorithmIdentifierRef;
+use spki::der::asn1::AnyRef;
+use spki::der::{Decode, Reader, SliceReader};
 use subtle::ConstantTimeEq;
 
-/// The only mechanism offered.
+/// Without channel binding.
 pub const MECHANISM: &str = "SCRAM-SHA-256";
+/// With it: only over TLS.
+pub const MECHANISM_PLUS: &str = "SCRAM-SHA-256-PLUS";
+/// What a client that uses it begins with.
+const BOUND: &str = "p=tls-server-end-point,";
 /// Iterations of a mock verifier: Postgres's default, so that an unknown user looks like a known one.
 const DEFAULT_ITERATIONS: u32 = 4096;
 
@@ -89,10 +97,48 @@ impl std::fmt::Debug for Keys {
     }
 }
 
+/// A certificate's hash, as channel binding takes it. `None`: it is signed in a way for which that is not defined, such as
+/// Ed25519, or it is no certificate.
+pub fn end_point(certificate: &[u8]) -> Option<Vec<u8>> {
+    let mut reader = SliceReader::new(certificate).ok()?;
+    let signed = reader.sequence(|reader| -> spki::der::Result<_> {
+        let _contents = AnyRef::decode(reader)?;
+        let algorithm = AlgorithmIdentifierRef::decode(reader)?;
+        let _signature = AnyRef::decode(reader)?;
+        Ok(algorithm.oid)
+    });
+    let hash = match signed.ok()?.to_string().as_str() {
+        // RSA with MD5, SHA-1 or SHA-256, ECDSA with SHA-1 or SHA-256: the first two are too weak, and SHA-256 stands in.
+        "1.2.840.113549.1.1.4"
+        | "1.2.840.113549.1.1.5"
+        | "1.2.840.113549.1.1.11"
+        | "1.2.840.10045.4.1"
+        | "1.2.840.10045.4.3.2" => Sha256::digest(certificate).to_vec(),
+        // RSA, ECDSA with SHA-384
+        "1.2.840.113549.1.1.12" | "1.2.840.10045.4.3.3" => Sha384::digest(certificate).to_vec(),
+        // RSA, ECDSA with SHA-512
+        "1.2.840.113549.1.1.13" | "1.2.840.10045.4.3.4" => Sha512::digest(certificate).to_vec(),
+        _ => return None,
+    };
+    Some(hash)
+}
+
+/// What a client has chosen.
+#[derive(Clone, Copy)]
+pub enum Binding<'a> {
+    /// Nothing: the connection could not be bound.
+    Impossible,
+    /// Not to use it, though it was offered.
+    Declined,
+    /// It, with this [`end_point`].
+    To(&'a [u8]),
+}
+
 /// The server's half, after its first message.
 pub struct ServerExchange {
     verifier: Verifier,
-    gs2: Vec<u8>,
+    /// What the client's final message has to repeat.
+    gs2_and_binding: Vec<u8>,
     client_first_bare: String,
     server_first: String,
     nonce: String,
@@ -100,27 +146,48 @@ pub struct ServerExchange {
 
 impl ServerExchange {
     /// Takes the client's first message; the second value is the server's first.
-    pub fn begin(verifier: Verifier, client_first: &[u8]) -> Result<(ServerExchange, String), ScramError> {
+    pub fn begin(
+        verifier: Verifier,
+        binding: Binding<'_>,
+        client_first: &[u8],
+    ) -> Result<(ServerExchange, String), ScramError> {
         let nonce: [u8; 18] = rand::random();
-        ServerExchange::begin_with(verifier, client_first, &STANDARD.encode(nonce))
+        ServerExchange::begin_with(verifier, binding, client_first, &STANDARD.encode(nonce))
     }
 
     fn begin_with(
         verifier: Verifier,
+        binding: Binding<'_>,
         client_first: &[u8],
         nonce: &str,
     ) -> Result<(ServerExchange, String), ScramError> {
         let text = std::str::from_utf8(client_first).map_err(|_| ScramError("malformed SCRAM message"))?;
-        let rest = match text.as_bytes().first() {
-            Some(b'n' | b'y') => &text[1..],
-            Some(b'p') => {
+        let (rest, bound_to) = match (text.as_bytes().first(), binding) {
+            (Some(b'p'), Binding::To(end_point)) => {
+                let rest = text.strip_prefix(BOUND);
+                (
+                    rest.ok_or(ScramError("unsupported SCRAM channel-binding type"))?,
+                    end_point,
+                )
+            }
+            (Some(b'n' | b'y'), Binding::To(_)) => {
+                return Err(ScramError(
+                    "client selected SCRAM-SHA-256-PLUS, but the SCRAM message does not include channel binding data",
+                ));
+            }
+            // Somebody between the two has taken the offer away.
+            (Some(b'y'), Binding::Declined) => return Err(ScramError("SCRAM channel binding negotiation error")),
+            (Some(b'n' | b'y'), _) => {
+                let rest = text[1..].strip_prefix(',');
+                (rest.ok_or(ScramError("malformed SCRAM message"))?, &[][..])
+            }
+            (Some(b'p'), _) => {
                 return Err(ScramError(
                     "client selected SCRAM-SHA-256 without channel binding, but the SCRAM message includes channel binding data",
                 ));
             }
             _ => return Err(ScramError("malformed SCRAM message")),
         };
-        let rest = rest.strip_prefix(',').ok_or(ScramError("malformed SCRAM message"))?;
         if rest.starts_with("a=") {
             return Err(ScramError(
                 "client uses authorization identity, but it is not supported",
@@ -145,10 +212,10 @@ impl ServerExchange {
             STANDARD.encode(&verifier.salt),
             verifier.iterations
         );
-        let gs2 = text.as_bytes()[..text.len() - bare.len()].to_vec();
+        let gs2 = &text.as_bytes()[..text.len() - bare.len()];
         let exchange = ServerExchange {
             verifier,
-            gs2,
+            gs2_and_binding: [gs2, bound_to].concat(),
             client_first_bare: bare.to_owned(),
             server_first: server_first.clone(),
             nonce,
@@ -167,10 +234,8 @@ impl ServerExchange {
             .next()
             .and_then(|a| a.strip_prefix("c="))
             .ok_or(malformed.clone())?;
-        if STANDARD.decode(binding).ok().as_deref() != Some(&self.gs2) {
-            return Err(ScramError(
-                "unexpected SCRAM channel-binding attribute in client-final-message",
-            ));
+        if STANDARD.decode(binding).ok().as_deref() != Some(&self.gs2_and_binding) {
+            return Err(ScramError("SCRAM channel binding check failed"));
         }
         let nonce = attributes
             .next()
@@ -207,20 +272,26 @@ impl ServerExchange {
 /// The client's half.
 pub struct ClientExchange {
     keys: Keys,
+    gs2_and_binding: Vec<u8>,
     client_first_bare: String,
     nonce: String,
     expected: Option<Key>,
 }
 
 impl ClientExchange {
-    /// The second value is the client's first message.
-    pub fn begin(keys: Keys) -> (ClientExchange, String) {
+    /// The second value is the client's first message. `bound_to`: the server's [`end_point`], for [`MECHANISM_PLUS`].
+    pub fn begin(keys: Keys, bound_to: Option<&[u8]>) -> (ClientExchange, String) {
         let nonce = STANDARD.encode(rand::random::<[u8; 18]>());
         let bare = format!("n=,r={nonce}");
-        let first = format!("n,,{bare}");
+        let gs2 = match bound_to {
+            Some(_) => format!("{BOUND},"),
+            None => "n,,".to_owned(),
+        };
+        let first = format!("{gs2}{bare}");
         (
             ClientExchange {
                 keys,
+                gs2_and_binding: [gs2.as_bytes(), bound_to.unwrap_or_default()].concat(),
                 client_first_bare: bare,
                 nonce,
                 expected: None,
@@ -241,7 +312,7 @@ impl ClientExchange {
         if !nonce.starts_with(&self.nonce) || nonce.len() == self.nonce.len() {
             return Err(malformed);
         }
-        let without_proof = format!("c=biws,r={nonce}");
+        let without_proof = format!("c={},r={nonce}", STANDARD.encode(&self.gs2_and_binding));
         let auth = [
             self.client_first_bare.as_bytes(),
             b",",
@@ -305,30 +376,75 @@ mod tests {
 
     #[test]
     fn the_key_in_a_right_proof_opens_the_next_server() {
-        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"));
-        let (server, server_first) = ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"), None);
+        let (server, server_first) =
+            ServerExchange::begin(verifier(b"sesame"), Binding::Impossible, first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
         let (keys, server_final) = server.finish(last.as_bytes()).unwrap().expect("the proof is right");
         client.finish(server_final.as_bytes()).unwrap();
 
-        let (mut onward, first) = ClientExchange::begin(keys);
-        let (server, server_first) = ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+        let (mut onward, first) = ClientExchange::begin(keys, None);
+        let (server, server_first) =
+            ServerExchange::begin(verifier(b"sesame"), Binding::Impossible, first.as_bytes()).unwrap();
         let last = onward.respond(server_first.as_bytes()).unwrap();
         let (_, server_final) = server.finish(last.as_bytes()).unwrap().expect("the key opens");
         onward.finish(server_final.as_bytes()).unwrap();
     }
 
     #[test]
-    fn a_wrong_proof_a_foreign_nonce_and_channel_binding_are_refused() {
-        let (mut client, first) = ClientExchange::begin(client_key(b"sesam"));
-        let (server, server_first) = ServerExchange::begin(verifier(b"sesame"), first.as_bytes()).unwrap();
+    fn a_wrong_proof_a_foreign_nonce_and_channel_binding_that_was_not_offered_are_refused() {
+        let (mut client, first) = ClientExchange::begin(client_key(b"sesam"), None);
+        let (server, server_first) =
+            ServerExchange::begin(verifier(b"sesame"), Binding::Impossible, first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
         assert!(server.finish(last.as_bytes()).unwrap().is_none());
         assert!(server.finish(last.replace("r=", "r=x").as_bytes()).is_err());
         assert!(server.finish(last.replace("biws", "eSws").as_bytes()).is_err());
-        assert!(ServerExchange::begin(verifier(b"x"), b"p=tls-server-end-point,,n=,r=abc").is_err());
+        assert!(
+            ServerExchange::begin(verifier(b"x"), Binding::Impossible, b"p=tls-server-end-point,,n=,r=abc").is_err()
+        );
         assert!(client.respond(b"r=evil,s=AAAA,i=1").is_err());
         assert!(client.finish(b"v=AAAA").is_err());
+    }
+
+    #[test]
+    fn a_login_is_bound_to_the_certificate_that_the_client_has_seen() {
+        let login = |seen: &[u8], shown: &[u8]| {
+            let (mut client, first) = ClientExchange::begin(client_key(b"sesame"), Some(seen));
+            let (server, server_first) =
+                ServerExchange::begin(verifier(b"sesame"), Binding::To(shown), first.as_bytes()).unwrap();
+            let last = client.respond(server_first.as_bytes()).unwrap();
+            server.finish(last.as_bytes()).map(|keys| keys.is_some())
+        };
+        assert_eq!(login(b"hash", b"hash"), Ok(true));
+        assert_eq!(
+            login(b"hash", b"other"),
+            Err(ScramError("SCRAM channel binding check failed"))
+        );
+        let begin = |binding, first: &str| ServerExchange::begin(verifier(b"x"), binding, first.as_bytes()).is_ok();
+        let (bound, could, can_not) = (format!("{BOUND},n=,r=abc"), "y,,n=,r=abc", "n,,n=,r=abc");
+        assert!(begin(Binding::To(b"hash"), &bound) && !begin(Binding::To(b"hash"), could));
+        assert!(!begin(Binding::To(b"hash"), "p=tls-unique,,n=,r=abc"));
+        // Who could but was told that it can't has somebody in between.
+        assert!(
+            begin(Binding::Declined, can_not) && !begin(Binding::Declined, could) && !begin(Binding::Declined, &bound)
+        );
+        assert!(begin(Binding::Impossible, can_not) && begin(Binding::Impossible, could));
+    }
+
+    #[test]
+    fn a_certificates_hash_is_the_one_that_it_is_signed_with() {
+        let lengths = [
+            (&rcgen::PKCS_ECDSA_P256_SHA256, Some(32)),
+            (&rcgen::PKCS_ECDSA_P384_SHA384, Some(48)),
+            (&rcgen::PKCS_ED25519, None),
+        ];
+        for (algorithm, length) in lengths {
+            let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
+            let certificate = rcgen::CertificateParams::default().self_signed(&key).unwrap();
+            assert_eq!(end_point(certificate.der()).map(|hash| hash.len()), length);
+        }
+        assert_eq!(end_point(b"nothing"), None);
     }
 
     #[test]
@@ -336,8 +452,8 @@ mod tests {
         let (a, b) = (Verifier::mock(b"eve", b"key"), Verifier::mock(b"eve", b"key"));
         assert_eq!(a.salt, b.salt);
         assert_ne!(a.salt, Verifier::mock(b"bob", b"key").salt);
-        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"));
-        let (server, server_first) = ServerExchange::begin(a, first.as_bytes()).unwrap();
+        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"), None);
+        let (server, server_first) = ServerExchange::begin(a, Binding::Impossible, first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
         assert!(server.finish(last.as_bytes()).unwrap().is_none());
     }
@@ -349,7 +465,7 @@ mod tests {
         assert_eq!(verifier.iterations, 4096);
         let first = b"n,,n=user,r=rOprNGfwEbeRWgbNEkqO";
         let (server, server_first) =
-            ServerExchange::begin_with(verifier, first, "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0").unwrap();
+            ServerExchange::begin_with(verifier, Binding::Impossible, first, "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0").unwrap();
         assert_eq!(
             server_first,
             "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"

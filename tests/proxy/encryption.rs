@@ -262,6 +262,19 @@ async fn clients_with_tls_are_served_and_bytes_before_it_are_refused() {
     front.flip().await;
     assert_eq!(raw.value("select repeat('y', 300000)").await.len(), 300_000);
 
+    // libpq proves that it sees pgflip's certificate, and insists on that.
+    let psql = async |ssl: &str, port: u16| {
+        let tools = pgflip::demo::cluster::find_tools(15).expect("psql").bin;
+        let url = format!("host=127.0.0.1 port={port} user=app dbname=app channel_binding=require {ssl}");
+        let mut command = tokio::process::Command::new(tools.join("psql"));
+        command
+            .args(["-XAt", "-c", "select 'it is bound'", &url])
+            .env("PGPASSWORD", PASSWORD);
+        let output = command.output().await.expect("psql");
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    assert_eq!(psql("sslmode=require", front.port()).await.trim(), "it is bound");
+
     // Without TLS: refused, because it is required.
     let mut raw = Raw::connect(front.port()).await;
     raw.startup(0, &[("user", "app"), ("database", "app")]).await;
@@ -281,4 +294,6 @@ async fn clients_with_tls_are_served_and_bytes_before_it_are_refused() {
     // Not required: plain ones are served as well.
     let front = servers.serve("sslmode=disable", &tls(false));
     assert_eq!(front.raw().await.value("select 1").await, "1");
+    let said = psql("sslmode=disable", front.port()).await;
+    assert!(said.contains("channel binding"), "{said}");
 }
