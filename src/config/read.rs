@@ -661,7 +661,7 @@ impl<'a> Reader<'a> {
                 .integer("limits", "unnamed_statement_max", 64 * 1024, 0, 1 << 30)
                 .unsigned_abs() as usize,
             temporary_max: self
-                .integer("limits", "temporary_max", 1 << 20, 0, 1 << 30)
+                .integer("limits", "temporary_max", 1 << 20, 0, 1 << 25)
                 .unsigned_abs(),
             hold_timeout: self.duration("limits", "hold_timeout", s(30), ms(100), s(86_400)),
         };

@@ -23,6 +23,8 @@ const IN_VAIN: u32 = 5;
 pub struct Easing {
     gate: Arc<Gate>,
     pace: Arc<Mutex<Pace>>,
+    /// Nobody waits for longer.
+    most: Duration,
 }
 
 #[derive(Default)]
@@ -32,14 +34,18 @@ struct Pace {
     /// The last lag that was judged.
     before: Option<(Instant, u64)>,
     in_vain: u32,
+    /// When a marker was late last.
+    late: Option<Instant>,
     over: bool,
 }
 
 impl Easing {
-    /// Nobody is eased yet. The gate is open, and nobody else closes it while this lives.
-    pub fn new(gate: Arc<Gate>) -> Easing {
+    /// Nobody is eased yet. The gate is open, and nobody else closes it while this lives. `most`: how long a client may wait
+    /// at once.
+    pub fn new(gate: Arc<Gate>, most: Duration) -> Easing {
         Easing {
             gate,
+            most,
             pace: Arc::default(),
         }
     }
@@ -62,7 +68,12 @@ impl Easing {
 
     /// A marker has not come in time: eases more.
     pub fn late(&self) {
-        self.ease(&mut self.pace.lock(), 2, true);
+        let (mut pace, now) = (self.pace.lock(), Instant::now());
+        // Several databases are late together.
+        if pace.late.is_none_or(|at| now - at >= LOOK) {
+            pace.late = Some(now);
+            self.ease(&mut pace, 2, true);
+        }
     }
 
     /// For people, if clients are eased now.
@@ -98,7 +109,7 @@ impl Easing {
             tracing::warn!(because, "writers are not eased any more");
             self.end(pace);
         } else if before == 0 && pace.level > 0 {
-            tokio::spawn(close_and_open(self.gate.clone(), self.pace.clone()));
+            tokio::spawn(close_and_open(self.gate.clone(), self.pace.clone(), self.most));
         }
     }
 
@@ -111,13 +122,13 @@ impl Easing {
     }
 }
 
-async fn close_and_open(gate: Arc<Gate>, pace: Arc<Mutex<Pace>>) {
+async fn close_and_open(gate: Arc<Gate>, pace: Arc<Mutex<Pace>>, most: Duration) {
     // Under the lock: once it says that this is over, nothing comes late.
     let act = |act: fn(&Gate)| {
         let pace = pace.lock();
         (!pace.over).then(|| {
             act(&gate);
-            Duration::from_millis(CLOSED_MS[pace.level])
+            Duration::from_millis(CLOSED_MS[pace.level]).min(most)
         })
     };
     while let Some(closed) = act(Gate::hold) {
@@ -181,7 +192,7 @@ mod tests {
         let side = Side::Blue;
         gate.switch(Upstream { side, epoch: 1 }).expect("the first");
         gate.release();
-        let easing = Easing::new(gate.clone());
+        let easing = Easing::new(gate.clone(), PERIOD);
         let far = Instant::now() + Duration::from_secs(60);
         easing.look(5 * MB, MB, far);
         sleep(LOOK).await;
@@ -207,9 +218,11 @@ mod tests {
         drop(easing);
         stays_open(&gate).await;
         // And when it does not help.
-        let easing = Easing::new(gate.clone());
+        let easing = Easing::new(gate.clone(), PERIOD);
         for _ in 0..2 + IN_VAIN {
             assert!(!easing.pace.lock().over);
+            easing.pace.lock().late = None;
+            easing.late();
             easing.late();
         }
         assert!(easing.has_eased() && easing.describe().is_none());

@@ -723,7 +723,7 @@ impl Flip {
                 links::move_reverse_slot_up(&database.target, &slot, &expect).await?;
             }
         }
-        self.easing = Some(Easing::new(self.gate.clone()));
+        self.easing = Some(Easing::new(self.gate.clone(), self.config.limits.hold_timeout / 2));
         loop {
             let readings = try_join_all(self.databases.iter().map(|database| self.unsettled(database))).await?;
             let lag = readings.iter().flatten().map(|unsettled| unsettled.lag_bytes).sum();

@@ -207,41 +207,36 @@ async fn temporary(config: &Config, client: &Client, pids: &[i32]) -> Result<Vec
         movable,
         since_s: None,
     };
-    let mut pins = Vec::new();
-    let mut schemas: BTreeMap<u32, (i32, String)> = BTreeMap::new();
     let rows = client
-        .query(include_str!("../pg/sql/sessions_temporary.sql"), &[&pids])
+        .query(include_str!("../pg/sql/sessions_temporary_schemas.sql"), &[&pids])
         .await?;
-    for row in &rows {
-        let (pid, schema): (i32, String) = (row.get("pid"), row.get("schema"));
-        match row.get::<_, Option<&str>>("name") {
-            None => drop(schemas.insert(row.get("namespace"), (pid, schema))),
-            Some(name) => pins.push((pid, pin(format!("{name} ({schema})"), false))),
-        }
+    let schemas: BTreeMap<u32, (i32, String)> = rows
+        .iter()
+        .map(|row| (row.get("namespace"), (row.get("pid"), row.get("schema"))))
+        .collect();
+    if schemas.is_empty() {
+        return Ok(Vec::new());
     }
+    let objects = concat!(
+        "with temporary as materialized (",
+        include_str!("../pg/sql/temporary_relations.sql"),
+        ")\n",
+        include_str!("../pg/sql/sessions_temporary.sql")
+    );
     let namespaces: Vec<u32> = schemas.keys().copied().collect();
-    if namespaces.is_empty() {
-        return Ok(pins);
-    }
-    let rows = client
-        .query(include_str!("../pg/sql/temporary_objects.sql"), &[&namespaces])
-        .await?;
-    // An object has a row for each statement that makes it.
-    let mut objects: BTreeMap<(u32, &str), (i64, Option<&str>)> = BTreeMap::new();
-    for row in &rows {
-        let object = objects
-            .entry((row.get("namespace"), row.get("plain")))
-            .or_insert((row.get("bytes"), None));
-        object.1 = object.1.or(row.get("obstacle"));
-    }
+    let rows = client.query(objects, &[&namespaces, &false]).await?;
+    let mut pins = Vec::new();
     for (namespace, (pid, schema)) in &schemas {
-        let own = || objects.iter().filter(|((of, _), _)| of == namespace);
-        let bytes = own().map(|(_, (bytes, _))| *bytes).sum::<i64>().unsigned_abs();
+        let own = || rows.iter().filter(|row| row.get::<_, u32>("namespace") == *namespace);
+        let bytes: i64 = own().filter_map(|row| row.get::<_, Option<i64>>("bytes")).sum();
         let max = config.limits.temporary_max;
-        for ((_, name), (_, obstacle)) in own() {
+        for row in own() {
+            let (name, obstacle): (&str, Option<&str>) = (row.get("name"), row.get("obstacle"));
             let (why, movable) = match obstacle {
                 Some(why) => (format!(" {why}"), false),
-                None if bytes > max => (format!(" ({bytes} bytes, limits.temporary_max is {max})"), false),
+                None if bytes.unsigned_abs() > max => {
+                    (format!(" ({bytes} bytes, limits.temporary_max is {max})"), false)
+                }
                 None => (String::new(), true),
             };
             pins.push((*pid, pin(format!("{name} ({schema}){why}"), movable)));

@@ -7,8 +7,9 @@
 use std::io;
 
 use crate::proxy::server::ServerConn;
+use crate::proxy::temporary::SETTINGS;
 use crate::proxy::transfer::{
-    Answer, PORTAL, STATE, TransferError, put_begin, put_end, put_statement, quoted, transact,
+    Answer, PORTAL, STATE, TransferError, put_begin, put_end, put_statement, quoted, transact, transact_once,
 };
 use crate::wire::message;
 
@@ -31,6 +32,13 @@ struct Column {
     of_type: Vec<u8>,
 }
 
+impl Column {
+    /// There are no arrays of arrays: such values are given as text.
+    fn is_array(&self) -> bool {
+        self.of_type.ends_with(b"[]")
+    }
+}
+
 /// What `session_state.sql` says of a cursor.
 pub(super) struct Found {
     pub name: Vec<u8>,
@@ -38,14 +46,17 @@ pub(super) struct Found {
     pub scrolls: bool,
 }
 
-/// Rows fetched at once.
+/// Rows fetched at once, at most.
 const CHUNK: usize = 500;
-const SETTINGS: &[u8] = b"select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), \
-    pg_catalog.set_config('datestyle', 'ISO, YMD', true), pg_catalog.set_config('intervalstyle', 'postgres', true), \
-    pg_catalog.set_config('extra_float_digits', '3', true)";
-/// `text[]`, and parameters of `format_type`.
+/// `text[]`, and a type that the server finds out from what is done with the parameter.
 const TEXTS: u32 = 1009;
-const OID_AND_MODIFIER: [u32; 2] = [26, 23];
+const AS_USED: u32 = 0;
+/// A type's name; and whether somebody has made a function that turns text into it, which a cast would call.
+const TYPE: &[u8] = b"select pg_catalog.format_type($1, $2), exists (select from pg_catalog.pg_cast c \
+    where c.casttarget operator(pg_catalog.=) $1 and c.castsource operator(pg_catalog.=) 25::pg_catalog.oid \
+    and c.castmethod operator(pg_catalog.=) 'f' and c.oid operator(pg_catalog.>=) 16384::pg_catalog.oid)";
+/// `oid` and `int4`.
+const TYPE_PARAMETERS: [u32; 2] = [26, 23];
 
 impl Cursor {
     /// Reads one and leaves it where it was. `max`: bytes of its rows; they are taken from it.
@@ -68,28 +79,32 @@ impl Cursor {
         message::put_describe_statement(&mut out, STATE);
         message::put_run(&mut out, PORTAL, STATE, &[]);
         message::put_close_statement(&mut out, STATE);
+        put_end(&mut out, b"rollback");
+        let answer = transact_once(conn, &out, "its cursors WITH HOLD can't be read").await?;
+        let on_a_row = answer.rows.len() > 1;
+        let types = answer.columns.clone();
+        let mut out = begin();
         put_statement(&mut out, &[b"move backward all in ".as_slice(), &name].concat());
         put_end(&mut out, b"rollback");
         let answer = look(conn, &out).await?;
-        let on_a_row = answer.rows.len() > 1;
         let before = answer
             .tags
             .iter()
             .find_map(|tag| count(tag, b"MOVE "))
             .ok_or_else(lost)?;
-        let types = answer.columns.clone();
 
         // It stands at its beginning now. Whatever happens, it is put back, or the session ends.
-        let (mut rows, mut bytes) = (Vec::new(), 0);
+        let (mut rows, mut bytes, mut chunk) = (Vec::new(), 0, 1);
         let many = loop {
             let mut out = begin();
-            let fetch = format!("fetch forward {CHUNK} from ");
+            let fetch = format!("fetch forward {chunk} from ");
             put_statement(&mut out, &[fetch.as_bytes(), &name].concat());
             put_end(&mut out, b"rollback");
             let mut answer = look(conn, &out).await?;
             // The first is that of the settings.
             let fetched = answer.rows.split_off(1);
-            let last = fetched.len() < CHUNK;
+            let last = fetched.len() < chunk;
+            chunk = (chunk * 2).min(CHUNK);
             bytes += fetched.iter().map(|row| row.len() as u64).sum::<u64>();
             rows.extend(fetched);
             if last || bytes > *max {
@@ -107,8 +122,7 @@ impl Cursor {
             &mut out,
             &[format!("move absolute {at} in ").as_bytes(), &name].concat(),
         );
-        const TYPE: &[u8] = b"select pg_catalog.format_type($1, $2)";
-        message::put_parse(&mut out, STATE, TYPE, &OID_AND_MODIFIER);
+        message::put_parse(&mut out, STATE, TYPE, &TYPE_PARAMETERS);
         for (_, oid, modifier) in &types {
             let (oid, modifier) = (oid.to_string(), modifier.to_string());
             message::put_run(&mut out, PORTAL, STATE, &[oid.as_bytes(), modifier.as_bytes()]);
@@ -128,7 +142,11 @@ impl Cursor {
             .into_iter()
             .zip(names)
             .map(|((name, ..), of_type)| {
-                let of_type = of_type?.first().copied().flatten()?.to_vec();
+                let of_type = of_type?;
+                // An array's values go through text.
+                let array = of_type.first()?.is_some_and(|name| name.ends_with(b"[]"));
+                let safe = !array || *of_type.get(1)? == Some(b"f");
+                let of_type = of_type.first().copied().flatten().filter(|_| safe)?.to_vec();
                 Some(Column { name, of_type })
             })
             .collect();
@@ -161,7 +179,11 @@ impl Cursor {
         }
         let mut out = begin();
         for cursor in cursors {
-            let types = vec![TEXTS; cursor.columns.len()];
+            let types: Vec<u32> = cursor
+                .columns
+                .iter()
+                .map(|column| if column.is_array() { TEXTS } else { AS_USED })
+                .collect();
             let values: Vec<&[u8]> = cursor.values.iter().map(Vec::as_slice).collect();
             message::put_parse(&mut out, STATE, &cursor.statement(), &types);
             message::put_run(&mut out, PORTAL, STATE, &values);
@@ -193,14 +215,24 @@ impl Cursor {
         };
         list(&mut text, &|text, n| {
             let column = &self.columns[n - 1];
-            text.extend_from_slice(format!("x.c{n}::").as_bytes());
-            text.extend_from_slice(&column.of_type);
+            text.extend_from_slice(format!("x.c{n}").as_bytes());
+            if column.is_array() {
+                text.extend_from_slice(b"::");
+                text.extend_from_slice(&column.of_type);
+            }
             text.extend_from_slice(b" as ");
             text.extend(quoted(&column.name));
         });
         text.extend_from_slice(b" from rows from (");
         list(&mut text, &|text, n| {
-            text.extend_from_slice(format!("pg_catalog.unnest(${n})").as_bytes());
+            text.extend_from_slice(format!("pg_catalog.unnest(${n}").as_bytes());
+            let column = &self.columns[n - 1];
+            if !column.is_array() {
+                text.extend_from_slice(b"::");
+                text.extend_from_slice(&column.of_type);
+                text.extend_from_slice(b"[]");
+            }
+            text.push(b')');
         });
         text.extend_from_slice(b") x (");
         list(&mut text, &|text, n| text.extend_from_slice(format!("c{n}").as_bytes()));
@@ -216,9 +248,9 @@ fn begin() -> Vec<u8> {
     out
 }
 
-/// Something that moves a cursor: if it fails, nobody knows where that stands.
+/// Something that moves a cursor: if it fails, nobody knows where that stands, and it is not tried again.
 async fn look(conn: &mut ServerConn, batch: &[u8]) -> Result<Answer, TransferError> {
-    match transact(conn, batch, "its cursors WITH HOLD can't be read").await {
+    match transact_once(conn, batch, "its cursors WITH HOLD can't be read").await {
         Err(TransferError::Unmovable(why)) => {
             tracing::warn!(%why, "a session is ended: its cursor can't be put back");
             Err(lost())

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::timeout;
 
 use crate::config::Server;
@@ -225,10 +225,55 @@ impl ServerConn {
         }
     }
 
-    /// Sends messages of pgflip's own.
+    /// Sends messages of pgflip's own. Reads what the server says meanwhile: it may wait for that before it reads more.
     pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.write_all(bytes).await?;
+        let mut rest = bytes;
+        poll_fn(|cx| {
+            while !rest.is_empty() {
+                match Pin::new(&mut self.stream).poll_write(cx, rest) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Poll::Ready(Ok(n)) => rest = &rest[n..],
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => {
+                        let mut chunk = [0u8; 4096];
+                        let mut into = ReadBuf::new(&mut chunk);
+                        match Pin::new(&mut self.stream).poll_read(cx, &mut into) {
+                            Poll::Ready(Ok(())) if into.filled().is_empty() => {
+                                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+                            }
+                            Poll::Ready(Ok(())) => self.buffer.extend_from_slice(into.filled()),
+                            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                            Poll::Pending => return Poll::Pending,
+                        }
+                    }
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await?;
         self.stream.flush().await
+    }
+
+    /// Of what was put aside for the client, what it was told of its parameters while pgflip had set them otherwise: `known`
+    /// is what it knows.
+    pub fn tell_only_changes(&mut self, known: &BTreeMap<Vec<u8>, Vec<u8>>) {
+        let aside = std::mem::take(&mut self.aside);
+        let mut rest = aside.as_slice();
+        while let Some(header) = rest.first_chunk::<5>() {
+            let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+            let (whole, tail) = rest.split_at((length + 1).min(rest.len()));
+            rest = tail;
+            if header[0] != b'S' {
+                self.aside.extend_from_slice(whole);
+            }
+        }
+        for (name, value) in self
+            .parameters
+            .iter()
+            .filter(|(name, value)| known.get(*name) != Some(value))
+        {
+            message::put_parameter_status(&mut self.aside, name, value);
+        }
     }
 
     /// Has the server see the connection used: its `idle_session_timeout` begins anew. What it says beside that, a farewell

@@ -1339,6 +1339,7 @@ impl Session {
         };
         self.shared.end_own();
         self.note_waiting();
+        self.server.tell_only_changes(&self.replies.parameters);
         self.pass_unasked().map_err(NotReady::End)?;
         match read {
             Ok(state) => Ok(state),

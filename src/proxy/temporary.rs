@@ -5,7 +5,7 @@
 
 use crate::proxy::server::ServerConn;
 use crate::proxy::transfer::{
-    PORTAL, STATE, TransferError, put_begin, put_begin_with, put_end, put_statement, transact,
+    LOCK_LIMIT, PORTAL, STATE, TransferError, put_begin, put_begin_with, put_end, put_statement, transact,
 };
 use crate::wire::message;
 
@@ -44,12 +44,21 @@ enum Holds {
 const MARK: &[u8] = b"/* pgflip: temporary */ ";
 /// Values are written so that they are read back as they were, whatever the session has set; names mean the same on both
 /// sides, and a temporary table that is called like a catalog hides nothing.
-const SETTINGS: &[u8] = b"select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), \
+pub(super) const SETTINGS: &[u8] = b"select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), \
     pg_catalog.set_config('datestyle', 'ISO, YMD', true), pg_catalog.set_config('intervalstyle', 'postgres', true), \
-    pg_catalog.set_config('extra_float_digits', '3', true), pg_catalog.set_config('row_security', 'off', true)";
+    pg_catalog.set_config('extra_float_digits', '3', true), pg_catalog.set_config('row_security', 'off', true), \
+    pg_catalog.set_config('standard_conforming_strings', 'on', true), pg_catalog.set_config('lc_monetary', 'C', true), \
+    pg_catalog.set_config('array_nulls', 'on', true), pg_catalog.set_config('xmloption', 'content', true)";
 
-/// `oid[]`.
-const OIDS: u32 = 1028;
+/// `oid[]` and `bool`.
+const OIDS_AND_BOOL: [u32; 2] = [1028, 16];
+const OBJECTS: &[u8] = concat!(
+    "with temporary as materialized (",
+    include_str!("../pg/sql/temporary_relations.sql"),
+    ")\n",
+    include_str!("../pg/sql/temporary_objects.sql")
+)
+.as_bytes();
 
 impl Temporary {
     /// True if there is nothing.
@@ -63,15 +72,15 @@ impl Temporary {
         let mut out = Vec::new();
         put_begin(&mut out);
         put_statement(&mut out, SETTINGS);
-        let objects = include_bytes!("../pg/sql/temporary_objects.sql");
-        message::put_parse(&mut out, STATE, objects, &[OIDS]);
-        message::put_run(&mut out, PORTAL, STATE, &[&[b"{", schema, b"}"].concat()]);
+        put_statement(&mut out, LOCK_LIMIT);
+        message::put_parse(&mut out, STATE, OBJECTS, &OIDS_AND_BOOL);
+        message::put_run(&mut out, PORTAL, STATE, &[&[b"{", schema, b"}"].concat(), b"true"]);
         put_end(&mut out, b"rollback");
         let answer = transact(conn, &out, "its temporary objects can't be read").await?;
         let mut temporary = Temporary::default();
         let (mut bytes, mut obstacles) = (0u64, Vec::new());
-        // The first is that of the settings.
-        for row in answer.rows.iter().skip(1) {
+        // The first two are those of the settings.
+        for row in answer.rows.iter().skip(2) {
             let columns = message::columns(row).filter(|columns| columns.len() == 9);
             let columns = columns.ok_or_else(|| unreadable("a malformed row"))?;
             let text = |n: usize| columns[n].unwrap_or_default().to_vec();
@@ -119,8 +128,40 @@ impl Temporary {
             )));
         };
         *max = rest;
+        temporary.check_rows(conn, bytes + rest).await?;
         temporary.read_contents(conn).await?;
         Ok(temporary)
+    }
+
+    /// Rows may be stored in a tenth of what they are as text.
+    async fn check_rows(&self, conn: &mut ServerConn, max: u64) -> Result<(), TransferError> {
+        let mut out = Vec::new();
+        put_begin(&mut out);
+        put_statement(&mut out, SETTINGS);
+        put_statement(&mut out, LOCK_LIMIT);
+        for part in self
+            .parts
+            .iter()
+            .filter(|part| matches!(part.holds, Holds::Rows { .. }))
+        {
+            put_statement(&mut out, &[b"set local role ", part.owner.as_slice()].concat());
+            let count: &[u8] = b"select pg_catalog.sum(pg_catalog.octet_length(pg_catalog.textin(\
+                pg_catalog.record_out(\"pgflip: a row\")))) from ";
+            put_statement(&mut out, &[count, &part.name, b" \"pgflip: a row\""].concat());
+        }
+        put_end(&mut out, b"rollback");
+        let answer = transact(conn, &out, "its temporary objects can't be read").await?;
+        let size = |row: &Vec<u8>| {
+            let column = message::columns(row)?.first().copied().flatten()?;
+            std::str::from_utf8(column).ok()?.parse::<u64>().ok()
+        };
+        let bytes: u64 = answer.rows.iter().skip(2).filter_map(size).sum();
+        match bytes > max {
+            false => Ok(()),
+            true => Err(TransferError::Unmovable(format!(
+                "the rows of its temporary tables have {bytes} bytes, more than limits.temporary_max ({max})"
+            ))),
+        }
     }
 
     async fn read_contents(&mut self, conn: &mut ServerConn) -> Result<(), TransferError> {

@@ -381,8 +381,8 @@ const LIMITS: &[u8] = b"pgflip:limits";
 pub(super) const STATE: &[u8] = b"pgflip:state";
 pub(super) const END: &[u8] = b"pgflip:end";
 pub(super) const PORTAL: &[u8] = b"pgflip:portal";
-/// To describe a statement takes the locks of its tables, for which somebody may have queued who waits for long.
-const DESCRIBE_LIMIT: &[u8] = b"select pg_catalog.set_config('lock_timeout', '200ms', true)";
+/// To describe a statement, or a view, takes the locks of its tables, for which somebody may have queued who waits for long.
+pub(super) const LOCK_LIMIT: &[u8] = b"select pg_catalog.set_config('lock_timeout', '200ms', true)";
 
 /// Reads a session's state in its own connection, which is at its boundary and is left there. `names`: custom settings to
 /// ask for. `before`: its state on this connection as it was read before. `temporary_max`: bytes of temporary objects.
@@ -448,6 +448,11 @@ pub(super) async fn harvest(
                     .map(|d| d.shape)
                     .unwrap_or_default(),
             }),
+            // It is a stand-in, or its columns have changed since it was prepared.
+            Some(b"0A000") if unnamed.confirmed => Some(UnnamedStatement {
+                parse: unnamed.body.clone(),
+                shape: Shape::Unusable,
+            }),
             // 26000: there is none. Anything else: it can't be used any more, for instance because its table is gone.
             Some(_) => None,
         };
@@ -492,7 +497,7 @@ async fn describe(
         }
         let mut out = Vec::new();
         put_begin(&mut out);
-        message::put_parse(&mut out, STATE, DESCRIBE_LIMIT, &[]);
+        message::put_parse(&mut out, STATE, LOCK_LIMIT, &[]);
         message::put_run(&mut out, PORTAL, STATE, &[]);
         for statement in &left {
             message::put_describe_statement(&mut out, &statement.name);
@@ -596,23 +601,30 @@ pub(super) fn put_end(out: &mut Vec<u8>, how: &[u8]) {
 }
 
 /// Runs one such transaction. An error is undone and named.
+pub(super) async fn transact_once(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
+    let mut answer = ask(conn, batch, 1).await?.pop().expect("one was asked for");
+    let Some(error) = &answer.error else {
+        // The first is that of the limits.
+        answer.rows.drain(..answer.rows.len().min(1));
+        return Ok(answer);
+    };
+    undo(conn, answer.status).await?;
+    let (side, why) = (conn.side, ErrorFields(error).describe());
+    Err(TransferError::Unmovable(format!("{what} on {side}: {why}")))
+}
+
+/// The same, again if it was interrupted. What it does must not show when it is undone.
 pub(super) async fn transact(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
-    let mut interrupted = 0;
-    loop {
-        let mut answer = ask(conn, batch, 1).await?.pop().expect("one was asked for");
-        let Some(error) = &answer.error else {
-            // The first is that of the limits.
-            answer.rows.drain(..answer.rows.len().min(1));
-            return Ok(answer);
-        };
-        undo(conn, answer.status).await?;
-        if ErrorFields(error).code() == b"57014" && interrupted < TRIES {
-            interrupted += 1;
-            continue;
+    let mut done = transact_once(conn, batch, what).await;
+    for _ in 1..TRIES {
+        match &done {
+            Err(TransferError::Unmovable(why)) if why.ends_with("(57014)") => {
+                done = transact_once(conn, batch, what).await;
+            }
+            _ => break,
         }
-        let (side, why) = (conn.side, ErrorFields(error).describe());
-        return Err(TransferError::Unmovable(format!("{what} on {side}: {why}")));
     }
+    done
 }
 
 fn close_own(out: &mut Vec<u8>) {

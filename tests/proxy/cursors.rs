@@ -92,6 +92,35 @@ async fn cursors_go_there_and_back_with_their_rows_and_where_they_stand() {
 }
 
 #[tokio::test]
+async fn a_cast_that_somebody_has_made_is_not_called_for_a_cursor_of_somebody_elses() {
+    let servers = Servers::start(
+        "create type ev as enum ('x', 'y');
+         create function trap(text) returns ev language plpgsql as $$ begin raise exception 'it was called'; end $$;
+         create cast (text as ev) with function trap(text);
+         create function trap_all(text) returns ev[] language plpgsql as $$ begin raise exception 'it was called'; end $$;
+         create cast (text as ev[]) with function trap_all(text)",
+    )
+    .await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    fetched(&mut raw, "declare c scroll cursor with hold for select 'x'::ev").await;
+    front.flip().await;
+    assert_eq!(raw.value("fetch 1 from c").await, "x");
+    fetched(
+        &mut raw,
+        "declare many scroll cursor with hold for select array['x'::ev]",
+    )
+    .await;
+    let drained = front.hold().await;
+    assert!(
+        drained.unmovable[0].why.contains("the columns of cursor \"many\""),
+        "{drained:?}"
+    );
+    front.unwind();
+    assert_eq!(raw.value("fetch 1 from many").await, "{x}");
+}
+
+#[tokio::test]
 async fn cursors_that_can_not_be_read_without_loss_are_named_and_left_as_they_are() {
     let servers = Servers::start("").await;
     let front = servers.serve("sslmode=disable", "[limits]\ntemporary_max = 10_000\n");

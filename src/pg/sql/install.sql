@@ -76,15 +76,20 @@ create or replace function pgflip.fence_ddl() returns event_trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
     row pgflip.state;
+    context text;
 begin
     if pg_catalog.pg_replication_origin_session_is_setup() then
         return;
     end if;
-    -- A session's temporary objects are made on the standby before it becomes the active side (src/proxy/temporary.rs). One
-    -- command, and nothing that others see.
-    if pg_catalog.strpos(pg_catalog.current_query(), ';') = 0
+    -- A session's temporary objects are made on the standby before it becomes the active side (src/proxy/temporary.rs): one
+    -- command that nothing else runs, and nothing that others see.
+    get diagnostics context = pg_context;
+    if tg_tag in ('CREATE TABLE', 'CREATE SEQUENCE', 'CREATE VIEW', 'CREATE INDEX', 'ALTER SEQUENCE')
+       and pg_catalog.strpos(context, e'\n') = 0
+       and pg_catalog.strpos(pg_catalog.current_query(), ';') = 0
        and pg_catalog.current_query() operator(pg_catalog.~*)
-           '^/\* pgflip: temporary \*/ (create temporary|create (unique )?index|alter sequence pg_temp\.)' then
+           ('^/\* pgflip: temporary \*/ (create temporary (table|sequence|view) |'
+            || 'create (unique )?index ("([^"]|"")+"|[a-z0-9_$]+) on (only )?pg_temp\.|alter sequence pg_temp\.)') then
         return;
     end if;
     lock table pgflip.gate in row exclusive mode;

@@ -50,6 +50,15 @@ select 'obstacle', 'temporary types', t.typname::pg_catalog.text, null, null
    and t.typrelid OPERATOR(pg_catalog.=) 0::pg_catalog.oid
    and t.typelem OPERATOR(pg_catalog.=) 0::pg_catalog.oid
 union all
+select 'obstacle', 'temporary objects of other kinds',
+       pg_catalog.pg_describe_object(d.classid, d.objid, d.objsubid), null, null
+  from pg_catalog.pg_depend d
+ where pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
+   and d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_namespace'::pg_catalog.regclass::pg_catalog.oid
+   and d.refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()
+   and d.classid OPERATOR(pg_catalog.<>) all (array['pg_catalog.pg_class', 'pg_catalog.pg_type', 'pg_catalog.pg_proc',
+         'pg_catalog.pg_constraint']::pg_catalog.regclass[]::pg_catalog.oid[])
+union all
 select 'listen', l.channel, null, null, null
   from pg_catalog.pg_listening_channels() l (channel)
 union all

@@ -1,17 +1,10 @@
--- Temporary schemas of sessions, and functions and types in them, which can't be moved; of the rest see
--- temporary_objects.sql. $1: pids of server processes in this database. Before 16 the numbers of temporary schemas were not
--- those of any view. Columns: pid, namespace (oid), schema, name (null: the schema itself). Servers 16 and later.
-with temporary as (
-    select pg_stat_get_backend_pid(id) as pid, n.oid, n.nspname
-      from pg_stat_get_backend_idset() id
-      join pg_namespace n on n.nspname = 'pg_temp_' || id
-     where pg_stat_get_backend_pid(id) = any ($1))
-select t.pid, t.oid as namespace, t.nspname::text as schema, null::text as name from temporary t
+-- What sessions have in their temporary schemas, as far as it is seen from outside, without waiting for anybody's lock.
+-- Behind `with temporary as materialized (temporary_relations.sql)`. $1: the schemas. Columns: namespace, name, bytes (null:
+-- not known), obstacle (why it can't be moved; null: as far as is seen it can). Servers 16 and later.
+select t.relnamespace as namespace, t.relname::text as name, t.bytes, t.obstacle from temporary t
 union all
-select t.pid, t.oid, t.nspname::text, p.proname::text || '()'
-  from temporary t join pg_proc p on p.pronamespace = t.oid
+select p.pronamespace, p.proname || '()', 0, 'is a function' from pg_proc p where p.pronamespace = any ($1)
 union all
-select t.pid, t.oid, t.nspname::text, y.typname::text
-  from temporary t join pg_type y on y.typnamespace = t.oid
- where y.typrelid = 0 and y.typelem = 0
-order by 1, 3, 4
+select y.typnamespace, y.typname::text, 0, 'is a type'
+  from pg_type y where y.typnamespace = any ($1) and y.typrelid = 0 and y.typelem = 0
+order by 1, 2

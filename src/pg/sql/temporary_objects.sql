@@ -1,39 +1,9 @@
--- Temporary tables, sequences and views, and what makes them anew. $1: OIDs of temporary schemas. In a session of the
--- client's this runs with search_path pg_catalog, pg_temp. Columns: namespace, name, owner (quoted), part ('sequence',
--- 'table', 'index', 'view', 'owned': in the order in which they are made), statement, columns (of a table, to copy),
--- bytes, obstacle (why it can't be made anew; null: it can). Servers 13 and later.
-with temporary as materialized (
-    select c.oid, c.relname, c.relkind, c.reloptions, c.relnamespace, n.nspname,
-           quote_ident(pg_get_userbyid(c.relowner)) as owner, 'pg_temp.' || quote_ident(c.relname) as name,
-           case when c.relkind in ('r', 'S') then pg_table_size(c.oid) else 0 end as bytes,
-           case
-               when c.relkind not in ('r', 'S', 'v') then 'is no table, sequence or view'
-               when c.relispartition or exists (select from pg_inherits i where c.oid in (i.inhrelid, i.inhparent))
-                   then 'has parents or children'
-               when c.reloftype <> 0 then 'is of a type'
-               when c.relkind = 'r' and c.relam <> (select oid from pg_am where amname = 'heap') then 'is no heap'
-               when exists (select from pg_trigger t where t.tgrelid = c.oid) then 'has triggers or foreign keys'
-               when c.relkind = 'r' and exists (select from pg_rewrite r where r.ev_class = c.oid) then 'has rules'
-               when c.relrowsecurity or exists (select from pg_policy p where p.polrelid = c.oid) then 'has policies'
-               when c.relacl is not null
-                    or exists (select from pg_attribute a where a.attrelid = c.oid and a.attacl is not null)
-                   then 'has privileges of its own'
-               when exists (select from pg_statistic_ext s where s.stxrelid = c.oid) then 'has extended statistics'
-               when exists (select from pg_description d where d.classoid = 'pg_class'::regclass and d.objoid = c.oid)
-                   then 'has comments'
-               when c.relkind = 'v' and c.reloptions is not null then 'has options'
-               when exists (select from pg_attribute a join pg_type t on t.oid = a.atttypid
-                             where c.relkind = 'r' and a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
-                               and (a.attoptions is not null or a.attstorage <> t.typstorage
-                                    or to_jsonb(a) ->> 'attcompression' <> ''))
-                   then 'has columns with options, or stored in a way of their own'
-               -- Only the session itself knows, and TRUNCATE leaves the same.
-               when c.relkind = 'r' and pg_relation_size(c.oid) = 0
-                   then 'is empty: nobody can tell whether it is ON COMMIT DELETE ROWS'
-           end as obstacle
-      from pg_class c join pg_namespace n on n.oid = c.relnamespace
-     where c.relnamespace = any ($1) and c.relkind not in ('i', 'I', 't')
-), sequences as materialized (
+-- What makes a session's temporary tables, sequences and views anew. Behind `with temporary as materialized
+-- (temporary_relations.sql)`, in a session of the client's with search_path pg_catalog, pg_temp. Columns: namespace, name,
+-- plain (the name unquoted), owner (quoted), part ('sequence', 'table', 'index', 'view', 'owned': in the order in which they
+-- are made), statement, columns (of a table, to copy), bytes, obstacle (why it can't be made anew; null: it can). Servers 13
+-- and later.
+, sequences as materialized (
     select t.oid, format('%s increment by %s minvalue %s maxvalue %s start with %s cache %s%s', t.name, s.seqincrement,
                          s.seqmin, s.seqmax, s.seqstart, s.seqcache, case when s.seqcycle then ' cycle' else '' end) as options,
            format_type(s.seqtypid, null) as type, d.deptype, d.refobjid, d.refobjsubid
@@ -98,6 +68,8 @@ select t.relnamespace as namespace, t.name, t.relname::text as plain, t.owner, p
        -- Whatever this server calls the session's schema. (Some versions do not say pg_temp.)
        replace(p.statement, quote_ident(t.nspname) || '.', 'pg_temp.') as statement,
        p.columns, t.bytes,
-       coalesce(t.obstacle, case when p.statement like '%;%' then 'has a semicolon in its definition' end) as obstacle
+       coalesce(t.obstacle,
+                case when p.statement like '%;%' then 'has a semicolon in its definition'
+                     when p.statement ~ ('''.*' || t.nspname || '\.') then 'names its schema within a literal' end) as obstacle
   from temporary t left join parts p using (oid)
  order by p.step, t.oid, p.statement
