@@ -1,6 +1,7 @@
 //! The proxy by itself before two real servers, with the gate in the test's hand: no controller, no replication. What a
 //! driver does not do, or hides, is said byte by byte ([`raw`]).
 
+mod cancel_race;
 mod encryption;
 mod held;
 mod login;
