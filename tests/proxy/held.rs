@@ -70,7 +70,7 @@ async fn the_connection_of_a_cancel_request_is_closed_when_the_server_has_had_it
     let front = servers.serve("sslmode=disable", "");
     let mut raw = front.raw().await;
     raw.send(&query("select pg_sleep(60)")).await;
-    front.sessions("active", 1).await;
+    servers.asleep().await;
     servers.blue.freeze();
     let (port, pid, key) = (raw.port, raw.pid, raw.key.clone());
     let cancel = tokio::spawn(async move { raw::cancel(port, pid, &key).await });

@@ -94,6 +94,16 @@ impl Servers {
         self.cluster(side).connect("app").await.expect("a superuser's login")
     }
 
+    /// Waits until a statement of the application's sleeps on blue. That it has been sent is not enough: a server that has
+    /// not read it yet has nothing to cancel.
+    async fn asleep(&self) {
+        let sleeping = "pg_stat_activity where wait_event = 'PgSleep' and usename = 'app'";
+        let until = Instant::now() + LIMIT;
+        while self.count(Side::Blue, sleeping).await == 0 {
+            assert!(Instant::now() < until, "nothing sleeps");
+        }
+    }
+
     /// A count on a side, around the proxy.
     async fn count(&self, side: Side, from: &str) -> i64 {
         let row = self.admin(side).await;
