@@ -317,6 +317,8 @@ pub struct Flip {
     attempt: Attempt,
     regime: Regime,
     databases: Vec<Database>,
+    /// Digest of the source's roles before they were mirrored.
+    roles: String,
     _lock: OperatorLock,
     /// The other sidecars, from `prepare` on.
     fleet: Option<Caller>,
@@ -510,6 +512,7 @@ impl Flip {
             attempt,
             regime,
             databases,
+            roles: String::new(),
             _lock: lock,
             fleet: None,
             me: me.clone(),
@@ -686,6 +689,7 @@ impl Flip {
 
     async fn settle(&mut self) -> Result<(), Stop> {
         // What was taken away from a role since the guard looked last must not come back with the flip.
+        self.roles = self.roles_digest().await?;
         no_findings(roles::settle(&self.config, self.source, self.attempt.epoch).await?)?;
         let deadline = Instant::now() + self.config.flip.settle_timeout;
         // What a flip before this one has left undone, because it died or was in a hurry. The guard would do it, but it
@@ -719,6 +723,19 @@ impl Flip {
             self.operation.event("settle", "progress", reading, Value::Null);
             sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    async fn roles_digest(&self) -> Result<String, Stop> {
+        let source = &self.databases[0].source;
+        Ok(roles::digest(source, self.source, &self.config.databases).await?)
+    }
+
+    /// Roles that clients have changed since `settle`, a password for instance. Now all are held.
+    async fn roles_again(&self) -> Result<(), Stop> {
+        if self.roles_digest().await? != self.roles {
+            no_findings(roles::settle(&self.config, self.source, self.attempt.epoch).await?)?;
+        }
+        Ok(())
     }
 
     /// What speaks against holding clients now. `None`: nothing.
@@ -927,7 +944,8 @@ impl Flip {
                 Stragglers::Terminate => self.terminate(&mine, &in_the_way).await?,
             }
         }
-        prepared
+        prepared?;
+        self.roles_again().await
     }
 
     /// Ends what is in the way, here and at the other sidecars, and drains again.
