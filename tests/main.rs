@@ -14,6 +14,7 @@ mod flip_parts;
 mod forced;
 mod kept_connections;
 mod killed;
+mod many_flips;
 mod pinned;
 mod proxy;
 mod replication_pairs;

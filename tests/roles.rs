@@ -1,6 +1,7 @@
 //! Roles after `replication start`: what is taken away on the active side is taken away on the standby, within seconds and
 //! before a flip; what pgflip does with verifiers is told to nobody.
 
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::common::{LIMIT, Rig};
@@ -228,6 +229,43 @@ async fn a_role_dropped_right_before_a_flip_opens_neither_side_after_it_and_the_
         "it was dropped while green was active"
     );
     assert!(opens(&rig.blue, "third", "x").await, "what was made there came along");
+}
+
+#[tokio::test]
+async fn what_is_done_to_roles_while_a_flip_makes_ready_counts_after_it() {
+    // Right before anybody is held: roles have been mirrored for this flip.
+    let fault = "stop-after=cutover:prepare";
+    let rig = Rig::new(16, 18).shape(small()).fault(fault).start().await;
+    let blue = rig.admin(Side::Blue).await;
+    blue.batch_execute(
+        "create role dev login password 'old'; create role leaver login password 'x';
+         create role expires login password 'x'; create role gone login password 'x';",
+    )
+    .await
+    .expect("roles");
+    rig.replicate().await;
+    let mut command = rig.sidecar.command(&["cutover"]);
+    let asked = command.stdout(Stdio::piped()).spawn().expect("the command starts");
+    rig.stopped_itself(fault).await;
+    blue.batch_execute(
+        "alter role dev password 'new'; alter role leaver nologin; alter role expires valid until '2020-01-01';
+         drop role gone; create role comer login password 'x';",
+    )
+    .await
+    .expect("roles that change");
+    rig.sidecar.signal(libc::SIGCONT);
+    let said = asked.wait_with_output().expect("the command ends");
+    assert!(said.status.success(), "{said:?}");
+    for (user, password, right) in [
+        ("dev", "new", true),
+        ("comer", "x", true),
+        ("dev", "old", false),
+        ("leaver", "x", false),
+        ("expires", "x", false),
+        ("gone", "x", false),
+    ] {
+        assert_eq!(opens(&rig.green, user, password).await, right, "{user}, {password}");
+    }
 }
 
 #[tokio::test]

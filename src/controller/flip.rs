@@ -318,6 +318,8 @@ pub struct Flip {
     attempt: Attempt,
     regime: Regime,
     databases: Vec<Database>,
+    /// Digest of the source's roles before they were mirrored.
+    roles: String,
     _lock: OperatorLock,
     /// The other sidecars, from `prepare` on.
     fleet: Option<Caller>,
@@ -522,6 +524,7 @@ impl Flip {
             attempt,
             regime,
             databases,
+            roles: String::new(),
             _lock: lock,
             fleet: None,
             me: me.clone(),
@@ -704,7 +707,12 @@ impl Flip {
 
     async fn settle(&mut self) -> Result<(), Stop> {
         // What was taken away from a role since the guard looked last must not come back with the flip.
-        no_findings(roles::settle(&self.config, self.source, self.attempt.epoch).await?)?;
+        self.roles = self.roles_digest().await?;
+        let found = roles::settle(&self.config, self.source, self.attempt.epoch).await?;
+        // What somebody is changing right now is looked at when nobody can any more.
+        if self.roles_digest().await? == self.roles {
+            no_findings(found)?;
+        }
         let deadline = Instant::now() + self.config.flip.settle_timeout;
         // What a flip before this one has left undone, because it died or was in a hurry. The guard would do it, but it
         // stands still while a flip of this process runs.
@@ -792,6 +800,19 @@ impl Flip {
             Some(_) => return Ok(None),
         };
         Ok(Some(Unsettled { what, lag_bytes }))
+    }
+
+    async fn roles_digest(&self) -> Result<String, Stop> {
+        let source = &self.databases[0].source;
+        Ok(roles::digest(source, self.source, &self.config.databases).await?)
+    }
+
+    /// Roles that clients have changed since `settle`, a password for instance. Now all are held.
+    async fn roles_again(&self) -> Result<(), Stop> {
+        if self.roles_digest().await? != self.roles {
+            no_findings(roles::settle(&self.config, self.source, self.attempt.epoch).await?)?;
+        }
+        Ok(())
     }
 
     /// What speaks against holding clients now. `None`: nothing.
@@ -1005,7 +1026,8 @@ impl Flip {
                 Stragglers::Terminate => self.terminate(&mine, &in_the_way).await?,
             }
         }
-        prepared
+        prepared?;
+        self.roles_again().await
     }
 
     /// Ends what is in the way, here and at the other sidecars, and drains again.

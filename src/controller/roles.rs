@@ -1107,6 +1107,14 @@ async fn bring_over(
     Ok(done)
 }
 
+/// One digest of all that is mirrored of a server, to be compared with an earlier one of the same server.
+pub async fn digest(client: &Client, side: Side, databases: &[String]) -> Result<String, RolesError> {
+    let row = client
+        .query_one(include_str!("../pg/sql/roles_digest.sql"), &[&databases])
+        .await;
+    Ok(row.map_err(|source| RolesError::Read { side, source })?.get(0))
+}
+
 /// For a flip, before anybody is held: mirrors once more, and says what then still differs.
 pub async fn settle(config: &Config, active: Side, epoch: u64) -> Result<Vec<Finding>, RolesError> {
     let (source, mut target) = open(config, active).await?;
@@ -1156,10 +1164,7 @@ impl Keeper {
         let standby = active.other();
         let digest = async |side: Side| {
             let client = self.clients.get(&side).expect("both were just opened");
-            let row = client
-                .query_one(include_str!("../pg/sql/roles_digest.sql"), &[&config.databases])
-                .await;
-            Ok::<String, RolesError>(row.map_err(|source| RolesError::Read { side, source })?.get(0))
+            digest(client, side, &config.databases).await
         };
         // The active side's is read before mirroring: what changes meanwhile is found the next time.
         let here = digest(active).await?;

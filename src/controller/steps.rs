@@ -15,7 +15,7 @@ pub enum Reversible {
     Prepare,
     /// The gate closes.
     Hold,
-    /// Every session at its boundary, no prepared transaction.
+    /// Every session at its boundary, no prepared transaction; roles mirrored once more if they have changed.
     Drain,
     /// The source refuses writes from everyone but replication.
     Fence,

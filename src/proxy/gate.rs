@@ -111,8 +111,8 @@ const OTHERS_PATIENCE: std::time::Duration = std::time::Duration::from_millis(50
 const READ_AHEAD: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Why a session can't be moved that calls set_config with names which pgflip can't see.
-pub const UNSEEN_SETTINGS: &str = "custom settings whose names are not known: put together at run time, or given to \
-    EXECUTE (list them in custom_settings, and start pgflip again)";
+pub const UNSEEN_SETTINGS: &str = "custom settings whose names are not known: put together at run time, given to \
+    EXECUTE, or not ASCII (list them in custom_settings, and start pgflip again)";
 
 /// Where a session stands, as the gate sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

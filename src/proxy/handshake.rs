@@ -21,8 +21,9 @@ const MAX_PASSWORD_MESSAGE: usize = 8192;
 pub(super) enum Arrival {
     /// Who wants a session.
     Client(Box<Client>),
-    /// A cancel request.
-    Cancel(u32, Vec<u8>),
+    /// A cancel request. Closing its connection tells the client that it has been passed on: whatever the client sends then
+    /// must not be hit by it.
+    Cancel(ClientStream, u32, Vec<u8>),
 }
 
 /// An authenticated client.
@@ -82,7 +83,7 @@ pub(super) async fn receive(env: &Arc<Env>, socket: TcpStream) -> Result<Arrival
             Ok(Opening::Ssl | Opening::Gss) => {
                 return Err(refuse(&mut stream, ClientError::protocol("encryption was asked for twice")).await);
             }
-            Ok(Opening::Cancel(pid, key)) => return Ok(Arrival::Cancel(pid, key)),
+            Ok(Opening::Cancel(pid, key)) => return Ok(Arrival::Cancel(stream, pid, key)),
             Ok(Opening::Startup(startup)) => break startup,
             Err(malformed) => {
                 return Err(refuse(&mut stream, ClientError::protocol(malformed.to_string())).await);

@@ -285,7 +285,7 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
     }
     let arrival = tokio::time::timeout(limits.client_login_timeout, handshake::receive(&env, socket)).await;
     match arrival {
-        Ok(Ok(Arrival::Cancel(pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
+        Ok(Ok(Arrival::Cancel(_closed_behind_it, pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
         Ok(Ok(Arrival::Client(mut client))) => {
             if clients >= limits.max_clients {
                 handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;

@@ -1,5 +1,5 @@
-//! Clients' verifiers, read from the active side at each login. A copy serves only while clients are held: a password
-//! changed or a role dropped counts from then on.
+//! Clients' verifiers, read from the active side at each login: a password changed or a role dropped counts from then on. A
+//! copy serves only while clients are held and that side does not answer.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,6 +16,8 @@ use crate::wire::scram::Verifier;
 
 /// Users kept for the time of a hold.
 const MAX_CACHED: usize = 10_000;
+/// How long the active side has to answer before a copy serves, while clients are held.
+const HELD_LIMIT: Duration = Duration::from_secs(1);
 
 /// The active side's roles can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -61,12 +63,14 @@ impl Verifiers {
         let Ok(name) = std::str::from_utf8(user) else {
             return Ok(mock());
         };
-        if self.gate.held()
-            && let Some(found) = self.cache.lock().get(name)
-        {
-            return Ok(found.clone().unwrap_or_else(mock));
-        }
-        let found = self.read(name).await?;
+        let copy = self.gate.held().then(|| self.cache.lock().get(name).cloned()).flatten();
+        let found = match copy {
+            None => self.read(name).await?,
+            Some(copy) => match timeout(HELD_LIMIT, self.read(name)).await {
+                Ok(Ok(found)) => found,
+                Ok(Err(_)) | Err(_) => return Ok(copy.unwrap_or_else(mock)),
+            },
+        };
         let mut cache = self.cache.lock();
         if cache.len() < MAX_CACHED || cache.contains_key(name) {
             // Unknown names are not kept: anybody can make them up.

@@ -108,7 +108,7 @@ pub struct Unnamed {
     pub body: Vec<u8>,
     /// It was longer than may be kept.
     pub too_long: bool,
-    /// The server has said ParseComplete to it.
+    /// The server has said ParseComplete to it, and its bytes still mean what they meant then.
     pub confirmed: bool,
     /// Which answer it is: requests sent before its batch, and the how-manieth Parse of the batch.
     place: Option<(u64, u32)>,
@@ -326,7 +326,11 @@ impl Replies {
                         unnamed.confirmed = true;
                     }
                 }
-                b'S' => self.parameter(&part),
+                b'S' => {
+                    if self.parameter(&part) && !requests.unnamed.body.is_ascii() {
+                        requests.unnamed.confirmed = false;
+                    }
+                }
                 b'G' if part.first => {
                     self.copy_in = true;
                     self.uncertain = true;
@@ -385,18 +389,22 @@ impl Replies {
         }
     }
 
+    /// True if from now on the client's bytes are read in another encoding.
     #[cold]
-    fn parameter(&mut self, part: &Part<'_>) {
+    fn parameter(&mut self, part: &Part<'_>) -> bool {
         if part.first {
             self.capture.clear();
         }
         self.capture.extend_from_slice(part.body);
-        if part.last {
-            if let Some((name, value)) = parameter_status(&self.capture) {
-                self.parameters.insert(name, value);
-            }
-            self.capture = Vec::new();
+        if !part.last {
+            return false;
         }
+        let Some((name, value)) = parameter_status(&std::mem::take(&mut self.capture)) else {
+            return false;
+        };
+        let is_encoding = name == b"client_encoding";
+        let before = self.parameters.insert(name.clone(), value);
+        is_encoding && before.as_ref() != self.parameters.get(&name)
     }
 }
 

@@ -3,8 +3,8 @@
 //!
 //! Seen are literal names (`SET app.x`, `RESET app.x`, `set_config('app.x', …)`) and names that are parameters
 //! (`set_config($1, …)`, for which the session's Binds are looked at from then on). Of a name that is put together at run
-//! time (`set_config('app.' || x, …)`) it is only known that there is one. What functions set is looked for in the
-//! catalogs.
+//! time (`set_config('app.' || x, …)`) it is only known that there is one; the same goes for a literal that is not ASCII,
+//! because what its bytes mean changes with `client_encoding`. What functions set is looked for in the catalogs.
 
 use std::collections::BTreeSet;
 
@@ -26,7 +26,7 @@ pub struct SettingNames {
     computed: bool,
 }
 
-/// What `set_config(` begins.
+/// What `set_config(` or SET begins.
 enum First {
     /// A literal.
     Name(String),
@@ -34,7 +34,7 @@ enum First {
     Other,
     /// A parameter.
     Bound,
-    /// An expression.
+    /// An expression, or a literal that is not ASCII.
     Computed,
     /// The text ends before that can be told.
     Cut,
@@ -98,7 +98,7 @@ impl SettingNames {
                 .rev()
                 .take_while(|at| in_name(&bytes[*at]))
                 .find(|at| *at >= 4 && bytes[at - 4..*at] == ((end - at) as u32).to_be_bytes());
-            if let Some(name) = start.and_then(|start| custom(&bytes[start..end])) {
+            if let Some(First::Name(name)) = start.map(|start| custom(&bytes[start..end])) {
                 self.insert(name);
             }
         }
@@ -122,19 +122,16 @@ impl SettingNames {
             let begins = |before: &[u8]| !before.last().is_some_and(|byte| is_word(*byte));
             let reset = strip_end(before, b"re").is_some_and(begins);
             let rest = &text[at + 2..];
-            match rest.strip_prefix(b"_") {
-                None if reset || begins(before) => {
-                    if let Some(name) = after_set(rest) {
-                        self.insert(name);
-                    }
-                }
-                Some(rest) if begins(before) => match after_set_config(rest) {
-                    First::Name(name) => self.insert(name),
-                    First::Bound => self.bound = true,
-                    First::Computed => self.computed = true,
-                    First::Other | First::Cut => {}
-                },
-                _ => {}
+            let found = match rest.strip_prefix(b"_") {
+                None if reset || begins(before) => after_set(rest),
+                Some(rest) if begins(before) => after_set_config(rest),
+                _ => First::Other,
+            };
+            match found {
+                First::Name(name) => self.insert(name),
+                First::Bound => self.bound = true,
+                First::Computed => self.computed = true,
+                First::Other | First::Cut => {}
             }
         }
     }
@@ -165,8 +162,18 @@ fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'$' || byte >= 0x80
 }
 
-fn spaces(text: &[u8]) -> &[u8] {
-    &text[text.iter().take_while(|b| b.is_ascii_whitespace()).count()..]
+/// Past white space and comments.
+fn spaces(mut text: &[u8]) -> &[u8] {
+    loop {
+        text = text.trim_ascii_start();
+        let (comment, end): (_, &[u8]) = match text {
+            [b'/', b'*', comment @ ..] => (comment, b"*/"),
+            [b'-', b'-', comment @ ..] => (comment, b"\n"),
+            _ => return text,
+        };
+        let length = memchr::memmem::find(comment, end).map_or(comment.len(), |at| at + end.len());
+        text = &comment[length..];
+    }
 }
 
 fn keyword<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
@@ -176,9 +183,11 @@ fn keyword<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
 
 /// `config ( 'name' , …` (what follows `set_`).
 fn after_set_config(text: &[u8]) -> First {
-    let Some(rest) = keyword(text, b"config").map(spaces) else {
+    let Some(rest) = keyword(text, b"config") else {
         return First::Other;
     };
+    // It may be quoted.
+    let rest = spaces(rest.strip_prefix(b"\"").unwrap_or(rest));
     let Some(rest) = rest.strip_prefix(b"(").map(spaces) else {
         return First::Other;
     };
@@ -204,24 +213,26 @@ fn after_set_config(text: &[u8]) -> First {
     match (rest.first(), name) {
         (None, _) => First::Cut,
         (Some(b','), None) => First::Bound,
-        (Some(b','), Some(name)) => custom(name).map_or(First::Other, First::Name),
+        (Some(b','), Some(name)) => custom(name),
         (Some(_), _) => First::Computed,
     }
 }
 
 /// ` [SESSION | LOCAL] name`.
-fn after_set(text: &[u8]) -> Option<String> {
-    if !text.first()?.is_ascii_whitespace() {
-        return None;
-    }
+fn after_set(text: &[u8]) -> First {
     let mut rest = spaces(text);
+    if rest.len() == text.len() {
+        return First::Other;
+    }
     if let Some(after) = keyword(rest, b"session").or_else(|| keyword(rest, b"local")) {
         rest = spaces(after);
     }
     let mut name = Vec::new();
     loop {
         if let Some(quoted) = rest.strip_prefix(b"\"") {
-            let end = memchr::memchr(b'"', quoted)?;
+            let Some(end) = memchr::memchr(b'"', quoted) else {
+                return First::Cut;
+            };
             name.extend_from_slice(&quoted[..end]);
             rest = &quoted[end + 1..];
         } else {
@@ -229,24 +240,27 @@ fn after_set(text: &[u8]) -> Option<String> {
             name.extend_from_slice(&rest[..end]);
             rest = &rest[end..];
         }
-        match rest.strip_prefix(b".") {
+        match spaces(rest).strip_prefix(b".") {
             Some(after) => {
                 name.push(b'.');
-                rest = after;
+                rest = spaces(after);
             }
             None => break,
         }
     }
     // A name that touches the end of a cut text may be half of one: it comes again with the next part.
-    if rest.is_empty() { None } else { custom(&name) }
+    if rest.is_empty() { First::Cut } else { custom(&name) }
 }
 
-fn custom(name: &[u8]) -> Option<String> {
-    let name = std::str::from_utf8(name).ok()?;
-    let pieces_ok = name
-        .split('.')
-        .all(|piece| piece.bytes().all(is_word) && piece.starts_with(|first| !matches!(first, '0'..='9' | '$')));
-    (name.contains('.') && pieces_ok && name.len() < NAME_MAX).then(|| name.to_ascii_lowercase())
+fn custom(name: &[u8]) -> First {
+    let pieces_ok = name.split(|byte| *byte == b'.').all(|piece| {
+        piece.iter().all(|byte| is_word(*byte)) && !piece.first().is_none_or(|b| b.is_ascii_digit() || *b == b'$')
+    });
+    match std::str::from_utf8(name) {
+        _ if !name.contains(&b'.') || !pieces_ok || name.len() >= NAME_MAX => First::Other,
+        Ok(text) if text.is_ascii() => First::Name(text.to_ascii_lowercase()),
+        _ => First::Computed,
+    }
 }
 
 #[cfg(test)]
@@ -272,6 +286,13 @@ mod tests {
         assert_eq!(names("select set_config('app.x'::text, $1, true)"), ["app.x"]);
         assert_eq!(names("RESET app.x"), [] as [&str; 0], "its end may be cut off");
         assert_eq!(names("RESET app.x;"), ["app.x"]);
+        assert_eq!(names("set /* who */ app.x = 1"), ["app.x"]);
+        assert_eq!(names("set\n-- what\n local app . \"X\" to 1"), ["app.x"]);
+        assert_eq!(
+            names("select \"pg_catalog\".\"set_config\" ('app.x', $1, false)"),
+            ["app.x"]
+        );
+        assert_eq!(names("select set_config /* it */ ('app.x', $1, false)"), ["app.x"]);
         assert!(names("UPDATE t SET a = b.c").is_empty());
         assert!(names("SET search_path = a.b").is_empty());
         assert!(names("select offset.x from reset.y").is_empty());
@@ -313,6 +334,16 @@ mod tests {
         assert_eq!(look("select set_config('jit', 'off', false)"), (false, false));
         assert_eq!(look("select set_config from my_set_config(a)"), (false, false));
         assert_eq!(look("select set_config($1::text, $2, false)"), (true, false));
+        assert_eq!(
+            look("set app.\u{fc}n = 1"),
+            (false, true),
+            "it reads otherwise in another encoding"
+        );
+        assert_eq!(look("select set_config('app.\u{fc}n', $1, false)"), (false, true));
+        assert_eq!(look("update t set name = '\u{fc}n.x', \u{fc}n = 1.5"), (false, false));
+        let mut names = SettingNames::default();
+        names.feed(b"set app.\xfcn = 1", true);
+        assert!(names.incomplete());
         let mut names = SettingNames::default();
         names.feed_simple(b"prepare p as select set_config($1, $2, false)", true);
         assert!(

@@ -15,6 +15,15 @@ use serde_json::Value;
 /// How long anything that should be quick may take before a test fails: machines that build are slow.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
+/// How much of something: a few, unless this environment variable says more. What is raised by hand takes its time.
+pub fn size(variable: &str, few: usize) -> usize {
+    let asked = std::env::var(variable).ok();
+    asked.map_or(few, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable}={text} is no number"))
+    })
+}
+
 /// What a [`Rig`] is made of.
 #[derive(Clone)]
 pub struct Plan {
@@ -134,7 +143,9 @@ impl Watchdog {
         let (ended, wait) = std::sync::mpsc::channel();
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
         std::thread::spawn(move || {
-            if wait.recv_timeout(STUCK) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            // Twice as long for each time that more than a hundred flips are asked for.
+            let patience = STUCK * (1 + size("PGFLIP_FLIPS", 0) as u32 / 10);
+            if wait.recv_timeout(patience) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("{test} has not ended after {STUCK:?}: giving up on the whole run");
                 std::process::exit(101);
             }

@@ -65,6 +65,25 @@ async fn a_canceled_request_that_was_held_is_answered_57014_and_never_runs() {
 }
 
 #[tokio::test]
+async fn the_connection_of_a_cancel_request_is_closed_when_the_server_has_had_it_and_not_before() {
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    raw.send(&query("select pg_sleep(60)")).await;
+    servers.asleep().await;
+    servers.blue.freeze();
+    let (port, pid, key) = (raw.port, raw.pid, raw.key.clone());
+    let cancel = tokio::spawn(async move { raw::cancel(port, pid, &key).await });
+    // What the client says when it is closed must not be what the request hits.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!cancel.is_finished());
+    servers.blue.thaw();
+    cancel.await.expect("it is closed");
+    assert_eq!(raw::code(&raw.until_ready().await), "57014");
+    assert_eq!(raw.value("select 1").await, "1");
+}
+
+#[tokio::test]
 async fn a_cancel_that_comes_while_state_is_being_taken_is_for_what_is_held() {
     let mut servers = Servers::start(TABLE).await;
     let front = servers.serve("sslmode=disable", "");

@@ -155,6 +155,33 @@ async fn a_login_in_the_middle_of_a_hold_waits_and_then_works_on_the_side_that_i
 }
 
 #[tokio::test]
+async fn a_password_changed_right_before_a_hold_counts_in_it_and_the_one_before_does_not() {
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", "");
+    // pgflip has seen the old one.
+    let mut first = front.raw().await;
+    let answer = first.query("alter role app password 'new'").await;
+    assert_eq!(raw::kinds(&answer), "CZ");
+    front.gate.hold();
+    let port = front.port();
+    let (told, _) = refusal(port, "app", PASSWORD).await;
+    assert_eq!(told[2], b"28P01");
+    let login = tokio::spawn(async move { Raw::login(port, "app", "new").await });
+    super::wait_until("it waits", || front.gate.sessions().len() == 2).await;
+    front.unwind();
+    let mut second = login.await.expect("it is let in");
+    assert_eq!(second.value("select 1").await, "1");
+    // Where the server can't be asked, what was seen last has to do: who has it waits, like all others.
+    front.gate.hold();
+    servers.blue.freeze();
+    let login = tokio::spawn(async move { Raw::login(port, "app", "new").await });
+    super::wait_until("it waits", || front.gate.sessions().len() == 3).await;
+    servers.blue.thaw();
+    front.unwind();
+    assert_eq!(login.await.expect("it is let in").value("select 1").await, "1");
+}
+
+#[tokio::test]
 async fn before_anything_is_known_clients_wait_and_are_told_when_it_takes_too_long() {
     let servers = Servers::start("").await;
     let front = servers.serve_closed("sslmode=disable", "[limits]\nhold_timeout = \"300ms\"", false);
@@ -177,7 +204,7 @@ async fn a_full_house_refuses_with_53300_and_still_passes_cancels() {
         "53300"
     );
     one.send(&raw::query("select pg_sleep(60)")).await;
-    front.sessions("active", 1).await;
+    servers.asleep().await;
     one.cancel().await;
     assert_eq!(raw::code(&one.until_ready().await), "57014");
     drop(two);

@@ -1,6 +1,7 @@
 //! The proxy by itself before two real servers, with the gate in the test's hand: no controller, no replication. What a
 //! driver does not do, or hides, is said byte by byte ([`raw`]).
 
+mod cancel_race;
 mod cursors;
 mod encryption;
 mod held;
@@ -94,6 +95,16 @@ impl Servers {
     /// The superuser, around the proxy.
     async fn admin(&self, side: Side) -> tokio_postgres::Client {
         self.cluster(side).connect("app").await.expect("a superuser's login")
+    }
+
+    /// Waits until a statement of the application's sleeps on blue. That it has been sent is not enough: a server that has
+    /// not read it yet has nothing to cancel.
+    async fn asleep(&self) {
+        let sleeping = "pg_stat_activity where wait_event = 'PgSleep' and usename = 'app'";
+        let until = Instant::now() + LIMIT;
+        while self.count(Side::Blue, sleeping).await == 0 {
+            assert!(Instant::now() < until, "nothing sleeps");
+        }
     }
 
     /// A count on a side, around the proxy.

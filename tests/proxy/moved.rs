@@ -294,3 +294,34 @@ async fn a_session_whose_state_can_not_be_read_is_named_and_goes_on_as_if_nothin
     front.flip().await;
     assert_eq!(raw.value("show app.tenant").await, "☃");
 }
+
+#[tokio::test]
+async fn an_unnamed_statement_that_was_sent_in_another_encoding_is_named_and_never_moved_as_another_text() {
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    let set = |encoding: &str| {
+        let text = format!("set client_encoding = '{encoding}'");
+        [parse("set", &text), run("set", &[]), raw::close("set"), sync()].concat()
+    };
+    raw.send(&[parse("", "select 'größer'"), sync()].concat()).await;
+    assert_eq!(kinds(&raw.until_ready().await), "1Z");
+    raw.send(&set("LATIN1")).await;
+    assert_eq!(kinds(&raw.until_ready().await), "12C3Z");
+    let drained = front.hold().await;
+    let why = &drained.unmovable[0].why;
+    assert_eq!(why, "the text of its unnamed prepared statement is not known");
+    front.unwind();
+    raw.send(&[run("", &[]), sync(), set("UTF8")].concat()).await;
+    let answer = raw.until_ready().await;
+    assert_eq!(answer[1].1[6..], *b"gr\xf6\xdfer", "{}", raw::describe(&answer));
+    raw.until_ready().await;
+    // One that is the same in all of them goes over, and so does the next one.
+    raw.send(&[parse("", "select 'bigger'"), sync(), set("LATIN1")].concat())
+        .await;
+    raw.until_ready().await;
+    raw.until_ready().await;
+    front.flip().await;
+    raw.send(&[run("", &[]), sync()].concat()).await;
+    assert_eq!(raw::first_value(&raw.until_ready().await).unwrap(), "bigger");
+}

@@ -303,6 +303,12 @@ pub fn run(statement: &str, values: &[&str]) -> Vec<u8> {
     bytes
 }
 
+pub fn close(statement: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    message::put_close_statement(&mut bytes, statement.as_bytes());
+    bytes
+}
+
 pub fn sync() -> Vec<u8> {
     plain(b'S', b"")
 }
