@@ -258,20 +258,17 @@ impl ServerConn {
     /// is what it knows.
     pub fn tell_only_changes(&mut self, known: &BTreeMap<Vec<u8>, Vec<u8>>) {
         let aside = std::mem::take(&mut self.aside);
-        let mut rest = aside.as_slice();
+        let (mut rest, mut last) = (aside.as_slice(), BTreeMap::new());
         while let Some(header) = rest.first_chunk::<5>() {
             let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
             let (whole, tail) = rest.split_at((length + 1).min(rest.len()));
             rest = tail;
-            if header[0] != b'S' {
-                self.aside.extend_from_slice(whole);
+            match scan::parameter_status(&whole[5..]) {
+                Some((name, value)) if header[0] == b'S' => drop(last.insert(name, value)),
+                _ => self.aside.extend_from_slice(whole),
             }
         }
-        for (name, value) in self
-            .parameters
-            .iter()
-            .filter(|(name, value)| known.get(*name) != Some(value))
-        {
+        for (name, value) in last.iter().filter(|(name, value)| known.get(*name) != Some(value)) {
             message::put_parameter_status(&mut self.aside, name, value);
         }
     }

@@ -81,6 +81,8 @@ pub(super) enum TransferError {
 pub(super) struct State {
     /// `client_encoding` first.
     settings: Vec<Pair>,
+    /// What its login has given it, of what logins are given by ALTER ROLE and ALTER DATABASE.
+    defaults: Vec<Pair>,
     session_user: Vec<u8>,
     role: Vec<u8>,
     statements: Vec<Statement>,
@@ -136,23 +138,30 @@ impl State {
     fn same_settings(&self, other: &State) -> bool {
         std::ptr::eq(self, other)
             || self.settings == other.settings
+                && self.defaults == other.defaults
                 && self.session_user == other.session_user
                 && self.role == other.role
                 && self.kept == other.kept
     }
 
-    /// As they are to be set on a connection: as the login user, then whom it pretends to be, the role last.
-    fn settings_in_order<'a>(&'a self, conn: &ServerConn) -> Vec<(&'a [u8], &'a [u8])> {
-        let pairs = |pairs: &'a [Pair]| pairs.iter().map(|(name, value)| (name.as_slice(), value.as_slice()));
-        let mut settings: Vec<_> = pairs(&self.settings).collect();
-        for (name, value) in pairs(&self.kept) {
+    /// As they are to be set on a connection: as the login user, then whom it pretends to be, the role last. The third value:
+    /// only if it is something else there.
+    fn settings_in_order<'a>(&'a self, conn: &ServerConn) -> Vec<(&'a [u8], &'a [u8], bool)> {
+        let pairs = |pairs: &'a [Pair], only_if| {
+            let one = move |(name, value): &'a Pair| (name.as_slice(), value.as_slice(), only_if);
+            pairs.iter().map(one)
+        };
+        let mut settings: Vec<_> = pairs(&self.settings, false)
+            .chain(pairs(&self.defaults, true))
+            .collect();
+        for (name, value, _) in pairs(&self.kept, false) {
             let known = conn.parameters.get(name).is_some_and(|now| now == value);
-            if !known && !settings.iter().any(|(set, _)| set.eq_ignore_ascii_case(name)) {
-                settings.insert(0, (name, value));
+            if !known && !settings.iter().any(|(set, ..)| set.eq_ignore_ascii_case(name)) {
+                settings.insert(0, (name, value, false));
             }
         }
-        settings.push((b"session_authorization", &self.session_user));
-        settings.push((b"role", &self.role));
+        settings.push((b"session_authorization", &self.session_user, false));
+        settings.push((b"role", &self.role, false));
         settings
     }
 
@@ -647,6 +656,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
     let unreadable = || TransferError::Unmovable("its state can't be read: a malformed row".into());
     let mut state = State {
         settings: Vec::new(),
+        defaults: Vec::new(),
         session_user: Vec::new(),
         role: b"none".to_vec(),
         statements: Vec::new(),
@@ -680,6 +690,7 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
             }
             b"setting" if column(1) == Some(b"client_encoding") => state.settings.insert(0, (text(1), text(2))),
             b"setting" => state.settings.push((text(1), text(2))),
+            b"default" => state.defaults.push((text(1), text(2))),
             b"session_user" => state.session_user = text(1),
             b"role" => state.role = text(1),
             b"temporary" => to_read.temporary_schema = Some(text(1)),
@@ -856,9 +867,10 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
     };
     if !settings.is_empty() {
         const SET: &[u8] = b"pgflip:set";
-        message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);
-        for (name, value) in &settings {
-            message::put_run(&mut out, PORTAL, SET, &[name, value]);
+        message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &SET_TYPES);
+        for (name, value, only_if) in &settings {
+            let only_if: &[u8] = if *only_if { b"t" } else { b"f" };
+            message::put_run(&mut out, PORTAL, SET, &[name, value, only_if]);
         }
         message::put_close_statement(&mut out, SET);
         message::put_sync(&mut out);
@@ -908,7 +920,7 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
             let what = match batch {
                 Batch::Settings => {
                     let at = answer.binds.saturating_sub(1);
-                    format!("setting {}", named(settings.get(at).map(|(name, _)| *name)))
+                    format!("setting {}", named(settings.get(at).map(|(name, ..)| *name)))
                 }
                 Batch::Statements => {
                     let statement = usable.get(answer.shapes()).map(|statement| statement.name.as_slice());
@@ -996,6 +1008,9 @@ async fn put_stand_ins(conn: &mut ServerConn, stand_ins: &[StandIn<'_>]) -> Resu
 
 /// Where a stand-in is made, `pg_am` is `pgflip.pg_am` (`pg/sql/install.sql`).
 const STAND_IN_PATH: &[u8] = b"select pg_catalog.set_config('search_path', 'pgflip, pg_catalog', true)";
+
+/// Of `session_set.sql`: text, text, bool.
+const SET_TYPES: [u32; 3] = [25, 25, 16];
 
 enum Batch {
     Settings,
@@ -1480,9 +1495,9 @@ pub(super) async fn warm(conn: &mut ServerConn) -> Result<(), TransferError> {
     harvest(conn, &[], &Unnamed::default(), None, 0).await?;
     const SET: &[u8] = b"pgflip:set";
     let mut out = Vec::new();
-    message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &[25, 25]);
+    message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &SET_TYPES);
     // A limit that is off: see there.
-    message::put_run(&mut out, PORTAL, SET, &[b"transaction_timeout", b"0"]);
+    message::put_run(&mut out, PORTAL, SET, &[b"transaction_timeout", b"0", b"t"]);
     message::put_close_statement(&mut out, SET);
     message::put_sync(&mut out);
     ask(conn, &out, 1).await?;

@@ -325,3 +325,37 @@ async fn an_unnamed_statement_that_was_sent_in_another_encoding_is_named_and_nev
     raw.send(&[run("", &[]), sync()].concat()).await;
     assert_eq!(raw::first_value(&raw.until_ready().await).unwrap(), "bigger");
 }
+
+#[tokio::test]
+async fn what_a_login_was_given_stays_when_alter_role_gives_the_next_one_something_else() {
+    let servers = Servers::start("").await;
+    let on_both = async |sql: &str| {
+        for side in pgflip::pg::Side::BOTH {
+            servers.admin(side).await.batch_execute(sql).await.unwrap();
+        }
+    };
+    on_both("alter role app set bytea_output = 'escape'; alter database app set intervalstyle = 'iso_8601'").await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut raw = front.raw().await;
+    on_both(
+        "alter role app set work_mem = '7MB'; alter role app in database app set default_transaction_isolation = 'serializable';
+         alter role app set log_min_duration_statement = 7; alter role app reset bytea_output; alter database app reset intervalstyle",
+    )
+    .await;
+    for _ in 0..2 {
+        front.flip().await;
+        for (name, value) in [
+            ("work_mem", "4MB"),
+            ("default_transaction_isolation", "read committed"),
+            ("bytea_output", "escape"),
+            ("intervalstyle", "iso_8601"),
+        ] {
+            assert_eq!(raw.value(&format!("show {name}")).await, value, "{name}");
+        }
+    }
+    let mut next = front.raw().await;
+    assert_eq!(next.value("show work_mem").await, "7MB");
+    assert_eq!(next.value("show bytea_output").await, "hex");
+    front.flip().await;
+    assert_eq!(next.value("show work_mem").await, "7MB");
+}

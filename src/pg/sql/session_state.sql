@@ -1,10 +1,23 @@
 -- Everything of a session that a transfer has to take along, and what it can't. Runs in the session itself, behind
 -- session_limits.sql. $1: names of custom settings, separated by chr(1). Operators and functions are qualified because the
 -- session's search_path may be anything. Columns: kind, then what belongs to it. Servers 13 and later.
-select 'setting', s.name, pg_catalog.current_setting(s.name), null::pg_catalog.text, null::pg_catalog.text
+-- What the session has set; and what its login has, or has not, given it by ALTER ROLE and ALTER DATABASE: that may have been
+-- changed since, and the new connection is a new login.
+select case s.source when 'session' then 'setting' else 'default' end, s.name, pg_catalog.current_setting(s.name),
+       null::pg_catalog.text, null::pg_catalog.text
   from pg_catalog.pg_settings s
- where s.source OPERATOR(pg_catalog.=) 'session'
-   and s.context OPERATOR(pg_catalog.<>) 'internal'
+ where (s.source OPERATOR(pg_catalog.=) 'session' and s.context OPERATOR(pg_catalog.<>) 'internal'
+        or s.context OPERATOR(pg_catalog.=) 'user'
+           and (s.source OPERATOR(pg_catalog.=) any (array['database', 'user', 'database user'])
+                or s.source OPERATOR(pg_catalog.<>) 'client'
+                   and exists (select from pg_catalog.pg_db_role_setting d, pg_catalog.unnest(d.setconfig) c (setting)
+                                where d.setrole OPERATOR(pg_catalog.=) any (array[0, (select r.oid from pg_catalog.pg_roles r
+                                          where r.rolname OPERATOR(pg_catalog.=) session_user)]::pg_catalog.oid[])
+                                  and d.setdatabase OPERATOR(pg_catalog.=) any (array[0, (select b.oid
+                                          from pg_catalog.pg_database b
+                                         where b.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())]::pg_catalog.oid[])
+                                  and pg_catalog.lower(pg_catalog.split_part(c.setting, '=', 1))
+                                      OPERATOR(pg_catalog.=) pg_catalog.lower(s.name))))
    and s.name OPERATOR(pg_catalog.<>) all (array[
          'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout',
          'transaction_isolation', 'transaction_read_only', 'transaction_deferrable',
