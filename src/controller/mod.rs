@@ -13,6 +13,7 @@ pub mod guard;
 pub mod lag;
 pub mod links;
 pub mod marker;
+pub mod oids;
 pub mod operation;
 pub mod preflight;
 pub mod recovery;

@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{drift, roles, schema};
+use super::{drift, oids, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -326,7 +326,30 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 found.extend(of_this.into_iter().map(|finding| finding.of(database)));
             }
         }
+        let pairs: Vec<_> = config
+            .databases
+            .iter()
+            .filter_map(|database| {
+                let on = |side| clients.get(&(side, database.as_str())).and_then(Option::as_ref);
+                Some((on(source)?, on(source.other())))
+            })
+            .collect();
+        let at_hand = match on(source.other()) {
+            Some((_, target)) => oids::at_hand(&pairs, target).await.unwrap_or(false),
+            None => false,
+        };
         for (to, publisher) in [(source.other(), source), (source, source.other())] {
+            if at_hand && to != source {
+                found.push(Finding::warning(
+                    WAY_UNTRIED,
+                    format!("Whether {to} can subscribe to {publisher} has not been tried."),
+                    format!(
+                        "To try it takes an OID on {to}, and the next ones there are those of types on {publisher}."
+                    ),
+                    "Nothing: `replication start` makes the types first, then tries it, then goes on.",
+                ));
+                continue;
+            }
             if let (Some((here, client)), Some((there, _))) = (on(to), on(publisher))
                 && let Some(finding) = probe(config, to, here, client, there).await
             {
@@ -867,6 +890,19 @@ async fn target_database(
                 ));
             }
         }
+    }
+}
+
+/// A way that [`way`] has to try later.
+pub const WAY_UNTRIED: &str = "way_untried";
+
+/// Whether `to` reaches the other server.
+pub async fn way(config: &Config, to: Side) -> Option<Finding> {
+    let carrier = config.carrier();
+    match open(config, to, carrier).await {
+        Ok(Some(client)) => probe(config, to, carrier, &client, carrier).await,
+        Ok(None) => None,
+        Err(finding) => Some(finding),
     }
 }
 
