@@ -88,6 +88,8 @@ pub struct FlipRequest {
     pub force: Option<Force>,
     /// Instead of what the config says.
     pub stragglers: Option<Stragglers>,
+    /// Types whose OIDs differ don't stop it.
+    pub accept_type_oids: bool,
 }
 
 /// A long operation, as it is asked for.

@@ -1135,6 +1135,9 @@ struct KeptType {
     places: Vec<String>,
 }
 
+/// A flip can be told to go on with these.
+pub const TYPE_OIDS: &str = "type_oids";
+
 /// Types whose OIDs differ: drivers keep them.
 async fn types(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
     let statement = include_str!("../pg/sql/type_oids.sql");
@@ -1186,14 +1189,15 @@ async fn types(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding
                  OID keep them: XX000, text instead of a value, or another type's value",
             ),
         };
-        found.push(Finding::warning(
-            "type_oids",
+        found.push(Finding::blocker(
+            TYPE_OIDS,
             format!("{called} with another OID on {target}: {}.", list(&names)),
             format!(
                 "Drivers keep these OIDs for as long as the application's process lives, in new connections too: {breaks}. \
                  Programs that send and read everything as text, by name, don't notice."
             ),
-            "Restart the applications that use them right after the flip, or let them reload their types.",
+            "Flip with `--accept-type-oids` if no application minds; restart those that use these types right after it, or let \
+             them reload their types. To have the same OIDs: `replication start` onto a new server, whose OIDs are not used up.",
         ));
     }
 }
