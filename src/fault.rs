@@ -7,6 +7,8 @@
 //! - `fail-after=STEP`: the step reports a failure after it has been applied.
 //! - `skip=WHAT`: leaves a safeguard out: `catch-up`, `sequences`, `fence`, `boundary`, `old-xids`.
 //!
+//! Steps are those of a flip, and `type-1`, `type-2` … of `replication start`: the types that it has made ahead.
+//!
 //! In a step's name `STEP` may be prefixed with the flip's direction: `kill-after=rollback:fence`.
 
 #[cfg(debug_assertions)]
@@ -36,7 +38,7 @@ pub fn skip(_what: &str) -> bool {
     false
 }
 
-/// Called after each step of a flip (`direction` is `cutover` or `rollback`): kills or stops this process if a test
+/// Called after each step (`direction` is `cutover` or `rollback`, or `start`): kills or stops this process if a test
 /// asked for it, and tells whether the step is to report a failure.
 #[cfg(debug_assertions)]
 pub fn after(direction: &str, step: &str) -> bool {

@@ -26,3 +26,4 @@ mod stragglers;
 mod surface_cli;
 mod there_and_back;
 mod two_controllers;
+mod type_oids;

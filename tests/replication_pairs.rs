@@ -447,6 +447,7 @@ async fn a_start_that_is_cut_off_in_any_phase_goes_on_when_it_is_run_again() {
     let pair = pair(16, 18).await;
     for phase in [
         "databases",
+        "types",
         "install",
         "roles",
         "schema",

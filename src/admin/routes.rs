@@ -143,6 +143,7 @@ async fn finalize(State(admin): Shared, headers: HeaderMap, body: Body) -> Answe
 const FLIP: &[(&str, &str)] = &[
     ("rehearse", "true or false"),
     ("stragglers", "\"unwind\" or \"terminate\""),
+    ("accept_type_oids", "true or false"),
     ("force", "\"blue\" or \"green\", the side that is given up"),
 ];
 
@@ -158,6 +159,7 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
     let options = read(headers, body, FLIP)?;
     let rehearse = options.one::<bool>("rehearse")?.unwrap_or(false);
     let stragglers = options.one::<Stragglers>("stragglers")?;
+    let accept_type_oids = options.one::<bool>("accept_type_oids")?.unwrap_or(false);
     let source = direction.source();
     let force = match options.one::<Side>("force")? {
         None => None,
@@ -182,6 +184,7 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
         rehearse,
         force,
         stragglers,
+        accept_type_oids,
     };
     begin(admin, Order::Flip(request))
 }

@@ -17,6 +17,11 @@ pub struct Flip {
     /// What happens to sessions that don't reach the end of their transaction in time, or can't be moved.
     #[arg(long, value_name = "POLICY")]
     pub stragglers: Option<StragglersChoice>,
+    /// Go on although types have other OIDs on the other side, which `pgflip check` names: drivers keep these OIDs.
+    ///
+    /// Restart the applications that use these types right after the flip, or let them reload their types.
+    #[arg(long)]
+    pub accept_type_oids: bool,
     /// Go on although the side that is left can't be reached: what it alone has is lost. Says how much, and asks.
     #[arg(long)]
     pub force: bool,
@@ -44,6 +49,9 @@ async fn flip_or(direction: &str, options: &Flip, common: &Common) -> Result<u8,
     let client = Client::new(common)?;
     let source = if direction == "cutover" { "blue" } else { "green" };
     let mut body = json!({ "rehearse": options.rehearse });
+    if options.accept_type_oids {
+        body["accept_type_oids"] = json!(true);
+    }
     if let Some(choice) = options.stragglers {
         body["stragglers"] = json!(crate::config::Stragglers::from(choice));
     }

@@ -19,7 +19,7 @@ use super::force;
 use super::links::{self, Ends, LinkError, Regime};
 use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
-use super::preflight::{self, Finding};
+use super::preflight::{self, Finding, Severity};
 use super::recovery::{self, Acting, Burnt, Decision, OperatorLock, RecoveryError, go_to};
 use super::roles::{self, RolesError};
 use super::sequences::{self, SequenceError};
@@ -313,6 +313,7 @@ pub struct Flip {
     direction: Direction,
     rehearse: bool,
     stragglers: Stragglers,
+    accept_type_oids: bool,
     source: Side,
     target: Side,
     attempt: Attempt,
@@ -520,6 +521,7 @@ impl Flip {
             direction: request.direction,
             rehearse: request.rehearse,
             stragglers,
+            accept_type_oids: request.accept_type_oids,
             source,
             attempt,
             regime,
@@ -698,6 +700,10 @@ impl Flip {
                 sequences::obstacles(&database.source, &database.target, target, &database.name, cushion)
             }));
         found.extend(sequences.await?.concat());
+        if self.accept_type_oids {
+            let accepted = found.iter_mut().filter(|finding| finding.code == preflight::TYPE_OIDS);
+            accepted.for_each(|finding| finding.severity = Severity::Warning);
+        }
         for warning in found.iter().filter(|finding| !finding.stops()) {
             self.operation
                 .event("preflight", "info", warning.to_string(), json!(warning));

@@ -14,6 +14,7 @@ pub mod guard;
 pub mod lag;
 pub mod links;
 pub mod marker;
+pub mod oids;
 pub mod operation;
 pub mod preflight;
 pub mod recovery;
@@ -88,6 +89,8 @@ pub struct FlipRequest {
     pub force: Option<Force>,
     /// Instead of what the config says.
     pub stragglers: Option<Stragglers>,
+    /// Types whose OIDs differ don't stop it.
+    pub accept_type_oids: bool,
 }
 
 /// A long operation, as it is asked for.

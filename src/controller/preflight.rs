@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{drift, roles, schema};
+use super::{drift, oids, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -326,7 +326,30 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 found.extend(of_this.into_iter().map(|finding| finding.of(database)));
             }
         }
+        let pairs: Vec<_> = config
+            .databases
+            .iter()
+            .filter_map(|database| {
+                let on = |side| clients.get(&(side, database.as_str())).and_then(Option::as_ref);
+                Some((on(source)?, on(source.other())))
+            })
+            .collect();
+        let at_hand = match on(source.other()) {
+            Some((_, target)) => oids::at_hand(&pairs, target).await.unwrap_or(false),
+            None => false,
+        };
         for (to, publisher) in [(source.other(), source), (source, source.other())] {
+            if at_hand && to != source {
+                found.push(Finding::warning(
+                    WAY_UNTRIED,
+                    format!("Whether {to} can subscribe to {publisher} has not been tried."),
+                    format!(
+                        "To try it takes an OID on {to}, and the next ones there are those of types on {publisher}."
+                    ),
+                    "Nothing: `replication start` makes the types first, then tries it, then goes on.",
+                ));
+                continue;
+            }
             if let (Some((here, client)), Some((there, _))) = (on(to), on(publisher))
                 && let Some(finding) = probe(config, to, here, client, there).await
             {
@@ -870,6 +893,19 @@ async fn target_database(
     }
 }
 
+/// A way that [`way`] has to try later.
+pub const WAY_UNTRIED: &str = "way_untried";
+
+/// Whether `to` reaches the other server.
+pub async fn way(config: &Config, to: Side) -> Option<Finding> {
+    let carrier = config.carrier();
+    match open(config, to, carrier).await {
+        Ok(Some(client)) => probe(config, to, carrier, &client, carrier).await,
+        Ok(None) => None,
+        Err(finding) => Some(finding),
+    }
+}
+
 /// Whether one server reaches the other, tried for real: a subscription that connects, in a transaction that is rolled
 /// back. It makes neither slot nor anything else there.
 async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &str) -> Option<Finding> {
@@ -1099,6 +1135,9 @@ struct KeptType {
     places: Vec<String>,
 }
 
+/// A flip can be told to go on with these.
+pub const TYPE_OIDS: &str = "type_oids";
+
 /// Types whose OIDs differ: drivers keep them.
 async fn types(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding>) {
     let statement = include_str!("../pg/sql/type_oids.sql");
@@ -1150,14 +1189,15 @@ async fn types(target: Side, from: &Client, to: &Client, found: &mut Vec<Finding
                  OID keep them: XX000, text instead of a value, or another type's value",
             ),
         };
-        found.push(Finding::warning(
-            "type_oids",
+        found.push(Finding::blocker(
+            TYPE_OIDS,
             format!("{called} with another OID on {target}: {}.", list(&names)),
             format!(
                 "Drivers keep these OIDs for as long as the application's process lives, in new connections too: {breaks}. \
                  Programs that send and read everything as text, by name, don't notice."
             ),
-            "Restart the applications that use them right after the flip, or let them reload their types.",
+            "Flip with `--accept-type-oids` if no application minds; restart those that use these types right after it, or let \
+             them reload their types. To have the same OIDs: `replication start` onto a new server, whose OIDs are not used up.",
         ));
     }
 }

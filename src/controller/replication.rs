@@ -5,7 +5,7 @@
 //! row; where PostgreSQL does not let a statement run in a transaction, the row is read right before it, and the place
 //! says so. On the standby everything is done in sessions with a replication origin: the fence lets nobody else.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +17,7 @@ use super::links::{
     self, Ends, LinkError, Make, PUBLICATION, Regime, TableName, list, marker_table, slot_name, tables_published,
     tables_to_publish,
 };
+use super::oids::{self, Ahead};
 use super::operation::Operation;
 use super::preflight::{self, Failure};
 use super::recovery::{Acting, OperatorLock};
@@ -63,6 +64,12 @@ impl Run {
             states: &[State::Standby],
             epoch: self.epoch,
         }
+    }
+    fn is_standby(&self, row: &Row) -> bool {
+        row.side == self.target()
+            && row.state == State::Standby
+            && row.epoch == self.epoch
+            && row.carrier == self.config.carrier()
     }
     async fn on_source(&self, database: &str) -> Result<Client, Failure> {
         connect(self.config.server(self.source), database, PURPOSE, self.limit())
@@ -181,7 +188,7 @@ pub async fn start(config: Arc<Config>, op: Operation, seen: u64, acting: Acting
         "Looking for everything that could stop it",
         Value::Null,
     );
-    let findings = preflight::for_replication(&config).await;
+    let mut findings = preflight::for_replication(&config).await;
     if findings.iter().any(preflight::Finding::stops) {
         let blockers = findings.iter().filter(|finding| finding.stops()).count();
         return Err(Failure {
@@ -211,11 +218,25 @@ pub async fn start(config: Arc<Config>, op: Operation, seen: u64, acting: Acting
         began: jiff::Timestamp::now().as_second().unsigned_abs(),
     };
     databases(&run).await?;
+    // Before all else: whatever is made on the standby takes OIDs.
+    let mut ahead = types(&run).await?;
+    if let Some(untried) = findings
+        .iter()
+        .position(|finding| finding.code == preflight::WAY_UNTRIED)
+    {
+        findings.remove(untried);
+        if let Some(finding) = preflight::way(&run.config, run.target()).await {
+            return Err(Failure {
+                findings: vec![finding],
+                ..run.failed("The servers don't reach each other")
+            });
+        }
+    }
     install(&run).await?;
     mirror_roles(&run).await?;
     let mut result = Vec::new();
     for database in &run.config.databases {
-        one_schema(&run, database).await?;
+        one_schema(&run, database, ahead.remove(database)).await?;
     }
     for database in &run.config.databases {
         fences(&run, database).await?;
@@ -265,6 +286,86 @@ async fn maintenance(run: &Run) -> Result<Client, Failure> {
         }
     }
     Err(run.failed(last.expect("at least two were tried")))
+}
+
+/// The types of the databases whose schema has yet to be copied, with the OIDs that they have on the active side. There may be
+/// no state row in them yet, which says that the database is no side so far and that nobody but the holder of the operator's
+/// lock would make anything there. Whatever can't be made ahead is left to the schema's copy.
+async fn types(run: &Run) -> Result<BTreeMap<String, Ahead>, Failure> {
+    run.started("types", format!("Types with the OIDs that they have on {}", run.source));
+    let read = |e: tokio_postgres::Error| run.failed(query("reading the types")(e));
+    let mut databases = Vec::new();
+    let mut there = None;
+    for name in &run.config.databases {
+        let source = run.on_source(name).await?;
+        // Nobody is kept from the standby as long as its schema is not there: the fence comes after it.
+        let server = run.config.server(run.target());
+        let target = connect(server, name, PURPOSE, run.limit())
+            .await
+            .map_err(|e| run.failed(e))?;
+        let row = state::read(&*target).await.map_err(|e| run.failed(e))?;
+        let applied = match &row {
+            // `install` says what is wrong with it.
+            Some(row) if !run.is_standby(row) => continue,
+            Some(_) => schema_applied(&target).await.map_err(read)?,
+            None => false,
+        };
+        let from = oids::Contents::read(&*source).await.map_err(read)?;
+        if applied || from.has_no_types() || !schema::columns(&*target).await.map_err(read)?.is_empty() {
+            continue;
+        }
+        let (of_source, of_target) = (
+            Features::read(&*source).await.map_err(read)?,
+            Features::read(&*target).await.map_err(read)?,
+        );
+        let pg_dump = schema::find_pg_dump(&run.config, of_source, of_target)
+            .await
+            .map_err(|e| run.failed(e))?;
+        let server = run.config.server(run.source);
+        match schema::Archive::make(&pg_dump, server, name, of_target).await {
+            Ok(archive) => {
+                let expect = row.map(|_| run.standby());
+                let database = oids::Database::new(name, from, target, expect, archive).await;
+                databases.push(database.map_err(|e| run.failed(e))?);
+                there = Some(of_target);
+            }
+            Err(error @ schema::SchemaError::NoArchive(_)) => run.info(
+                "types",
+                format!("Types get other OIDs: {error}"),
+                json!({"database": name}),
+            ),
+            Err(error) => return Err(run.failed(error)),
+        }
+    }
+    let Some(features) = there else {
+        run.done("types", "None to be made ahead", Value::Null);
+        return Ok(BTreeMap::new());
+    };
+    let tell = |message| run.op.event("types", "progress", message, Value::Null);
+    let outcome = oids::make(&mut databases, features, &tell)
+        .await
+        .map_err(|e| run.failed(e))?;
+    for (database, name, why) in &outcome.others {
+        run.info(
+            "types",
+            format!("{name} gets another OID on {}: {why}", run.target()),
+            json!({"database": database, "type": name, "why": why}),
+        );
+    }
+    run.done(
+        "types",
+        match outcome.others.len() {
+            0 => format!("All {} have the same OIDs on both sides", outcome.same),
+            others => format!("{} have the same OIDs on both sides, {others} have not", outcome.same),
+        },
+        json!({"same": outcome.same, "others": outcome.others.len()}),
+    );
+    Ok(databases.into_iter().map(oids::Database::done).collect())
+}
+
+async fn schema_applied(target: &Client) -> Result<bool, tokio_postgres::Error> {
+    let statement = "select exists (select from pgflip.history where event = 'schema')";
+    Ok(target.query_one(statement, &[]).await?.get(0))
 }
 
 /// Schema pgflip and its rows: the active side's first, so that a start that dies here leaves an active side.
@@ -358,7 +459,7 @@ async fn mirror_roles(run: &Run) -> Result<(), Failure> {
 }
 
 /// The schema of one database, all or nothing; then both sides' tables are compared.
-async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
+async fn one_schema(run: &Run, database: &str, ahead: Option<Ahead>) -> Result<(), Failure> {
     run.started("schema", format!("Schema of database {database}"));
     let source = run.on_source(database).await?;
     let mut target = run.on_target(database).await?;
@@ -367,11 +468,7 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
         schema::columns(&*source).await.map_err(read)?,
         schema::columns(&*target).await.map_err(read)?,
     );
-    let applied: bool = target
-        .query_one("select exists (select from pgflip.history where event = 'schema')", &[])
-        .await
-        .map_err(read)?
-        .get(0);
+    let applied = schema_applied(&target).await.map_err(read)?;
     let missing: Vec<TableName> = here
         .keys()
         .filter(|table| !there.contains_key(*table))
@@ -392,10 +489,15 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
         } else {
             schema::Part::Tables(&missing)
         };
-        let dump = schema::dump(&pg_dump, run.config.server(run.source), database, part, target_features)
-            .await
-            .map_err(|e| run.failed(e))?;
-        apply(run, &mut target, database, &dump).await?;
+        let (lacking, dump) = match ahead {
+            Some(ahead) if empty => ahead.rest(&source).await.map_err(|e| run.failed(e))?,
+            _ => {
+                let server = run.config.server(run.source);
+                let dump = schema::dump(&pg_dump, server, database, part, target_features).await;
+                (String::new(), dump.map_err(|e| run.failed(e))?)
+            }
+        };
+        apply(run, &mut target, database, &lacking, &dump).await?;
         let what = if empty {
             "Copied".to_owned()
         } else {
@@ -430,9 +532,9 @@ async fn one_schema(run: &Run, database: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Applies a dump in one transaction that holds the standby's row, with a note that it has been done. What the dump
-/// says of pgflip's own event trigger is dropped: the fence makes its own.
-async fn apply(run: &Run, target: &mut Client, database: &str, dump: &str) -> Result<(), Failure> {
+/// Applies a dump in one transaction that holds the standby's row, with a note that it has been done; before it, what is
+/// lacking of what was made ahead. What the dump says of pgflip's own event trigger is dropped: the fence makes its own.
+async fn apply(run: &Run, target: &mut Client, database: &str, lacking: &str, dump: &str) -> Result<(), Failure> {
     let failed = |e: tokio_postgres::Error| {
         let at = e
             .as_db_error()
@@ -451,6 +553,7 @@ async fn apply(run: &Run, target: &mut Client, database: &str, dump: &str) -> Re
     let txn = target.transaction().await.map_err(failed)?;
     state::lock(&txn, &run.standby()).await.map_err(|e| run.failed(e))?;
     txn.batch_execute(&drop_trigger).await.map_err(failed)?;
+    txn.batch_execute(lacking).await.map_err(failed)?;
     // A dump sets what it needs for the whole session: only for this transaction, please.
     txn.batch_execute(dump).await.map_err(failed)?;
     txn.batch_execute("set local search_path = pg_catalog; set local row_security = on")

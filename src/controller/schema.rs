@@ -2,6 +2,9 @@
 //! their contents. The whole dump is applied in one transaction: all or nothing.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -33,6 +36,9 @@ pub enum SchemaError {
         /// Its own words.
         reason: String,
     },
+    /// No pg_restore beside pg_dump, or no place for an archive.
+    #[error("pg_dump's archive format can't be used: {0}")]
+    NoArchive(String),
     /// A server refused a statement.
     #[error("{doing} on {side}: {}", describe(.source))]
     Sql {
@@ -129,6 +135,15 @@ async fn directories(config: &Config) -> Vec<PathBuf> {
 }
 
 async fn try_pg_dump(program: &Path) -> Option<PgDump> {
+    let major = try_program(program, "pg_dump").await?;
+    Some(PgDump {
+        program: program.to_owned(),
+        major,
+    })
+}
+
+/// The major version of the program `name` that is there, if it runs.
+async fn try_program(program: &Path, name: &str) -> Option<i32> {
     tokio::fs::metadata(program).await.ok()?;
     let output = Command::new(program)
         .arg("--version")
@@ -139,16 +154,12 @@ async fn try_pg_dump(program: &Path) -> Option<PgDump> {
         .await
         .ok()?
         .ok()?;
-    let major = version(&String::from_utf8_lossy(&output.stdout))?;
-    Some(PgDump {
-        program: program.to_owned(),
-        major,
-    })
+    version(&String::from_utf8_lossy(&output.stdout), name)
 }
 
 /// `pg_dump (PostgreSQL) 16.14 (Debian …)` → 16.
-fn version(text: &str) -> Option<i32> {
-    let number = text.strip_prefix("pg_dump (PostgreSQL) ")?;
+fn version(text: &str, name: &str) -> Option<i32> {
+    let number = text.strip_prefix(name)?.strip_prefix(" (PostgreSQL) ")?;
     number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
@@ -161,15 +172,9 @@ pub enum Part<'a> {
     Tables(&'a [TableName]),
 }
 
-/// The statements that make a database's schema again. The password goes through the environment, never through the
-/// command line.
-pub async fn dump(
-    pg_dump: &PgDump,
-    server: &Server,
-    database: &str,
-    part: Part<'_>,
-    target: Features,
-) -> Result<String, SchemaError> {
+/// pg_dump of a database's schema, with nothing from the environment that could lead it elsewhere. The password goes through
+/// the environment, never through the command line.
+fn command(pg_dump: &PgDump, server: &Server, database: &str) -> Command {
     let mut command = Command::new(&pg_dump.program);
     command.args([
         "--schema-only",
@@ -180,16 +185,7 @@ pub async fn dump(
         "--no-password",
         "--encoding=UTF8",
     ]);
-    if let Part::Tables(tables) = part {
-        for table in tables {
-            command.arg("--table").arg(table.to_string());
-        }
-    }
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("PG") {
-            command.env_remove(&name);
-        }
-    }
+    bare(&mut command);
     command
         .env("PGHOST", &server.host)
         .env("PGPORT", server.port.to_string())
@@ -209,8 +205,7 @@ pub async fn dump(
             },
         )
         // Neither a password file nor a service file of this user may lead elsewhere.
-        .env("PGPASSFILE", "/dev/null")
-        .env("LC_ALL", "C");
+        .env("PGPASSFILE", "/dev/null");
     if let Some(password) = &server.password {
         command.env("PGPASSWORD", password.expose());
     }
@@ -218,20 +213,199 @@ pub async fn dump(
         command.env("PGSSLROOTCERT", path);
     }
     command
+}
+
+fn bare(command: &mut Command) {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("PG") {
+            command.env_remove(&name);
+        }
+    }
+    command
+        .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+}
+
+/// What a program of PostgreSQL's writes.
+async fn output(program: &Path, command: &mut Command) -> Result<String, SchemaError> {
     let failed = |reason: String| SchemaError::PgDump {
-        program: pg_dump.program.display().to_string(),
+        program: program.display().to_string(),
         reason,
     };
-    let output = command.output().await.map_err(|e| failed(e.to_string()))?;
+    // Not `output()`, which would take stdout for itself where it goes to a file.
+    let running = command.spawn().map_err(|e| failed(e.to_string()))?;
+    let output = running.wait_with_output().await.map_err(|e| failed(e.to_string()))?;
     if !output.status.success() {
         return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
-    let text = String::from_utf8(output.stdout).map_err(|_| failed("its output is not UTF-8".into()))?;
+    String::from_utf8(output.stdout).map_err(|_| failed("its output is not UTF-8".into()))
+}
+
+/// The statements that make a database's schema again.
+pub async fn dump(
+    pg_dump: &PgDump,
+    server: &Server,
+    database: &str,
+    part: Part<'_>,
+    target: Features,
+) -> Result<String, SchemaError> {
+    let mut command = command(pg_dump, server, database);
+    if let Part::Tables(tables) = part {
+        for table in tables {
+            command.arg("--table").arg(table.to_string());
+        }
+    }
+    let text = output(&pg_dump.program, &mut command).await?;
     Ok(for_a_session(&text, target))
+}
+
+/// A database's schema in pg_dump's own format, from which parts can be had, in a file that has no name.
+pub struct Archive {
+    pg_restore: PathBuf,
+    file: File,
+    target: Features,
+    /// What is in it, in the order in which it is to be made.
+    pub entries: Vec<Entry>,
+}
+
+/// One line of an archive's list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// In this archive.
+    pub id: u32,
+    /// The catalog that the object is in (its OID; 0 for what is no object of its own, such as a comment).
+    pub class: u32,
+    /// The object, on the source.
+    pub oid: u32,
+    /// The entries that it depends on.
+    pub needs: Vec<u32>,
+}
+
+impl Archive {
+    /// Of everything but schema pgflip.
+    pub async fn make(
+        pg_dump: &PgDump,
+        server: &Server,
+        database: &str,
+        target: Features,
+    ) -> Result<Archive, SchemaError> {
+        let no_archive = |reason: &dyn std::fmt::Display| SchemaError::NoArchive(reason.to_string());
+        let pg_restore = pg_dump.program.with_file_name("pg_restore");
+        if try_program(&pg_restore, "pg_restore").await != Some(pg_dump.major) {
+            let reason = format!("there is no pg_restore {} at {}", pg_dump.major, pg_restore.display());
+            return Err(SchemaError::NoArchive(reason));
+        }
+        let file = tempfile::tempfile().map_err(|e| no_archive(&e))?;
+        let mut command = command(pg_dump, server, database);
+        command.args(["--format=custom", "--compress=0"]);
+        command.stdout(file.try_clone().map_err(|e| no_archive(&e))?);
+        output(&pg_dump.program, &mut command).await?;
+        let mut archive = Archive {
+            pg_restore,
+            file,
+            target,
+            entries: Vec::new(),
+        };
+        let list = archive.read(&["--list".as_ref(), "--verbose".as_ref()]).await?;
+        archive.entries = entries(&list);
+        Ok(archive)
+    }
+
+    /// The statements that make these entries, in this order; `owners`: and those that say whom they belong to.
+    pub async fn script(&self, ids: &[u32], owners: bool) -> Result<String, SchemaError> {
+        let options: &[&str] = if owners {
+            &[]
+        } else {
+            &["--no-owner", "--no-privileges"]
+        };
+        self.restore(ids, options).await
+    }
+
+    async fn restore(&self, ids: &[u32], options: &[&str]) -> Result<String, SchemaError> {
+        let no_list = |e: std::io::Error| SchemaError::NoArchive(e.to_string());
+        let mut list = tempfile::NamedTempFile::new().map_err(no_list)?;
+        let lines: String = ids.iter().map(|id| format!("{id};\n")).collect();
+        list.write_all(lines.as_bytes()).map_err(no_list)?;
+        let mut arguments: Vec<&OsStr> = vec!["--file=-".as_ref(), "--use-list".as_ref(), list.path().as_os_str()];
+        arguments.extend(options.iter().map(OsStr::new));
+        Ok(for_a_session(&self.read(&arguments).await?, self.target))
+    }
+
+    /// The same for each entry by itself, without owners, at one go. An entry that can't be told from the others for sure is left
+    /// out: its text must come from [`Archive::script`].
+    pub async fn scripts(&self, ids: &[u32]) -> Result<BTreeMap<u32, String>, SchemaError> {
+        let text = self
+            .restore(ids, &["--no-owner", "--no-privileges", "--verbose"])
+            .await?;
+        let wanted = ids
+            .iter()
+            .filter_map(|id| self.entries.iter().find(|entry| entry.id == *id));
+        Ok(apart(&text, wanted))
+    }
+
+    async fn read(&self, arguments: &[&OsStr]) -> Result<String, SchemaError> {
+        let again = |mut file: File| file.rewind().map(|()| file);
+        let file = self.file.try_clone().and_then(again);
+        let mut command = Command::new(&self.pg_restore);
+        bare(&mut command);
+        command.args(arguments);
+        command.stdin(file.map_err(|e| SchemaError::NoArchive(e.to_string()))?);
+        output(&self.pg_restore, &mut command).await
+    }
+}
+
+/// A script that `pg_restore --verbose` has written, entry by entry, each behind the settings that the script begins with. What
+/// comes before an entry can be written in a comment or a constant as well: then it is there twice, and nothing is said of any
+/// entry.
+fn apart<'a>(script: &str, wanted: impl Iterator<Item = &'a Entry>) -> BTreeMap<u32, String> {
+    let mut begins = Vec::new();
+    for entry in wanted {
+        let header = format!(
+            "\n-- TOC entry {} (class {} OID {})\n",
+            entry.id, entry.class, entry.oid
+        );
+        let mut found = script.match_indices(&header);
+        match (found.next(), found.next()) {
+            (Some((at, _)), None) => begins.push((at, entry.id)),
+            _ => return BTreeMap::new(),
+        }
+    }
+    begins.sort_unstable();
+    let settings = &script[..begins.first().map_or(0, |(at, _)| *at)];
+    let ends = begins.iter().skip(1).map(|(at, _)| *at).chain([script.len()]);
+    let each = begins.iter().zip(ends);
+    each.map(|((at, id), end)| (*id, format!("{settings}{}", &script[*at..end])))
+        .collect()
+}
+
+/// The entries of a list that `pg_restore --list --verbose` has written: `931; 1247 16385 TYPE public mood owner`, and below
+/// it what it depends on, if on anything.
+fn entries(list: &str) -> Vec<Entry> {
+    let mut entries: Vec<Entry> = Vec::new();
+    for line in list.lines() {
+        if let Some(needs) = line.strip_prefix(";\tdepends on:") {
+            if let Some(entry) = entries.last_mut() {
+                entry.needs = needs.split_whitespace().filter_map(|id| id.parse().ok()).collect();
+            }
+            continue;
+        }
+        let Some((id, rest)) = line.split_once(';') else {
+            continue;
+        };
+        let mut rest = rest.split_whitespace().map(str::parse);
+        if let (Ok(id), Some(Ok(class)), Some(Ok(oid))) = (id.parse(), rest.next(), rest.next()) {
+            entries.push(Entry {
+                id,
+                class,
+                oid,
+                needs: Vec::new(),
+            });
+        }
+    }
+    entries
 }
 
 /// A dump as a session takes it: without psql's `\restrict` lines (exactly these two, and only with the same key), and
@@ -563,9 +737,60 @@ mod tests {
 
     #[test]
     fn a_pg_dumps_version_is_read_from_what_it_says() {
-        assert_eq!(version("pg_dump (PostgreSQL) 16.14 (Debian 16.14-1)\n"), Some(16));
-        assert_eq!(version("pg_dump (PostgreSQL) 18beta1\n"), Some(18));
-        assert_eq!(version("something else"), None);
+        assert_eq!(
+            version("pg_dump (PostgreSQL) 16.14 (Debian 16.14-1)\n", "pg_dump"),
+            Some(16)
+        );
+        assert_eq!(version("pg_restore (PostgreSQL) 18beta1\n", "pg_restore"), Some(18));
+        assert_eq!(version("something else", "pg_dump"), None);
+    }
+
+    #[test]
+    fn a_script_is_taken_apart_only_where_no_text_in_it_can_pass_for_the_beginning_of_an_entry() {
+        let entry = |id| Entry {
+            id,
+            class: 1247,
+            oid: id + 16_384,
+            needs: Vec::new(),
+        };
+        let two = [entry(1), entry(2)];
+        let header = "--\n-- TOC entry 2 (class 1247 OID 16386)\n-- Name: b; Type: TYPE\n--\n\n";
+        let script = format!(
+            "SET a = b;\n\n--\n-- TOC entry 1 (class 1247 OID 16385)\n-- Name: a; Type: TYPE\n--\n\n\
+             CREATE TYPE a AS ENUM ();\n\n{header}CREATE TYPE b AS ENUM ();\n"
+        );
+        let each = apart(&script, two.iter());
+        assert_eq!(each.len(), 2);
+        assert!(
+            each[&1].starts_with("SET a = b;") && each[&1].contains("TYPE a AS") && !each[&1].contains("TYPE b AS")
+        );
+        assert!(
+            each[&2].starts_with("SET a = b;") && each[&2].contains("TYPE b AS") && !each[&2].contains("TYPE a AS")
+        );
+        let forged = script.replace("ENUM ();\n\n--", &format!("ENUM ('\n{header}DROP TABLE t; --');\n\n--"));
+        assert_ne!(forged, script);
+        assert!(apart(&forged, two.iter()).is_empty());
+        assert!(apart(&script, [entry(3)].iter()).is_empty());
+    }
+
+    #[test]
+    fn an_archives_list_says_what_depends_on_what_whatever_things_are_called() {
+        let list = ";\n; Archive created at …\n;     dbname: 7; 1247 1 TYPE\n;\n3467; 0 0 ENCODING - ENCODING \n\
+                    7; 2615 16390 SCHEMA - 9; 1247 5 TYPE joe\n931; 1247 16391 TYPE s we ird x joe\n;\tdepends on: 7 2 7\n";
+        let entry = |id, class, oid, needs: &[u32]| Entry {
+            id,
+            class,
+            oid,
+            needs: needs.to_vec(),
+        };
+        assert_eq!(
+            entries(list),
+            [
+                entry(3467, 0, 0, &[]),
+                entry(7, 2615, 16390, &[]),
+                entry(931, 1247, 16391, &[7, 2, 7])
+            ]
+        );
     }
 
     #[test]

@@ -56,6 +56,10 @@ impl Features {
     pub fn copy_progress(self) -> bool {
         self.from(14)
     }
+    /// Ranges come with multiranges.
+    pub fn multiranges(self) -> bool {
+        self.from(14)
+    }
     /// Publications know column lists; subscriptions know `two_phase` and `disable_on_error`.
     pub fn column_lists(self) -> bool {
         self.from(15)
@@ -98,6 +102,10 @@ impl Features {
     }
     /// Locale provider `builtin`; the locale's column is `datlocale`.
     pub fn builtin_locale(self) -> bool {
+        self.from(17)
+    }
+    /// NOT NULL of a domain is a constraint, with a name and an OID.
+    pub fn domain_not_null_constraints(self) -> bool {
         self.from(17)
     }
     /// The right MAINTAIN on tables.

@@ -4,6 +4,7 @@
 
 pub mod connect;
 pub mod features;
+pub mod oid_counter;
 pub mod origin;
 pub mod pool;
 
