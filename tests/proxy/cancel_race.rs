@@ -16,7 +16,7 @@ use crate::common::size;
 /// Clients that cancel, and as many that don't.
 const CLIENTS: usize = 8;
 /// Cancel requests around a hold or a move.
-const CANCELS: usize = 250;
+const CANCELS: usize = 100;
 
 const TABLE: &str = "create table t (client int, n bigint)";
 
