@@ -24,4 +24,5 @@ mod servers_killed;
 mod stragglers;
 mod surface_cli;
 mod there_and_back;
+mod told;
 mod two_controllers;

@@ -7,6 +7,7 @@ pub mod copy;
 pub mod drift;
 mod easing;
 pub mod fence;
+pub mod finalized;
 pub mod fleet;
 pub mod flip;
 mod force;
@@ -39,6 +40,7 @@ use tokio::sync::Notify;
 use crate::config::{Config, Stragglers};
 use crate::pg::{Purpose, Side, borrow};
 use crate::proxy::gate::Gate;
+use finalized::Finalized;
 use guard::{Guard, Phase};
 use lag::LinkLag;
 use operation::{Kind, Operation, Status as Outcome};
@@ -61,6 +63,14 @@ impl Direction {
         match self {
             Direction::Cutover => "cutover",
             Direction::Rollback => "rollback",
+        }
+    }
+
+    /// The flip that leaves this side.
+    pub fn leaving(source: Side) -> Direction {
+        match source {
+            Side::Blue => Direction::Cutover,
+            Side::Green => Direction::Rollback,
         }
     }
 
@@ -213,6 +223,14 @@ impl Controller {
         let mut inner = self.inner.lock();
         inner.blue = blue.clone();
         inner.green = green.clone();
+    }
+
+    fn has_last_flip(&self) -> bool {
+        self.inner.lock().last_flip.is_some()
+    }
+
+    fn tell_last_flip(&self, flip: Value) {
+        self.inner.lock().last_flip = Some(flip);
     }
 
     fn saw_lag(&self, lag: flip::LastLag) {
@@ -371,7 +389,8 @@ impl Controller {
                 if let Some(held) = ended.result["held_ms"].as_f64().filter(|held| *held > 0.0) {
                     metrics::histogram!("pgflip_flip_held_seconds").record(held / 1e3);
                 }
-                if ended.traffic.is_some() {
+                // What was seen after an earlier flip says nothing of one that has completed since.
+                if ended.traffic.is_some() || ended.result["outcome"] == "completed" {
                     self.inner.lock().traffic = ended.traffic;
                 }
                 if ended.status == Outcome::InDoubt {
@@ -455,7 +474,18 @@ impl Controller {
             let inner = self.inner.lock();
             (inner.blue.clone(), inner.green.clone())
         };
+        let marks = marks(&config, self.gate.upstream().map(|upstream| upstream.side)).await;
         match (&blue, &green, self.gate.upstream()) {
+            // Nothing comes next: that is to be known, and nothing to mend.
+            (_, _, Some(upstream)) if marks.finalized == Some(Finalized::Done) => {
+                let known = finalized::finding(upstream.side, Finalized::Done);
+                vec![Finding {
+                    severity: preflight::Severity::Warning,
+                    ..known
+                }]
+            }
+            // `replication start` has not come to its end, or has to make anew what was given up.
+            _ if marks.links == Some(false) => preflight::for_replication(&config).await,
             (Known::Row(_), Known::Row(_), Some(upstream)) => {
                 let (mut found, of_sessions) = tokio::join!(
                     preflight::for_flip(&config, upstream.side),
@@ -483,12 +513,13 @@ impl Controller {
     pub async fn status(&self) -> Value {
         let config = self.config();
         let active = self.gate.upstream().map(|upstream| upstream.side);
-        let (blue, green, lag, replication, sidecars) = tokio::join!(
+        let (blue, green, lag, replication, sidecars, marks) = tokio::join!(
             side_status(&config, Side::Blue),
             side_status(&config, Side::Green),
             lag::measure(&config),
             replication::status(config.clone()),
-            sidecars(&config, active)
+            sidecars(&config, active),
+            marks(&config, active)
         );
         // What is known here without asking anybody is read at one moment, after all else.
         let upstream = self.gate.upstream();
@@ -518,6 +549,8 @@ impl Controller {
             "held": self.gate.held(),
             "sides": { "blue": blue, "green": green },
             "replication": replication_state(&replication),
+            "finalize": marks.finalized,
+            "given_up": marks.given_up,
             "lag": lag,
             "sessions": { "total": sessions.len(), "blue": on(Side::Blue), "green": on(Side::Green) },
             "sidecars": sidecars,
@@ -579,6 +612,46 @@ async fn sidecars(config: &Config, active: Option<Side>) -> Option<Vec<fleet::Ot
     let limit = config.limits.server_connect_timeout;
     let client = borrow(config.server(active?), config.carrier(), Purpose("status"), limit).await;
     fleet::sidecars(&client.ok()?).await
+}
+
+/// What the active side's carrier says beside its row, read now. What can't be read is `None`.
+#[derive(Default)]
+struct Marks {
+    finalized: Option<Finalized>,
+    /// The other side, if it was given up by force and has not been copied anew.
+    given_up: Option<Side>,
+    /// Whether the link towards the standby has ever been made and is to be kept.
+    links: Option<bool>,
+}
+
+async fn marks(config: &Config, active: Option<Side>) -> Marks {
+    let limit = config.limits.server_connect_timeout;
+    let Some(active) = active else {
+        return Marks::default();
+    };
+    let (here, there) = tokio::join!(
+        borrow(config.server(active), config.carrier(), Purpose("status"), limit),
+        borrow(
+            config.server(active.other()),
+            config.carrier(),
+            Purpose("status"),
+            limit
+        )
+    );
+    let mut marks = Marks::default();
+    if let Ok(here) = &here {
+        marks.finalized = finalized::read(&**here).await.ok().flatten();
+        let given_up = links::given_up(&**here, active.other()).await;
+        marks.given_up = given_up.ok().flatten().map(|_| active.other());
+    }
+    let name = links::slot_name(active.other(), config.carrier());
+    if let (Ok(here), Ok(there)) = (&here, &there)
+        && let Ok(slot) = links::slot(&**here, &name).await
+        && let Ok(subscription) = links::subscription(&**there, &name).await
+    {
+        marks.links = Some(slot.is_some() || subscription.is_some());
+    }
+    marks
 }
 
 /// A side with the rows of all databases, read now.

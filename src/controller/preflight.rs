@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{drift, roles, schema};
+use super::{drift, finalized, replication, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -220,7 +220,13 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
     for side in Side::BOTH {
         if let Some(Some(client)) = clients.get(&(side, carrier)) {
             match state::read(&**client).await {
-                Ok(Some(row)) if row.state == State::Active => source = side,
+                Ok(Some(row)) if row.state == State::Active => {
+                    source = side;
+                    // What else there is to say would be of a migration that is over.
+                    if let Ok(Some(how)) = finalized::read(&**client).await {
+                        return vec![finalized::finding(side, how)];
+                    }
+                }
                 Ok(_) => {}
                 Err(error) => found.push(unread(&format!("The state of {side}"), error)),
             }
@@ -322,6 +328,11 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 carried(source, client, regime, Some(true), &mut of_this).await;
                 if let Some(server) = server {
                     target_database(source, database, client, there, server, &mut of_this).await;
+                }
+                if let Some(there) = there
+                    && let Err(finding) = room_for_a_copy(source, database, client, there).await
+                {
+                    of_this.push(finding);
                 }
                 found.extend(of_this.into_iter().map(|finding| finding.of(database)));
             }
@@ -870,6 +881,33 @@ async fn target_database(
     }
 }
 
+/// Rows that are on the target already, though no link has brought them: copying on top of them would fail.
+async fn room_for_a_copy(source: Side, database: &str, from: &Client, there: &Client) -> Result<(), Finding> {
+    let target = source.other();
+    let unread = |error: links::LinkError| unread(&format!("What database {database} on {target} holds"), error);
+    // What a link has brought stays, and what was given up is emptied by `replication start` itself.
+    let link = links::subscription(&**there, &slot_name(target, database)).await;
+    if link.map_err(unread)?.is_some() || links::given_up(&**from, target).await.map_err(unread)?.is_some() {
+        return Ok(());
+    }
+    let tables = links::with_rows(&**there).await.map_err(unread)?;
+    if tables.is_empty() {
+        return Ok(());
+    }
+    Err(Finding::blocker(
+        "not_empty",
+        format!(
+            "Database {database} on {target} holds rows already, in {}.",
+            list(&tables)
+        ),
+        "No link has brought them: copying on top of them would fail or double them.",
+        format!(
+            "If nobody needs them, on {target}: {} pgflip makes the database anew.",
+            replication::drop_databases(&[database.to_owned()])
+        ),
+    ))
+}
+
 /// Whether one server reaches the other, tried for real: a subscription that connects, in a transaction that is rolled
 /// back. It makes neither slot nor anything else there.
 async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &str) -> Option<Finding> {
@@ -947,6 +985,11 @@ async fn credentials(side: Side, client: &Client, found: &mut Vec<Finding>) {
 pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
     let mut found = Vec::new();
     let target = source.other();
+    if let Ok(Some(on)) = open(config, source, config.carrier()).await
+        && let Ok(Some(how)) = finalized::read(&*on).await
+    {
+        return vec![finalized::finding(source, how)];
+    }
     for database in &config.databases {
         let mut of_this = Vec::new();
         let (from, to) = tokio::join!(open(config, source, database), open(config, target, database));

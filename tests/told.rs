@@ -1,0 +1,123 @@
+//! What an operator is told in each state of a migration: as the databases say it, and with a next step that works.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+
+use crate::common::{LIMIT, Rig, code};
+use crate::roles::check;
+use pgflip::demo::ledger::Shape;
+use pgflip::pg::Side;
+use serde_json::{Value, json};
+
+/// A flip that is refused before anything is touched, and why.
+async fn refused(rig: &Rig, arguments: &[&str], part: &str) {
+    let said = rig.run(arguments).await;
+    assert_eq!(said.code, Some(4), "{arguments:?}: {}{}", said.out, said.err);
+    assert!(said.out.contains(part), "{part:?} is not in {}", said.out);
+}
+
+fn codes(found: &[Value]) -> Vec<&str> {
+    found.iter().filter_map(|finding| finding["code"].as_str()).collect()
+}
+
+#[tokio::test]
+async fn from_before_the_start_to_after_the_end_every_state_is_told_as_it_is() {
+    let shape = Shape {
+        tables: 2,
+        rows: 5,
+        accounts: 20,
+    };
+    let rig = Rig::new(15, 17).shape(shape).start().await;
+    refused(&rig, &["cutover"], "replication has not been started").await;
+    refused(&rig, &["rollback"], "replication has not been started").await;
+    let status = rig.status().await;
+    assert_eq!((&status["finalize"], &status["given_up"]), (&Value::Null, &Value::Null));
+
+    rig.replicate().await;
+    refused(&rig, &["rollback"], "blue is active already").await;
+    rig.cutover().await;
+    refused(&rig, &["cutover"], "green is active already").await;
+    let said = rig.run(&["cutover", "--force", "--yes"]).await;
+    assert_eq!(
+        (said.code, &said.result()["error"]["code"]),
+        (Some(4), &json!("already_active"))
+    );
+    let told = &rig.status().await["last_flip"];
+    assert_eq!(
+        told["outcome"], "completed",
+        "what was refused does not hide it: {told}"
+    );
+
+    let said = rig.run(&["finalize", "--yes"]).await;
+    assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+    let status = rig.status().await;
+    assert_eq!(
+        (&status["finalize"], &status["replication"]),
+        (&json!("done"), &json!("none"))
+    );
+    assert_eq!(codes(&check(&rig).await), ["finalized"]);
+    assert_eq!(rig.run(&["check"]).await.code, Some(0), "nothing is to be mended");
+    refused(&rig, &["rollback"], "There is no way back to blue").await;
+    refused(&rig, &["replication", "start"], "This migration is finalized").await;
+    assert_eq!(rig.writable().await, [Side::Green]);
+}
+
+#[tokio::test]
+async fn a_start_that_failed_is_not_called_finalized_and_names_who_was_in_its_way() {
+    let shape = Shape {
+        tables: 2,
+        rows: 5,
+        accounts: 20,
+    };
+    let rig = Rig::new(16, 18)
+        .shape(shape)
+        .setting_of(Side::Green, "max_connections", "20")
+        .start()
+        .await;
+    let on_blue = rig.admin(Side::Blue).await;
+    on_blue
+        .batch_execute("set application_name = 'forgotten'; begin; insert into public.attack values (1, 'open')")
+        .await
+        .expect("a transaction");
+    let mut command = rig.sidecar.command(&["replication", "start"]);
+    let mut started = command.stdout(Stdio::piped()).spawn().expect("the command starts");
+    let lines = BufReader::new(started.stdout.take().expect("it is piped"));
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut tell = Some(tell);
+        for line in lines.lines().map_while(Result::ok) {
+            if line.contains("waiting for") && line.contains("forgotten") {
+                let _ = tell.take().map(|tell| tell.send(line));
+            }
+        }
+    });
+    let line = tokio::time::timeout(LIMIT, told)
+        .await
+        .expect("it says for whom it waits");
+    assert!(line.expect("a line").contains("attack"));
+    // The rows are there by now, and no link is.
+    let status = rig.status().await;
+    assert_eq!(
+        (&status["finalize"], &status["replication"]),
+        (&Value::Null, &json!("none"))
+    );
+    on_blue.batch_execute("commit").await.expect("let go");
+    assert_eq!(code(started).await, Some(0));
+    reading.await.expect("all is read");
+
+    // More clients than green has room for are found before anybody is held.
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        clients.push(rig.client().await);
+    }
+    assert!(codes(&check(&rig).await).contains(&"too_few_connections"));
+    refused_by_room(&rig).await;
+    drop(clients);
+}
+
+async fn refused_by_room(rig: &Rig) {
+    let said = rig.run(&["cutover"]).await;
+    assert_eq!(said.code, Some(4), "{}{}", said.out, said.err);
+    assert!(said.out.contains("has room for"), "{}", said.out);
+    assert_eq!(rig.serving().await, Side::Blue);
+}
