@@ -105,6 +105,39 @@ async fn a_start_that_failed_is_not_called_finalized_and_names_who_was_in_its_wa
     assert_eq!(code(started).await, Some(0));
     reading.await.expect("all is read");
 
+    // A flip that waits is undone when it is told to, and says so; then there is nothing to abort any more.
+    on_blue
+        .batch_execute("begin; insert into public.attack values (2, 'open')")
+        .await
+        .expect("a transaction");
+    let mut command = rig.sidecar.command(&["cutover"]);
+    let mut asked = command.stdout(Stdio::piped()).spawn().expect("the command starts");
+    let mut lines = BufReader::new(asked.stdout.take().expect("it is piped")).lines();
+    let (waits, lines) = tokio::task::spawn_blocking(move || {
+        let waits = lines
+            .by_ref()
+            .map_while(Result::ok)
+            .any(|line| line.contains("waiting for"));
+        (waits, lines)
+    })
+    .await
+    .expect("it can be read");
+    assert!(waits, "it has ended");
+    let said = rig.run(&["abort"]).await;
+    assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+    assert!(
+        said.result()["why"]
+            .as_str()
+            .is_some_and(|why| why.contains("pgflip abort")),
+        "{}",
+        said.out
+    );
+    drop(lines);
+    assert_eq!(code(asked).await, Some(3));
+    on_blue.batch_execute("commit").await.expect("let go");
+    let said = rig.run(&["abort"]).await;
+    assert_eq!(said.result()["error"]["code"], "nothing_to_abort", "{}", said.out);
+
     // More clients than green has room for are found before anybody is held.
     let mut clients = Vec::new();
     for _ in 0..20 {

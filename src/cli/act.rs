@@ -166,6 +166,22 @@ fn loss(status: &Value, source: &str) -> Vec<String> {
     lines
 }
 
+/// Undoes the flip under way.
+pub async fn abort(common: &Common) -> u8 {
+    let aborted = async {
+        let client = Client::new(common)?;
+        let view = progress::act(&client, common, "/v1/abort", &json!({})).await?;
+        let code = outcome::conclude(common, &view);
+        // That it was undone is what was asked for here.
+        Ok(match view["status"].as_str() {
+            Some("unwound") => exit::DONE,
+            _ if code == exit::DONE => exit::FAILED,
+            _ => code,
+        })
+    };
+    aborted.await.unwrap_or_else(|error: ClientError| fail(common, &error))
+}
+
 /// Ends the migration.
 pub async fn finalize(options: &Finalize, common: &Common) -> u8 {
     finalize_or(options, common)

@@ -192,6 +192,10 @@ pub enum Command {
         after_help = "Examples:\n  pgflip rollback\n  pgflip rollback --force        green is dead: says what may be lost, and asks"
     )]
     Rollback(act::Flip),
+    /// Undo the flip under way, as long as it has not pivoted.
+    ///
+    /// Waits until clients go on where they were. A flip that has pivoted is not undone: the other command goes back.
+    Abort,
     /// End the migration: drop the links, leave the old side fenced. After this there is no way back.
     ///
     /// Has the name of the active side typed first, unless --yes is given.
@@ -299,6 +303,7 @@ pub fn main() -> u8 {
             Command::Cutover(options) => act::flip("cutover", options, common).await,
             Command::Rollback(options) => act::flip("rollback", options, common).await,
             Command::Finalize(options) => act::finalize(options, common).await,
+            Command::Abort => act::abort(common).await,
             Command::Watch(options) => watch::run(options, common).await,
             Command::Sessions(options) => sessions::run(options, common).await,
         }

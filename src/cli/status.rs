@@ -171,7 +171,11 @@ fn next(status: &Value) -> String {
                     If the flip's target is gone for good, only --force goes on without it."
                 .to_owned();
         }
-        (Some("flipping" | "recovering"), _) => return "wait; it ends by itself. pgflip watch follows it.".to_owned(),
+        (Some("flipping"), _) => {
+            return "wait; it ends by itself. pgflip watch follows it; pgflip abort undoes it, before its pivot."
+                .to_owned();
+        }
+        (Some("recovering"), _) => return "wait; it ends by itself. pgflip watch follows it.".to_owned(),
         _ => {}
     }
     match (is_gone("blue"), is_gone("green")) {

@@ -560,7 +560,18 @@ impl Flip {
     async fn go(&mut self) -> Ended {
         tracing::info!(direction = self.direction.as_str(), from = %self.source, to = %self.target,
             epoch = self.attempt.epoch, attempt = self.attempt.id, because = "an operator asked for it", "a flip begins");
+        self.operation.may_be_aborted();
         for (i, step) in REVERSIBLE.into_iter().enumerate() {
+            let aborted = match step {
+                // Behind it the pivot may have been committed.
+                Reversible::Committing => self.operation.no_more_abort(),
+                _ => self.operation.is_aborted(),
+            };
+            if aborted {
+                return self
+                    .unwind(&REVERSIBLE[..i], Some((step.name(), aborted_by_hand())))
+                    .await;
+            }
             if self.rehearse && step == Reversible::Committing {
                 return self.unwind(&REVERSIBLE[..i], None).await;
             }
@@ -579,7 +590,14 @@ impl Flip {
         }
         let limit = self.limit(step);
         let began = Instant::now();
-        let applied = match timeout(limit, self.apply(step)).await {
+        let operation = self.operation.clone();
+        let applied = tokio::select! {
+            biased;
+            applied = timeout(limit, self.apply(step)) => applied,
+            // As if it had come to its limit. Within the window it is over sooner than anybody can ask.
+            () = operation.aborted(), if !step.in_window() => Ok(Err(aborted_by_hand())),
+        };
+        let applied = match applied {
             Ok(Ok(())) => self.verify(step),
             Ok(Err(stop)) => Err(stop),
             Err(_) => Err(Stop::Broken(format!(
@@ -2043,6 +2061,10 @@ fn no_findings(found: Vec<Finding>) -> Result<(), Stop> {
             findings: blockers,
         }),
     }
+}
+
+fn aborted_by_hand() -> Stop {
+    Stop::no_go("`pgflip abort` has asked for it", "Flip again when you like.")
 }
 
 fn not_called() -> Stop {

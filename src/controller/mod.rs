@@ -36,9 +36,10 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
+use tokio_postgres::error::SqlState;
 
 use crate::config::{Config, Stragglers};
-use crate::pg::{Purpose, Side, borrow};
+use crate::pg::{ConnectError, Purpose, Side, borrow};
 use crate::proxy::gate::Gate;
 use finalized::Finalized;
 use guard::{Guard, Phase};
@@ -333,8 +334,8 @@ impl Controller {
             {
                 let mut inner = controller.inner.lock();
                 if matches!(kind, Kind::Cutover | Kind::Rollback) {
-                    // One that was refused before anything was done does not hide the last one that was.
-                    if result["failed_step"] != "preflight" || inner.last_flip.is_none() {
+                    // One that was refused before anything was done is none, and what it says is soon out of date.
+                    if result["failed_step"] != "preflight" {
                         inner.last_flip = Some(result.clone());
                     }
                 }
@@ -346,6 +347,43 @@ impl Controller {
             controller.wake.notify_one();
         });
         Ok(operation)
+    }
+
+    /// Asks the flip under way to undo itself. After the pivot there is nothing to undo.
+    pub fn abort(&self) -> Result<Operation, Refused> {
+        let refused = |what: String, next: &str| Refused {
+            code: "nothing_to_abort",
+            what,
+            next: next.into(),
+        };
+        let inner = self.inner.lock();
+        let Some(running) = &inner.running else {
+            return Err(refused(
+                "No operation of this pgflip's is under way.".into(),
+                "`pgflip status` shows how things stand. Another sidecar's flip is aborted there.",
+            ));
+        };
+        if running.operation.abort() {
+            return Ok(running.operation.clone());
+        }
+        let view = running.operation.view();
+        Err(match view.kind {
+            Kind::Cutover | Kind::Rollback => refused(
+                format!(
+                    "Operation {} can't be undone now: it has not begun its first step, or is at its pivot or behind it.",
+                    view.id
+                ),
+                "`pgflip watch` follows it. What has flipped flips back with the other command.",
+            ),
+            Kind::ReplicationStart => refused(
+                format!("Operation {} copies, and is no flip.", view.id),
+                "`pgflip replication stop` ends it.",
+            ),
+            Kind::ReplicationStop | Kind::Finalize => refused(
+                format!("Operation {} is no flip.", view.id),
+                "`pgflip watch` follows it.",
+            ),
+        })
     }
 
     /// Has links and arming looked after, unless that is under way still, or an operation is.
@@ -658,10 +696,18 @@ async fn marks(config: &Config, active: Option<Side>) -> Marks {
 async fn side_status(config: &Config, side: Side) -> Value {
     let limit = config.limits.server_connect_timeout;
     let mut version = Value::Null;
-    if let Ok(client) = borrow(config.server(side), config.carrier(), Purpose("status"), limit).await
-        && let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await
-    {
-        version = json!(row.get::<_, String>(0));
+    // Before `replication start` green need not have the carrier's database.
+    for database in [config.carrier(), "postgres"] {
+        match borrow(config.server(side), database, Purpose("status"), limit).await {
+            Ok(client) => {
+                if let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await {
+                    version = json!(row.get::<_, String>(0));
+                }
+                break;
+            }
+            Err(ConnectError::Login { source, .. }) if source.code() == Some(&SqlState::INVALID_CATALOG_NAME) => {}
+            Err(_) => break,
+        }
     }
     let databases = futures_util::future::join_all(config.databases.iter().map(|database| async move {
         let mut shown = guard::shown(&recovery::look(config, side, database).await.0);

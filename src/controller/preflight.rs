@@ -189,7 +189,7 @@ async fn open(config: &Config, side: Side, database: &str) -> Result<Option<Clie
         Err(error) => Err(Finding::blocker(
             "unreachable",
             format!("{error}."),
-            "pgflip needs both servers.",
+            "pgflip needs both servers. What else there is to mend is found when both can be reached.",
             format!("Check [{side}] in the config, the server, and its pg_hba.conf."),
         )),
     }
@@ -404,8 +404,14 @@ async fn server(
     .await;
     let statement = include_str!("../pg/sql/preflight_rights.sql");
     let rights = rows(&**client, statement, &[], &format!("pgflip's rights on {side}"), found).await;
+    // Who may not see the origins is told so as of a right.
+    let mut origins = Vec::new();
     if let Some(rights) = rights.first() {
         permissions(config, side, facts, rights, found);
+        if rights.get::<_, bool>("superuser") || rights.get::<_, bool>("origins") {
+            let statement = include_str!("../pg/sql/preflight_origins.sql");
+            origins = rows(&**client, statement, &[&config.databases], &what, found).await;
+        }
     }
     let Some(row) = read.first() else { return };
     if row.get::<_, bool>("in_recovery") {
@@ -484,16 +490,18 @@ async fn server(
         "apply worker's process",
     );
     let own = i32::try_from(origin::POOL.len()).expect("the pool is small");
-    let origins = databases + own + if to { copies } else { 0 };
-    room(
-        "origins",
-        facts.origins_setting(),
-        number("origins_max"),
-        number("origins"),
-        number("origins_mine"),
-        origins,
-        "replication origin",
-    );
+    let wanted = databases + own + if to { copies } else { 0 };
+    if let Some(origins) = origins.first() {
+        room(
+            "origins",
+            facts.origins_setting(),
+            number("origins_max"),
+            origins.get("origins"),
+            origins.get("origins_mine"),
+            wanted,
+            "replication origin",
+        );
+    }
 
     if row.get::<_, String>("wal_keep") != "-1" {
         found.push(Finding::warning(
@@ -543,6 +551,32 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
         ));
         return;
     }
+    let database = row.get::<_, &str>("database");
+    let here = crate::pg::Ident::new(database);
+    if !config.databases.iter().any(|one| one == database) {
+        found.push(Finding::blocker(
+            "permission",
+            format!("{user} is no superuser on {side}, and database {} does not exist there.", config.carrier()),
+            "Rights on catalogs and their functions are granted in each database: in one that pgflip makes it would have none.",
+            format!(
+                "On {side}, as a superuser: create each database of the config, with the encoding and locale that it has on {}, \
+                 owned by {user}; then run `pgflip check` again: it names what has to be granted there.",
+                side.other()
+            ),
+        ));
+    }
+    let origins: Vec<String> = [
+        "pg_replication_origin_create(text)",
+        "pg_replication_origin_drop(text)",
+        "pg_replication_origin_session_setup(text)",
+        "pg_replication_origin_session_is_setup()",
+        "pg_replication_origin_advance(text, pg_lsn)",
+        "pg_replication_origin_oid(text)",
+        "pg_show_replication_origin_status()",
+    ]
+    .iter()
+    .map(|function| format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO {user};"))
+    .collect();
     for (right, what, mend) in [
         (
             "create_subscription",
@@ -559,19 +593,17 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
         (
             "create_in_database",
             "create schema pgflip and a publication",
-            format!("GRANT CREATE ON DATABASE … TO {user}; in each database of the config."),
+            format!("GRANT CREATE ON DATABASE {here} TO {user}; and the same for each database of the config."),
         ),
         (
             "read_verifiers",
             "read the roles' verifiers",
-            format!("GRANT SELECT ON pg_catalog.pg_authid TO {user}; in each database."),
+            format!("in each database of the config: GRANT SELECT ON pg_catalog.pg_authid TO {user};"),
         ),
         (
             "origins",
             "use replication origins",
-            format!(
-                "GRANT EXECUTE ON the functions pg_replication_origin_* and pg_show_replication_origin_status TO {user};"
-            ),
+            format!("in each database of the config: {}", origins.join(" ")),
         ),
         (
             "signal",

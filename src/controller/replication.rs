@@ -355,12 +355,10 @@ async fn mirror_roles(run: &Run) -> Result<(), Failure> {
         }
     }
     txn.commit().await.map_err(|e| run.failed(describe(&e)))?;
-    let message = format!(
-        "{} created, {} changed, {} skipped",
-        done.created.len(),
-        done.changed.len(),
-        done.skipped.len()
-    );
+    let mut message = format!("{} created, {} changed", done.created.len(), done.changed.len());
+    if !done.skipped.is_empty() {
+        message.push_str(&format!("; left out: {}", list(&done.skipped)));
+    }
     run.done("roles", message, json!(done));
     Ok(())
 }
