@@ -112,7 +112,7 @@ pub fn flip(result: &Value) -> Vec<String> {
             });
             lines.extend(held(result));
             let left = left.iter().filter_map(Value::as_str);
-            lines.extend(left.map(|what| format!("not undone yet: {}", clean(what))));
+            lines.extend(left.map(|what| format!("left for pgflip to undo by itself: {}", clean(what))));
         }
         _ => lines.push(format!("{direction}: {}", text("outcome").replace('_', " "))),
     }

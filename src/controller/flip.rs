@@ -1539,8 +1539,8 @@ impl Flip {
             if !self.left_undone.is_empty() {
                 let means = result["means"].as_str().unwrap_or_default();
                 result["means"] = json!(format!(
-                    "{means} Some tables are armed still: each write to them costs more until pgflip has disarmed them, which it \
-                     does as soon as they can be locked."
+                    "{means} Some tables were armed still when it ended: each write to them costs more until pgflip has disarmed \
+                     them, which it does by itself as soon as they can be locked."
                 ));
             }
             result["next"] = json!(next);

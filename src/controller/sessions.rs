@@ -291,7 +291,7 @@ pub async fn findings(config: &Config, gate: &Gate, source: Side, stragglers: St
         Ok((free, max)) if free < clients as i64 => found.push(finding(
             "too_few_connections",
             format!(
-                "{clients} sessions would have to move, and {} has room for {free} more (max_connections is {max} there).",
+                "{clients} sessions would have to move, and {} has room for {free} at most (max_connections is {max} there).",
                 source.other()
             ),
             "Those for whom there is no connection can't be moved: the flip would be unwound.",
