@@ -199,21 +199,17 @@ pub fn traffic(traffic: &Value) -> Vec<String> {
     let left = traffic["sessions_standby"].as_array().map_or(&[][..], Vec::as_slice);
     let mut lines = vec![
         clean(traffic["verdict"].as_str().unwrap_or("unknown")),
-        format!(
-            "commits of clients{span}: {} on {}",
-            count("commits_active"),
-            clean(active)
-        ),
+        format!("commits{span}: {} on {}", count("commits_active"), clean(active)),
     ];
     // Nobody but replication, and pgflip with a few, can commit where no session is left.
     if traffic["commits_standby"].is_i64() {
         lines.push(match (traffic["sessions_standby"].is_array(), left.is_empty()) {
             (true, true) => format!(
-                "{other} committed {} times, all of it replication that applies there what clients write, and pgflip itself",
+                "{other} has no session of a client any more; its {} commits are replication's, which applies there what clients write, and pgflip's",
                 count("commits_standby")
             ),
             _ => format!(
-                "{other} committed {} times, replication's own among them",
+                "{other} committed {} times, replication among them",
                 count("commits_standby")
             ),
         });
@@ -273,6 +269,24 @@ mod tests {
         let mut unknown = forced;
         unknown["may_be_lost"] = json!({"bytes": null, "seen_at": null});
         assert!(flip(&unknown).join("\n").contains("unknown, none was seen"));
+    }
+
+    #[test]
+    fn commits_of_replication_are_not_taken_for_traffic_on_the_other_side() {
+        let alone = json!({"active": "green", "verdict": "all traffic is on the active side", "span_s": 2.0,
+            "commits_active": 3095, "commits_standby": 3714, "sessions_standby": []});
+        let told = super::traffic(&alone).join("\n");
+        assert!(
+            told.contains("3095 on green") && told.contains("its 3714 commits are replication's"),
+            "{told}"
+        );
+        let mut left = alone;
+        left["sessions_standby"] = json!(["psql"]);
+        let told = super::traffic(&left).join("\n");
+        assert!(
+            told.contains("replication among them") && !told.contains("no session"),
+            "{told}"
+        );
     }
 
     #[test]
