@@ -22,7 +22,7 @@ use crate::telemetry::{self, LogLevel, TelemetryError};
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
     /// The clients' address can't be bound, or the TLS files can't be used.
-    #[error("clients can't be served at {listen}: {source}")]
+    #[error("clients can't be served at {listen}: {source}{}", taken(.source))]
     Listen {
         /// As configured.
         listen: std::net::SocketAddr,
@@ -31,7 +31,7 @@ pub enum AppError {
         source: std::io::Error,
     },
     /// The admin port can't be bound.
-    #[error("the admin port can't listen at {listen}: {source}")]
+    #[error("the admin port can't listen at {listen}: {source}{}", taken(.source))]
     Admin {
         /// As configured.
         listen: std::net::SocketAddr,
@@ -64,6 +64,14 @@ pub fn run(config: Config, path: &Path, level: LogLevel) -> Result<(), AppError>
     // Streams of events may still be open; nobody waits for them.
     runtime.shutdown_timeout(Duration::from_millis(500));
     done
+}
+
+/// The usual reason why an address is in use.
+fn taken(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => " (does another pgflip run here already? `pgflip status` tells)",
+        _ => "",
+    }
 }
 
 async fn serve(

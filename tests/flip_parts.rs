@@ -305,7 +305,7 @@ async fn a_table_that_is_locked_is_armed_as_soon_as_it_can_be_and_named_if_it_ca
         end_holders: None,
     };
     match fence::arm(&blue, &short).await {
-        Err(FenceError::Locked { tables, holders, .. }) => {
+        Err(FenceError::Locked(fence::Locked { tables, holders, .. })) => {
             assert_eq!(tables, ["\"public\".\"t\""]);
             assert_eq!(holders.len(), 1, "{holders:?}");
         }

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use crate::common::{LIMIT, Rig, direction};
+use crate::common::{LIMIT, Rig, code, direction};
 use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
 use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
+use serde_json::json;
 
 async fn start(blue: u32, green: u32, databases: usize) -> (Rig, Vec<Ledger>) {
     let shape = Shape {
@@ -31,15 +32,30 @@ async fn killed_after(rig: &mut Rig, ledgers: &[Ledger], source: Side, step: &st
     let fault = format!("kill-after={direction}:{step}");
     rig.sidecar.restart(&[("PGFLIP_FAULT", &fault)]).expect("pgflip starts");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
-    // The command would wait for pgflip to come back, and say then that it does not know.
-    let mut asked = rig.sidecar.command(&[direction]).spawn().expect("the command starts");
+    let asked = rig.sidecar.command(&[direction]).spawn().expect("the command starts");
     rig.killed_itself(&fault).await;
-    let _ = asked.kill();
-    let _ = asked.wait();
     rig.sidecar.restart(&[]).expect("pgflip starts again");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
     assert_eq!(rig.serving().await, active, "{fault}");
     assert_eq!(rig.writable().await, [active], "{fault}");
+    // The command waits for pgflip to come back, and says then what became of the flip. So does status.
+    let became = if active == source { 3 } else { 0 };
+    assert_eq!(code(asked).await, Some(became), "{fault}");
+    let last = &rig.status().await["last_flip"];
+    let fenced = REVERSIBLE.iter().skip_while(|step| step.name() != "fence");
+    if active != source {
+        assert_eq!(
+            (&last["outcome"], &last["active"]),
+            (&json!("completed"), &json!(active)),
+            "{fault}: {last}"
+        );
+    } else if fenced.into_iter().any(|one| one.name() == step) {
+        assert_eq!(
+            (&last["outcome"], &last["active"]),
+            (&json!("unwound"), &json!(active)),
+            "{fault}: {last}"
+        );
+    }
     for ledger in ledgers {
         assert!(ledger.progress(10, LIMIT).await, "{fault}: clients go on");
     }

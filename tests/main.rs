@@ -25,5 +25,6 @@ mod servers_killed;
 mod stragglers;
 mod surface_cli;
 mod there_and_back;
+mod told;
 mod two_controllers;
 mod type_oids;

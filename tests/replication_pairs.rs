@@ -398,6 +398,11 @@ async fn there_and_back(blue: u32, green: u32) {
             .find(|lag| lag.database == "app" && lag.from == from.other())
             .unwrap();
         assert!(there.bytes.is_some() && there.seconds.is_some(), "{there:?}");
+        let back = lags
+            .iter()
+            .find(|lag| lag.database == "app" && lag.from == from)
+            .unwrap();
+        assert_eq!(back.off, blue < 16, "off by design without origin filtering: {back:?}");
     }
 
     pair.stop().await.unwrap_or_else(|failure| panic!("{failure}"));
@@ -407,7 +412,31 @@ async fn there_and_back(blue: u32, green: u32) {
     for line in catalog(&pair.green, "app").await {
         assert!(!line.contains("pgflip"), "{line}");
     }
-    pair.stop().await.unwrap_or_else(|failure| panic!("{failure}"));
+    let again = pair.stop().await.unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(again["stays"].as_str().unwrap().contains("stay on green"), "{again}");
+
+    // What was copied is there still: found before anything is changed, and the statement that is named mends it.
+    let in_the_way = async || {
+        let mut found = preflight::for_replication(&pair.config).await;
+        found.retain(|finding| finding.code == "not_empty");
+        found
+    };
+    let before = catalog(&pair.blue, "app").await;
+    let failure = pair.start().await.unwrap_err();
+    assert!(
+        failure.findings.iter().any(|finding| finding.code == "not_empty"),
+        "{failure}"
+    );
+    assert_eq!(before, catalog(&pair.blue, "app").await);
+    let maintenance = pair.green.connect("postgres").await.unwrap();
+    let found = in_the_way().await;
+    assert_eq!(found.len(), pair.config.databases.len(), "{found:?}");
+    for finding in found {
+        let (_, statement) = finding.mend.split_once("on green: ").unwrap();
+        let (statement, _) = statement.split_once(';').unwrap();
+        maintenance.batch_execute(statement).await.unwrap();
+    }
+    assert!(in_the_way().await.is_empty());
 }
 
 /// A worker comes back only some time after its last start.
@@ -459,6 +488,13 @@ async fn a_start_that_is_cut_off_in_any_phase_goes_on_when_it_is_run_again() {
         "link_back",
     ] {
         cut_off(&pair, phase).await;
+        if phase == "fence" {
+            // Rows and no links: what `finalize` leaves as well, and not the same.
+            let finalize =
+                replication::finalize(pair.config.clone(), Operation::new(Kind::Finalize), Acting::default());
+            let refused = finalize.await.unwrap_err();
+            assert!(refused.what.contains("nothing to finalize"), "{refused}");
+        }
     }
     pair.start().await.unwrap_or_else(|failure| panic!("{failure}"));
     write_some(&pair, Side::Blue, "after").await;
@@ -486,6 +522,14 @@ async fn a_start_that_is_cut_off_in_any_phase_goes_on_when_it_is_run_again() {
         .batch_execute("insert into plain values (-1, 'yes')")
         .await
         .unwrap();
+    // The databases say so, and nobody is sent back to start again.
+    for found in [
+        preflight::for_replication(&pair.config).await,
+        preflight::for_flip(&pair.config, Side::Green).await,
+    ] {
+        let codes: Vec<&str> = found.iter().map(|finding| finding.code).collect();
+        assert_eq!(codes, ["finalized"], "{found:?}");
+    }
     for cluster in [&pair.blue, &pair.green] {
         let count = "select count(*) from (select subname from pg_subscription union all select slot_name from pg_replication_slots) t";
         assert_eq!(

@@ -43,8 +43,25 @@ async fn a_flip_unwinds_for_a_transaction_that_stays_open_and_ends_it_when_told_
     });
     let idle = rig.client().await;
     idle.batch_execute("begin; select 1").await.expect("a transaction");
+    let age = "select coalesce(max(clock_timestamp() - xact_start) > '1100 ms', false) from pg_stat_activity
+                where state = 'idle in transaction' and query like '%select 1'";
+    let blue = rig.admin(Side::Blue).await;
+    let until = Instant::now() + LIMIT;
+    while !blue.query_one(age, &[]).await.expect("an answer").get::<_, bool>(0) {
+        assert!(Instant::now() < until, "its transaction is not seen");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     let said = rig.run(&["cutover"]).await;
     let result = said.result();
+    if result["failed_step"] == "drain" {
+        let named = said.out.find("everybody will wait for open transactions");
+        let held = said.out.find("\"step\":\"hold\"");
+        assert!(
+            named.is_some() && named < held,
+            "it is named before anybody is held: {}",
+            said.out
+        );
+    }
     assert_eq!(said.code, Some(3), "{}{}", said.out, said.err);
     assert_eq!(result["outcome"], "unwound", "{result}");
     in_time(&result);
@@ -185,7 +202,18 @@ async fn a_copy_into_a_table_stops_a_flip_before_anybody_is_held_and_is_not_touc
         assert_eq!(result["held_ms"], 0.0, "{result}");
         let why = result["why"].as_str().expect("it says why");
         match result["failed_step"].as_str() {
-            Some("arm") => assert!(why.contains("attack"), "{why}"),
+            Some("arm") => {
+                assert!(why.contains("attack"), "{why}");
+                // Named as `pgflip sessions` does: while it waits, and at the end.
+                let name = format!("session {} of", copies.pid);
+                assert!(why.contains(&name), "{why}");
+                let waits = said.out.lines().find(|line| line.contains("waiting for"));
+                assert!(waits.is_some_and(|line| line.contains(&name)), "{}", said.out);
+                // Its table was not armed, the others were, and are not any more; who says so has looked.
+                assert_eq!(result["left_undone"], serde_json::json!([]), "{result}");
+                let means = result["means"].as_str().expect("it says what it means");
+                assert!(means.contains("writes took longer"), "{means}");
+            }
             Some("settle") => assert!(why.contains("have been open"), "{why}"),
             other => panic!("{other:?}: {result}"),
         }

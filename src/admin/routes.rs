@@ -41,6 +41,7 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/cutover", post(cutover))
         .route("/rollback", post(rollback))
         .route("/finalize", post(finalize))
+        .route("/abort", post(abort))
         .route("/operations", get(operations))
         .route("/operations/{id}", get(operation));
     let v1 = v1
@@ -136,6 +137,15 @@ async fn replication_stop(State(admin): Shared, headers: HeaderMap, body: Body) 
 async fn finalize(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
     read(&headers, body, &[])?;
     begin(&admin, Order::Finalize)
+}
+
+async fn abort(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    read(&headers, body, &[])?;
+    let operation = admin
+        .controller
+        .abort()
+        .map_err(|refused| Refusal::new(StatusCode::CONFLICT, refused.code, refused.what, refused.next))?;
+    Ok((StatusCode::ACCEPTED, Json(operation.view())).into_response())
 }
 
 /// Options of a flip, each with what it must be. `force` is the name of the side whose data may be lost: the one that

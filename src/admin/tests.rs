@@ -88,6 +88,7 @@ async fn without_the_token_nothing_but_the_probes_answers() {
         "POST /v1/cutover",
         "POST /v1/rollback",
         "POST /v1/finalize",
+        "POST /v1/abort",
         "GET /metrics",
     ];
     for route in routes {
@@ -162,6 +163,7 @@ async fn wrong_input_is_refused_with_what_is_wrong() {
         ("POST /v1/cutover", "[]", 400, "not a JSON object"),
         ("POST /v1/replication/start", "{\"x\": 1}", 400, "no option \"x\""),
         ("POST /v1/finalize", "{\"x\": 1}", 400, "no option \"x\""),
+        ("POST /v1/abort", "", 409, "No operation of this pgflip's is under way"),
         ("GET /v1/nonsense", "", 404, "/v1/nonsense"),
         ("GET /nonsense", "", 404, "/nonsense"),
         ("GET /v1/cutover", "", 405, "GET is not served"),

@@ -1,5 +1,7 @@
 //! `pgflip cutover`, `pgflip rollback`, `pgflip finalize`.
 
+use std::time::Duration;
+
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -56,15 +58,90 @@ async fn flip_or(direction: &str, options: &Flip, common: &Common) -> Result<u8,
         body["stragglers"] = json!(crate::config::Stragglers::from(choice));
     }
     if options.force {
-        let told = loss(&client.get("/v1/status").await?, source);
+        let status = client.get("/v1/status").await?;
+        already(&status, source)?;
+        let told = loss(&status, source);
         told.iter().for_each(|line| eprintln!("{line}"));
         if !options.yes {
             consent::typed(source, &format!("give up what only {source} has"))?;
         }
         body["force"] = json!(source);
     }
-    let view = progress::act(&client, common, &format!("/v1/{direction}"), &body).await?;
-    Ok(outcome::conclude(common, &view))
+    match progress::act(&client, common, &format!("/v1/{direction}"), &body).await {
+        Ok(view) => Ok(outcome::conclude(common, &view)),
+        // The pgflip that began it is gone; another one has completed it or undone it, and knows which.
+        Err(error @ ClientError::Restarted(_)) if !options.rehearse => match became(&client, direction).await {
+            Some((result, code)) => {
+                if common.json {
+                    print(&result);
+                } else {
+                    outcome::flip(&result).iter().for_each(print);
+                }
+                Ok(code)
+            }
+            None => Err(error),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+/// How long a pgflip that was started anew may take to settle what was under way.
+const SETTLED: Duration = Duration::from_secs(60);
+
+/// What became of a flip whose pgflip has gone, and the exit code. `None`: that is not known yet.
+async fn became(client: &Client, direction: &str) -> Option<(Value, u8)> {
+    let until = tokio::time::Instant::now() + SETTLED;
+    while tokio::time::Instant::now() < until {
+        if let Ok(status) = client.get("/v1/status").await
+            && let Some(known) = settled(&status, direction)
+        {
+            return Some(known);
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    None
+}
+
+fn settled(status: &Value, direction: &str) -> Option<(Value, u8)> {
+    let (source, target) = match direction {
+        "cutover" => ("blue", "green"),
+        _ => ("green", "blue"),
+    };
+    let (outcome, means, code) = match (status["phase"].as_str()?, status["active"].as_str()) {
+        ("in_doubt", _) => (
+            "in_doubt",
+            "Whether it took place is not known; clients are held.",
+            exit::IN_DOUBT,
+        ),
+        ("serving", Some(side)) if side == target => (
+            "completed",
+            "The pgflip that began it has ended; it was completed.",
+            exit::DONE,
+        ),
+        ("serving", Some(side)) if side == source => (
+            "unwound",
+            "The pgflip that began it has ended; what it had begun was undone. Clients go on where they were.",
+            exit::UNWOUND,
+        ),
+        _ => return None,
+    };
+    let result = json!({ "outcome": outcome, "direction": direction, "active": status["active"], "epoch": status["epoch"],
+        "recovered": true, "means": means });
+    Some((result, code))
+}
+
+/// Refuses to ask for a forced flip to where clients are served already.
+fn already(status: &Value, source: &str) -> Result<(), ClientError> {
+    let target = if source == "blue" { "green" } else { "blue" };
+    if status["active"] != target || status["phase"] != "serving" {
+        return Ok(());
+    }
+    Err(ClientError::NotDone {
+        code: "already_active",
+        what: format!("{target} is active already: there is nothing to force."),
+        next: "`pgflip status` says what to do about the other side.".to_owned(),
+        exit: exit::NO_GO,
+    })
 }
 
 /// What a forced flip may lose, from what was last known.
@@ -86,18 +163,31 @@ fn loss(status: &Value, source: &str) -> Vec<String> {
     let mut found = false;
     for link in links.iter().filter(|link| link["to"] == target) {
         found = true;
-        let transactions = link["transactions"]
-            .as_u64()
-            .map_or("an unknown number of".to_owned(), |n| n.to_string());
-        lines.push(format!("  {}; {transactions} transactions", lag::line(link)));
+        lines.push(format!("  {}", lag::line(link)));
     }
     if !found {
-        lines.push("  how many bytes and transactions that is, is unknown: there is no reading of the link".to_owned());
+        lines.push("  how many bytes that is, is unknown: there is no reading of the link".to_owned());
     }
     lines.push(format!(
         "Make sure that {source} is down and stays down: writes that reach it from now on are lost as well."
     ));
     lines
+}
+
+/// Undoes the flip under way.
+pub async fn abort(common: &Common) -> u8 {
+    let aborted = async {
+        let client = Client::new(common)?;
+        let view = progress::act(&client, common, "/v1/abort", &json!({})).await?;
+        let code = outcome::conclude(common, &view);
+        // That it was undone is what was asked for here.
+        Ok(match view["status"].as_str() {
+            Some("unwound") => exit::DONE,
+            _ if code == exit::DONE => exit::FAILED,
+            _ => code,
+        })
+    };
+    aborted.await.unwrap_or_else(|error: ClientError| fail(common, &error))
 }
 
 /// Ends the migration.
@@ -111,8 +201,8 @@ async fn finalize_or(options: &Finalize, common: &Common) -> Result<u8, ClientEr
     let client = Client::new(common)?;
     // What a script wants done is done again where nothing is left to do: that is how what was left half done is ended.
     if !options.yes {
-        let (status, links) = tokio::try_join!(client.get("/v1/status"), client.get("/v1/replication"))?;
-        match to_finalize(&status, &links)? {
+        let status = client.get("/v1/status").await?;
+        match to_finalize(&status)? {
             ToFinalize::Links(active) => {
                 eprintln!(
                     "{active} stays active, the links are dropped, the other side stays fenced. There is no way back after that."
@@ -123,7 +213,7 @@ async fn finalize_or(options: &Finalize, common: &Common) -> Result<u8, ClientEr
                 if common.json {
                     print(json!({ "active": status["active"], "already": true }));
                 } else {
-                    print("Nothing is left to finalize: there are no links any more.");
+                    print("Nothing is left to finalize: it has been done.");
                 }
                 return Ok(exit::DONE);
             }
@@ -141,7 +231,7 @@ enum ToFinalize {
 }
 
 /// Whether there is anything to finalize, before anybody is asked.
-fn to_finalize(status: &Value, links: &Value) -> Result<ToFinalize, ClientError> {
+fn to_finalize(status: &Value) -> Result<ToFinalize, ClientError> {
     let refused = |code: &'static str, what: &str, next: &str| {
         Err(ClientError::NotDone {
             code,
@@ -177,21 +267,45 @@ fn to_finalize(status: &Value, links: &Value) -> Result<ToFinalize, ClientError>
             "`pgflip status` says why.",
         );
     };
-    // Not read counts as there.
-    let gone = |link: &Value| link.get("error").is_none() && link["enabled"].is_null() && link["slot_active"].is_null();
-    let none = links["databases"].as_array().is_some_and(|all| {
-        let gone = |database: &Value| database["links"].as_array().is_some_and(|links| links.iter().all(gone));
-        !all.is_empty() && all.iter().all(gone)
-    });
-    Ok(match none {
-        true => ToFinalize::Nothing,
-        false => ToFinalize::Links(active.to_owned()),
-    })
+    match (status["finalize"].as_str(), status["replication"].as_str()) {
+        (Some("done"), _) => Ok(ToFinalize::Nothing),
+        (None, Some("none")) if status["given_up"].is_null() => refused(
+            "nothing_to_finalize",
+            "There is nothing to finalize: there are no links.",
+            "`pgflip replication start` has not come to its end: run it again, or `pgflip replication stop`.",
+        ),
+        _ => Ok(ToFinalize::Links(active.to_owned())),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_flip_whose_pgflip_has_gone_ends_as_the_rows_say() {
+        let status = |phase: &str, active: &str| json!({"phase": phase, "active": active, "epoch": 2});
+        let code = |status: Value, direction: &str| settled(&status, direction).map(|(_, code)| code);
+        assert_eq!(code(status("serving", "green"), "cutover"), Some(exit::DONE));
+        assert_eq!(code(status("serving", "blue"), "cutover"), Some(exit::UNWOUND));
+        assert_eq!(code(status("serving", "blue"), "rollback"), Some(exit::DONE));
+        assert_eq!(code(status("in_doubt", "blue"), "rollback"), Some(exit::IN_DOUBT));
+        assert_eq!(code(status("recovering", "blue"), "rollback"), None);
+        let (result, _) = settled(&status("serving", "green"), "cutover").unwrap();
+        let told = outcome::flip(&result).join("\n");
+        assert!(
+            told.contains("completed: green is active, epoch 2") && !told.contains("unknown"),
+            "{told}"
+        );
+    }
+
+    #[test]
+    fn a_side_that_is_active_is_not_forced() {
+        assert!(already(&json!({"phase": "serving", "active": "green"}), "blue").is_err());
+        assert!(already(&json!({"phase": "serving", "active": "green"}), "green").is_ok());
+        // Only a side that slept through a flip answers: that one may have to be forced.
+        assert!(already(&json!({"phase": "unknown", "active": "green"}), "blue").is_ok());
+    }
 
     #[test]
     fn finalize_looks_whether_there_is_anything_before_it_asks() {
@@ -200,25 +314,25 @@ mod tests {
             "blue": {"reachable": true, "databases": [{"name": "app", "state": blue}]},
             "green": {"reachable": true, "databases": [{"name": "app", "state": green}]}}})
         };
-        let links = |enabled: Value| {
-            json!({"databases": [{"database": "app", "links": [
-            {"enabled": enabled, "slot_active": null}, {"enabled": null, "slot_active": null}]}]})
-        };
         let started = sides(json!("standby"), json!("active"));
-        assert!(matches!(
-            to_finalize(&started, &links(json!(true))),
-            Ok(ToFinalize::Links(active)) if active == "green"
-        ));
-        assert!(matches!(
-            to_finalize(&started, &links(Value::Null)),
-            Ok(ToFinalize::Nothing)
-        ));
-        let unread = json!({"databases": [{"database": "app", "error": "x"}]});
-        assert!(matches!(to_finalize(&started, &unread), Ok(ToFinalize::Links(_))));
-        let code = |status: &Value| match to_finalize(status, &links(Value::Null)) {
+        let with = |key: &str, value: &str| {
+            let mut status = started.clone();
+            status[key] = json!(value);
+            to_finalize(&status)
+        };
+        for replication in ["running", "broken", "unknown"] {
+            assert!(matches!(with("replication", replication), Ok(ToFinalize::Links(active)) if active == "green"));
+        }
+        assert!(matches!(with("finalize", "begun"), Ok(ToFinalize::Links(_))));
+        assert!(matches!(with("finalize", "done"), Ok(ToFinalize::Nothing)));
+        let code = |status: &Value| match to_finalize(status) {
             Err(ClientError::NotDone { code, .. }) => code,
             _ => "",
         };
+        // A start that has failed has left no links either.
+        let mut failed = started.clone();
+        failed["replication"] = json!("none");
+        assert_eq!(code(&failed), "nothing_to_finalize");
         assert_eq!(code(&sides(Value::Null, Value::Null)), "nothing_to_finalize");
         let mut dead = started.clone();
         dead["sides"]["blue"]["reachable"] = json!(false);
@@ -229,14 +343,14 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_lost_is_said_in_bytes_and_transactions_and_never_as_zero_when_unknown() {
+    fn what_may_be_lost_is_said_in_bytes_and_seconds_and_never_as_zero_when_unknown() {
         let known = json!({"sides": {"green": {"reachable": false}}, "lag": [
-            {"database": "app", "from": "green", "to": "blue", "bytes": 4096, "seconds": 1.5, "transactions": 12},
+            {"database": "app", "from": "green", "to": "blue", "bytes": 4096, "seconds": 1.5},
             {"database": "app", "from": "blue", "to": "green", "bytes": 0, "seconds": 0.0},
         ]});
         let told = loss(&known, "green").join("\n");
         assert!(
-            told.contains("4096 bytes") && told.contains("12 transactions") && !told.contains("blue → green"),
+            told.contains("4096 bytes") && !told.contains("transactions") && !told.contains("blue → green"),
             "{told}"
         );
         let unknown = loss(&json!({"sides": {"green": {"reachable": true}}}), "green").join("\n");

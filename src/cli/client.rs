@@ -104,7 +104,8 @@ const LOST: &str = "An operation that was under way is completed or undone from 
 fn detached(id: &Option<u64>) -> String {
     match id {
         Some(id) => format!(
-            "The operation goes on in pgflip: `pgflip status` shows it, `pgflip watch` follows it (its id is {id})."
+            "The operation goes on in pgflip: `pgflip status` shows it, `pgflip watch` follows it (its id is {id}); a flip is \
+             undone by `pgflip abort`, before its pivot."
         ),
         None => "If pgflip has heard the request, the operation goes on: `pgflip status` shows it, `pgflip watch` follows it."
             .to_owned(),
@@ -171,7 +172,12 @@ impl ClientError {
             ClientError::Unreachable { url, reason } => shape(
                 "unreachable",
                 &format!("No pgflip answers at {url}: {reason}."),
-                UNKNOWN,
+                // Nobody has heard it.
+                if reason.contains("Connection refused") {
+                    NOTHING
+                } else {
+                    UNKNOWN
+                },
                 "Start one with `pgflip run`, or say where it is with --admin.",
             ),
             ClientError::Lost { url, reason } => shape(

@@ -37,6 +37,14 @@ fn show(common: &Common, answer: &Value) {
 /// One link, for people.
 pub fn line(link: &Value) -> String {
     let name = |key: &str| link[key].as_str().unwrap_or("?").to_owned();
+    if link["off"] == true {
+        return format!(
+            "{}: {} → {}  off (a flip switches it on)",
+            name("database"),
+            name("from"),
+            name("to")
+        );
+    }
     let bytes = link["bytes"].as_u64().map_or("bytes unknown".to_owned(), bytes);
     let seconds = link["seconds"]
         .as_f64()
@@ -75,5 +83,7 @@ mod tests {
             !shown.contains('0') && shown.contains("unknown") && shown.contains("no worker"),
             "{shown}"
         );
+        let off = serde_json::json!({"database": "app", "from": "green", "to": "blue", "bytes": null, "seconds": null, "off": true});
+        assert_eq!(line(&off), "app: green → blue  off (a flip switches it on)");
     }
 }

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
-use crate::config::Stragglers;
+use crate::config::{ConfigError, Stragglers};
 
 /// Exit codes, each with its meaning. The same table is in `--help` and in the README.
 pub mod exit {
@@ -76,12 +76,12 @@ fn exit_codes() -> String {
 fn after_help() -> String {
     format!(
         "A whole migration:\n  \
-         pgflip check                    what is wrong with the configuration and the servers, and how to mend it\n  \
+         pgflip check                    what is wrong with the configuration and the servers\n  \
          pgflip run                      serve clients (leave it running)\n  \
          pgflip replication start        copy blue to green and keep it in step\n  \
          pgflip replication status       how far the copy is\n  \
          pgflip lag                      how far green is behind\n  \
-         pgflip cutover --rehearse       all of it up to the last step, then back: how long, and what would stop it\n  \
+         pgflip cutover --rehearse       all up to the last step, then back: how long, what would stop it\n  \
          pgflip cutover                  move every client to green\n  \
          pgflip rollback                 and back, with nothing lost\n  \
          pgflip finalize                 when you are sure: drop the links\n\n{}",
@@ -192,7 +192,13 @@ pub enum Command {
         after_help = "Examples:\n  pgflip rollback\n  pgflip rollback --force        green is dead: says what may be lost, and asks"
     )]
     Rollback(act::Flip),
+    /// Undo the flip under way, as long as it has not pivoted.
+    ///
+    /// Waits until clients go on where they were. A flip that has pivoted is not undone: the other command goes back.
+    Abort,
     /// End the migration: drop the links, leave the old side fenced. After this there is no way back.
+    ///
+    /// Has the name of the active side typed first, unless --yes is given.
     Finalize(act::Finalize),
     /// Follow an operation to its end: the one under way, else the last one.
     ///
@@ -297,6 +303,7 @@ pub fn main() -> u8 {
             Command::Cutover(options) => act::flip("cutover", options, common).await,
             Command::Rollback(options) => act::flip("rollback", options, common).await,
             Command::Finalize(options) => act::finalize(options, common).await,
+            Command::Abort => act::abort(common).await,
             Command::Watch(options) => watch::run(options, common).await,
             Command::Sessions(options) => sessions::run(options, common).await,
         }
@@ -319,7 +326,8 @@ pub(crate) fn fail(common: &Common, error: &client::ClientError) -> u8 {
         // The terminal has shown ^C in this line.
         Detached(_) => eprintln!("\n{error}"),
         // Not a failure of anything, or they begin with a name of their own.
-        NotDone { .. } | OwnConfig(_) | Lost { .. } | Restarted(_) => eprintln!("{error}"),
+        NotDone { .. } | Lost { .. } | Restarted(_) => eprintln!("{error}"),
+        OwnConfig(ConfigError::Invalid { .. }) => eprintln!("{error}"),
         _ => eprintln!("pgflip: {error}"),
     }
     error.exit_code()

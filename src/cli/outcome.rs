@@ -26,10 +26,15 @@ pub fn conclude(common: &Common, view: &Value) -> u8 {
                 .for_each(|line| eprintln!("{line}"));
             print(match kind {
                 "replication_start" => "Replication runs. Watch it with: pgflip lag",
-                "replication_stop" => "Replication is stopped, and no trace of it is left.",
+                "replication_stop" => {
+                    "Replication is stopped: links, fences and schema pgflip are gone from both sides."
+                }
                 "finalize" => "Done: the links are gone, the old side stays fenced.",
                 _ => "Done.",
             });
+            if let Some(stays) = result["stays"].as_str() {
+                print(clean(stays));
+            }
         }
         _ => trouble(result).iter().for_each(|line| eprintln!("{line}")),
     }
@@ -45,7 +50,11 @@ fn is_refused(result: &Value) -> bool {
 pub fn flip(result: &Value) -> Vec<String> {
     let text = |key: &str| clean(result[key].as_str().unwrap_or("unknown"));
     let direction = text("direction");
-    let mut lines = Vec::new();
+    let mut lines: Vec<String> = result["at"]
+        .as_str()
+        .map(|at| format!("at {}", clean(at)))
+        .into_iter()
+        .collect();
     match result["outcome"].as_str() {
         _ if is_refused(result) => {
             lines.push(format!("{direction} refused by preflight: nothing was touched"));
@@ -66,12 +75,15 @@ pub fn flip(result: &Value) -> Vec<String> {
                     .as_u64()
                     .map_or("unknown".to_owned(), |n| n.to_string())
             };
-            lines.push(format!(
-                "sessions: {} moved, {} ended, {} left",
-                count("moved"),
-                count("ended"),
-                count("left")
-            ));
+            // What the databases tell of an earlier pgflip's flip has no such count.
+            if result["sessions"].is_object() {
+                lines.push(format!(
+                    "sessions: {} moved, {} ended, {} left",
+                    count("moved"),
+                    count("ended"),
+                    count("left")
+                ));
+            }
             if result["forced"] == true {
                 let known = &result["may_be_lost"];
                 lines.push(match (known["bytes"].as_u64(), known["seen_at"].as_str()) {
@@ -89,11 +101,18 @@ pub fn flip(result: &Value) -> Vec<String> {
             lines.extend(held(result));
         }
         Some("unwound") => {
-            lines.push(format!(
-                "{direction} unwound at step {}: nothing was changed",
-                text("failed_step")
-            ));
+            let left = result["left_undone"].as_array().map_or(&[][..], Vec::as_slice);
+            lines.push(match left.is_empty() {
+                true if result["failed_step"].is_null() => format!("{direction} unwound: nothing is left changed"),
+                true => format!(
+                    "{direction} unwound at step {}: nothing is left changed",
+                    text("failed_step")
+                ),
+                false => format!("{direction} unwound at step {}", text("failed_step")),
+            });
             lines.extend(held(result));
+            let left = left.iter().filter_map(Value::as_str);
+            lines.extend(left.map(|what| format!("left for pgflip to undo by itself: {}", clean(what))));
         }
         _ => lines.push(format!("{direction}: {}", text("outcome").replace('_', " "))),
     }
@@ -176,16 +195,25 @@ pub fn traffic(traffic: &Value) -> Vec<String> {
     let span = traffic["span_s"]
         .as_f64()
         .map_or(String::new(), |span| format!(" in {span:.0} s after the flip"));
+    let other = if active == "blue" { "green" } else { "blue" };
+    let left = traffic["sessions_standby"].as_array().map_or(&[][..], Vec::as_slice);
     let mut lines = vec![
         clean(traffic["verdict"].as_str().unwrap_or("unknown")),
-        format!(
-            "commits{span}: {} on {}, {} on the other side (replication's own among them)",
-            count("commits_active"),
-            clean(active),
-            count("commits_standby")
-        ),
+        format!("commits{span}: {} on {}", count("commits_active"), clean(active)),
     ];
-    let left = traffic["sessions_standby"].as_array().map_or(&[][..], Vec::as_slice);
+    // Nobody but replication, and pgflip with a few, can commit where no session is left.
+    if traffic["commits_standby"].is_i64() {
+        lines.push(match (traffic["sessions_standby"].is_array(), left.is_empty()) {
+            (true, true) => format!(
+                "{other} has no session of a client any more; its {} commits are replication's, which applies there what clients write, and pgflip's",
+                count("commits_standby")
+            ),
+            _ => format!(
+                "{other} committed {} times, replication among them",
+                count("commits_standby")
+            ),
+        });
+    }
     if !left.is_empty() {
         let named: Vec<String> = left.iter().filter_map(Value::as_str).map(clean).collect();
         lines.push(format!(
@@ -241,6 +269,24 @@ mod tests {
         let mut unknown = forced;
         unknown["may_be_lost"] = json!({"bytes": null, "seen_at": null});
         assert!(flip(&unknown).join("\n").contains("unknown, none was seen"));
+    }
+
+    #[test]
+    fn commits_of_replication_are_not_taken_for_traffic_on_the_other_side() {
+        let alone = json!({"active": "green", "verdict": "all traffic is on the active side", "span_s": 2.0,
+            "commits_active": 3095, "commits_standby": 3714, "sessions_standby": []});
+        let told = super::traffic(&alone).join("\n");
+        assert!(
+            told.contains("3095 on green") && told.contains("its 3714 commits are replication's"),
+            "{told}"
+        );
+        let mut left = alone;
+        left["sessions_standby"] = json!(["psql"]);
+        let told = super::traffic(&left).join("\n");
+        assert!(
+            told.contains("replication among them") && !told.contains("no session"),
+            "{told}"
+        );
     }
 
     #[test]

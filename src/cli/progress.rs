@@ -233,8 +233,11 @@ impl Bars {
                 }
             }
             _ => {
-                if let Some(bar) = self.live.remove(&step) {
-                    bar.finish_and_clear();
+                // It may have begun without saying in which database.
+                for name in [step.clone(), format!("{} ", text(&event["step"]))] {
+                    if let Some(bar) = self.live.remove(&name) {
+                        bar.finish_and_clear();
+                    }
                 }
                 let _ = self.all.println(line(event));
             }

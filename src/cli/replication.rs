@@ -79,11 +79,22 @@ fn doubts(status: &Value) -> Vec<String> {
 }
 
 async fn status(common: &Common) -> Result<u8, ClientError> {
-    let answer = Client::new(common)?.get("/v1/replication").await?;
+    let client = Client::new(common)?;
+    let answer = client.get("/v1/replication").await?;
     if common.json {
         print(&answer);
     } else {
-        screen(&answer).iter().for_each(print);
+        let lines = screen(&answer);
+        let starts = |one: &Value| one["kind"] == "replication_start" && one["status"] == "running";
+        if lines == [NO_LINKS]
+            && list(&client.get("/v1/operations").await?["operations"])
+                .iter()
+                .any(starts)
+        {
+            print("There are no links yet: pgflip replication start is under way. pgflip watch follows it.");
+        } else {
+            lines.iter().for_each(print);
+        }
     }
     Ok(exit::DONE)
 }
@@ -151,7 +162,7 @@ fn screen(answer: &Value) -> Vec<String> {
     if exist {
         lines.extend(table(&rows));
     } else if notes.is_empty() {
-        lines.push("There are no links. Make them with: pgflip replication start".to_owned());
+        lines.push(NO_LINKS.to_owned());
     }
     if unfinished.len() > 1 {
         lines.push(String::new());
@@ -162,6 +173,7 @@ fn screen(answer: &Value) -> Vec<String> {
     lines
 }
 
+const NO_LINKS: &str = "There are no links. Make them with: pgflip replication start";
 const NONE: &str = "none";
 
 /// A link in a word.

@@ -56,7 +56,9 @@ fn show(answer: &Value, unmovable: bool) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     if sessions.is_empty() {
         lines.push(match unmovable {
-            true => "Every session can be moved.".into(),
+            true => "Every session can be moved, as far as is seen from outside. What is in a transaction is waited for, for \
+                     flip.drain_timeout; on servers before 16 temporary tables are seen only when clients are held."
+                .into(),
             false => "No clients.".into(),
         });
     } else {

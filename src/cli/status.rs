@@ -78,13 +78,18 @@ pub fn screen(status: &Value) -> Vec<String> {
             lines.push(format!("  {:<10} {state}{epoch}", text(&database["name"])));
         }
     }
-    if is_not_started(status) {
-        lines.push("replication  not started".to_owned());
-    } else {
-        lines.push(format!("replication  {}", text(&status["replication"])));
-    }
+    lines.push(match status["finalize"].as_str() {
+        Some("done") => "replication  finalized".to_owned(),
+        Some(_) => format!("replication  {}   (finalize has begun)", text(&status["replication"])),
+        None if is_not_started(status) => "replication  not started".to_owned(),
+        None => match (status["given_up"].as_str(), status["replication"].as_str()) {
+            (Some(side), _) => format!("replication  none: {} was given up", clean(side)),
+            (None, Some("none")) => "replication  none: the start has not come to its end".to_owned(),
+            _ => format!("replication  {}", text(&status["replication"])),
+        },
+    });
     // Where no link is meant to be there is no lag, known or not.
-    if !is_not_started(status) && status["replication"] != "none" {
+    if !is_not_started(status) && status["replication"] != "none" && status["given_up"].is_null() {
         lines.extend(list(&status["lag"]).iter().map(|link| format!("  {}", lag::line(link))));
     }
     let count = |key: &str| {
@@ -166,7 +171,11 @@ fn next(status: &Value) -> String {
                     If the flip's target is gone for good, only --force goes on without it."
                 .to_owned();
         }
-        (Some("flipping" | "recovering"), _) => return "wait; it ends by itself. pgflip watch follows it.".to_owned(),
+        (Some("flipping"), _) => {
+            return "wait; it ends by itself. pgflip watch follows it; pgflip abort undoes it, before its pivot."
+                .to_owned();
+        }
+        (Some("recovering"), _) => return "wait; it ends by itself. pgflip watch follows it.".to_owned(),
         _ => {}
     }
     match (is_gone("blue"), is_gone("green")) {
@@ -178,6 +187,23 @@ fn next(status: &Value) -> String {
     if status["operation"].is_object() {
         return "wait until it has ended: pgflip watch follows it.".to_owned();
     }
+    match (status["finalize"].as_str(), active, status["given_up"].as_str()) {
+        (Some("done"), Some(active), _) => {
+            return format!(
+                "finalized: nothing is left to do.\nTo retire pgflip: point the application at {} directly and stop pgflip.",
+                clean(active)
+            );
+        }
+        (Some(_), ..) => return "pgflip finalize has begun and not come to its end: run it again.".to_owned(),
+        (None, Some(active), Some(side)) => {
+            return format!(
+                "pgflip replication start empties the tables of {}, which was given up, and copies {} to it.",
+                clean(side),
+                clean(active)
+            );
+        }
+        _ => {}
+    }
     if is_not_started(status) {
         return "pgflip check, then pgflip replication start".to_owned();
     }
@@ -185,11 +211,9 @@ fn next(status: &Value) -> String {
         (Some("starting" | "unknown") | None, ..) | (_, None, _) => {
             "pgflip does not know yet which side is active; it keeps looking.".to_owned()
         }
-        (_, Some(active), Some("none")) if is_finalized(status, active) => format!(
-            "finalized: nothing is left to do.\nTo retire pgflip: point the application at {} directly and stop pgflip.",
-            clean(active)
-        ),
-        (.., Some("none")) => "pgflip check, then pgflip replication start".to_owned(),
+        (.., Some("none")) => {
+            "replication start has not come to its end: pgflip check, then pgflip replication start".to_owned()
+        }
         (.., Some("copying")) => "wait until the copy is done: pgflip replication status".to_owned(),
         (_, Some("green"), Some("running")) => {
             "pgflip rollback goes back; pgflip finalize ends the migration.".to_owned()
@@ -200,16 +224,6 @@ fn next(status: &Value) -> String {
         }
         _ => "pgflip check says what is in the way.".to_owned(),
     }
-}
-
-/// No links (the caller's business), one side active, and the other one fenced: what `finalize` leaves.
-fn is_finalized(status: &Value, active: &str) -> bool {
-    let standby = if active == "blue" { "green" } else { "blue" };
-    let all = |side: &str, state: &str| {
-        let databases = status["sides"][side]["databases"].as_array();
-        databases.is_some_and(|all| !all.is_empty() && all.iter().all(|database| database["state"] == state))
-    };
-    all(active, "active") && all(standby, "standby")
 }
 
 /// What to do while one side can't be reached.
@@ -228,9 +242,24 @@ fn without(status: &Value, dead: &str) -> String {
             ["standby", "fenced", "committing"].contains(&database["state"].as_str().unwrap_or_default())
         });
     if status["active"] == alive {
-        return format!(
-            "bring {dead} back. Clients are served by {alive} meanwhile.\nIt keeps the WAL that {dead} lacks: watch its disk."
-        );
+        return match (status["finalize"].as_str(), status["given_up"].as_str()) {
+            (Some("done"), _) => format!(
+                "finalized: nothing is left to do, and {dead} is needed no more.\n\
+                 To retire pgflip: point the application at {alive} directly and stop pgflip."
+            ),
+            (_, Some(_)) => format!(
+                "clients are served by {alive}; {dead} was given up, and nothing is kept for it.\n\
+                 When it is back, or a new server in its place: pgflip replication start copies {alive} to it."
+            ),
+            // Nothing was ever replicated: there is no slot.
+            _ if databases.iter().all(|database| database["state"].is_null()) => {
+                format!("bring {dead} back. Clients are served by {alive} meanwhile.")
+            }
+            _ => format!(
+                "bring {dead} back. Clients are served by {alive} meanwhile.\n\
+                 Where a link leads to {dead}, {alive} keeps the WAL that {dead} lacks: watch its disk."
+            ),
+        };
     }
     if !follows {
         return format!("bring {dead} back.");
@@ -327,13 +356,14 @@ mod tests {
                 json!("active"),
                 "pgflip finalize",
             ),
+            // A start that has failed leaves rows and no links, as finalize does.
             (
                 "serving",
-                json!("green"),
+                json!("blue"),
                 "none",
-                json!("standby"),
                 json!("active"),
-                "point the application at green",
+                json!("standby"),
+                "has not come to its end",
             ),
             (
                 "unknown",
@@ -383,6 +413,30 @@ mod tests {
                 json!({"phase": phase, "active": active, "replication": replication, "sides": sides(blue, green)});
             let told = next(&status);
             assert!(told.contains(part), "{part:?} is not in {told:?} of {status}");
+        }
+    }
+
+    #[test]
+    fn what_was_finalized_or_given_up_is_said_by_the_databases_and_not_by_missing_links() {
+        for (key, value, green, part) in [
+            ("finalize", "done", "standby", "point the application at blue"),
+            ("finalize", "done", "dead", "green is needed no more"),
+            ("finalize", "begun", "standby", "run it again"),
+            ("given_up", "green", "standby", "copies blue to it"),
+            ("given_up", "green", "dead", "nothing is kept for it"),
+        ] {
+            let mut status = json!({"phase": "serving", "active": "blue", "replication": "none",
+                "sides": sides(json!("active"), json!(green))});
+            status[key] = json!(value);
+            let told = next(&status);
+            assert!(
+                told.contains(part) && !told.contains("WAL"),
+                "{part:?} is not in {told:?} of {status}"
+            );
+            assert!(
+                !screen(&status).join("\n").contains("not come to its end\n"),
+                "{status}"
+            );
         }
     }
 

@@ -7,6 +7,7 @@
 //! Which tables are published is not known here, nor when a side should be armed.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
@@ -28,20 +29,8 @@ pub const EVENT_TRIGGER: &str = "pgflip_fence_ddl";
 #[derive(Debug, thiserror::Error)]
 pub enum FenceError {
     /// Somebody holds locks on these tables.
-    #[error(
-        "{} could not be locked within {after:?}: {}{}",
-        if .tables.len() == 1 { "a table".to_owned() } else { format!("{} tables", .tables.len()) },
-        .tables.iter().take(5).cloned().collect::<Vec<_>>().join(", "),
-        if .holders.is_empty() { String::new() } else { format!("; held by {}", .holders.join(", ")) }
-    )]
-    Locked {
-        /// Qualified and quoted.
-        tables: Vec<String>,
-        /// Sessions that hold the first one.
-        holders: Vec<String>,
-        /// How long was tried.
-        after: Duration,
-    },
+    #[error("{0}")]
+    Locked(Locked),
     /// Transactions older than the fence are still open.
     #[error("still open {after:?} after the fence: {}", .open.join(", "))]
     OldTransactions {
@@ -60,6 +49,67 @@ pub enum FenceError {
     #[error("{}", describe(.0))]
     Sql(#[source] tokio_postgres::Error),
 }
+
+/// Tables whose trigger could not be switched, because somebody has them locked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locked {
+    /// Qualified and quoted.
+    pub tables: Vec<String>,
+    /// Who holds locks on them.
+    pub holders: Vec<Holder>,
+    /// For how long was tried by now.
+    pub after: Duration,
+}
+
+/// A session of the server's that is in the way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its server process.
+    pub pid: i32,
+    /// `of app (psql, idle in transaction), …`
+    pub who: String,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "server process {} {}", self.pid, self.who)
+    }
+}
+
+impl Locked {
+    /// `2 tables: "public"."a", "public"."b"`, a few of them by name.
+    pub fn tables(&self) -> String {
+        let named = self.tables.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+        match self.tables.len() {
+            1 => format!("table {named}"),
+            n @ 2..=5 => format!("{n} tables ({named})"),
+            n => format!("{n} tables ({named} and {} more)", n - 5),
+        }
+    }
+
+    /// The whole of it, with holders as `name` calls them.
+    pub fn named(&self, name: impl Fn(&Holder) -> String) -> String {
+        let holders: Vec<String> = self.holders.iter().map(name).collect();
+        let by = match holders.is_empty() {
+            true => String::new(),
+            false => format!("; held by {}", holders.join(", ")),
+        };
+        format!(
+            "{} could not be locked within {:.1} s{by}",
+            self.tables(),
+            self.after.as_secs_f64()
+        )
+    }
+}
+
+impl fmt::Display for Locked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.named(Holder::to_string))
+    }
+}
+
+/// Hears, every second or so while tables are waited for, which ones and for whom.
+pub type Tell<'a> = &'a (dyn Fn(Locked) + Send + Sync);
 
 impl From<tokio_postgres::Error> for FenceError {
     fn from(error: tokio_postgres::Error) -> FenceError {
@@ -170,13 +220,29 @@ async fn tables(client: &Client) -> Result<Vec<Table>, FenceError> {
     Ok(found.iter().map(table).collect())
 }
 
+/// How often it is told for whom is waited.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// Between two tries; twice as long after each one in which nothing changed. While a try waits for its lock, writers of that
+/// table wait behind it.
+const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+
 /// How many tables are switched without waiting for the answer of the one before.
 const PIPELINE: usize = 32;
 
 /// Makes every table's trigger as wanted, each in a transaction of its own that first makes sure that the side is what
 /// `expect` says. Returns how many were changed.
-async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &Limits) -> Result<usize, FenceError> {
+async fn make(
+    client: &Client,
+    wanted: Wanted,
+    expect: Option<Expect>,
+    limits: &Limits,
+    tell: Option<Tell<'_>>,
+) -> Result<usize, FenceError> {
     let began = Instant::now();
+    let mut told = began;
+    let mut pause = PAUSE;
     let deadline = began + limits.timeout;
     let mut end_holders = limits.end_holders;
     let eased = ease(client).await?;
@@ -200,6 +266,7 @@ async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &
                 left.insert(table.oid, table);
             }
         }
+        let changed_before = changed;
         let switched = async {
             let mut answers = stream::iter(
                 changes
@@ -223,13 +290,19 @@ async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &
         };
         match timeout_at(deadline, switched).await {
             Ok(done) => done?,
-            Err(_) => return Err(locked(client, left, began).await),
+            Err(_) => return Err(FenceError::Locked(locked(client, &left, began).await)),
         }
         if left.is_empty() {
             break;
         }
         if Instant::now() >= deadline {
-            return Err(locked(client, left, began).await);
+            return Err(FenceError::Locked(locked(client, &left, began).await));
+        }
+        if let Some(tell) = tell
+            && told.elapsed() >= TELL_EVERY
+        {
+            told = Instant::now();
+            tell(locked(client, &left, began).await);
         }
         if let Some(patience) = end_holders.take_if(|patience| began.elapsed() >= *patience) {
             let oids: Vec<u32> = left.keys().copied().collect();
@@ -248,7 +321,12 @@ async fn make(client: &Client, wanted: Wanted, expect: Option<Expect>, limits: &
                 );
             }
         }
-        sleep(Duration::from_millis(50)).await;
+        pause = if changed > changed_before {
+            PAUSE
+        } else {
+            (pause * 2).min(PAUSE_MAX)
+        };
+        sleep(pause.min(deadline.saturating_duration_since(Instant::now()))).await;
     }
     event_trigger(client, wanted, &format!("{first} {expected}")).await?;
     Ok(changed)
@@ -266,22 +344,31 @@ fn is_moving(error: &tokio_postgres::Error) -> bool {
         || *code == SqlState::INTERNAL_ERROR
 }
 
-async fn locked(client: &Client, left: BTreeMap<u32, Table>, began: Instant) -> FenceError {
-    let mut holders = Vec::new();
-    if let Some(first) = left.values().next() {
-        let asked = async {
-            client
-                .query(include_str!("../pg/sql/fence_holders.sql"), &[&first.oid])
-                .await
-        };
-        if let Ok(Ok(rows)) = tokio::time::timeout(Duration::from_secs(2), asked).await {
-            holders = rows.iter().map(|row| row.get(0)).collect();
-        }
-    }
-    FenceError::Locked {
-        tables: left.into_values().map(|table| table.name).collect(),
-        holders,
+async fn locked(client: &Client, left: &BTreeMap<u32, Table>, began: Instant) -> Locked {
+    let oids: Vec<u32> = left.keys().copied().collect();
+    Locked {
+        tables: left.values().map(|table| table.name.clone()).collect(),
+        holders: holders(client, &oids).await,
         after: began.elapsed(),
+    }
+}
+
+/// Who holds locks on these tables in the fence's way, as far as that can be read soon.
+pub(super) async fn holders(client: &Client, tables: &[u32]) -> Vec<Holder> {
+    let asked = async {
+        client
+            .query(include_str!("../pg/sql/fence_holders.sql"), &[&tables])
+            .await
+    };
+    match tokio::time::timeout(Duration::from_secs(2), asked).await {
+        Ok(Ok(rows)) => {
+            let holder = |row: &tokio_postgres::Row| Holder {
+                pid: row.get(0),
+                who: row.get(1),
+            };
+            rows.iter().map(holder).collect()
+        }
+        _ => Vec::new(),
     }
 }
 
@@ -340,7 +427,12 @@ pub async fn prepare(client: &Client) -> Result<usize, FenceError> {
 
 /// As [`prepare`], with limits.
 pub async fn prepare_within(client: &Client, limits: &Limits) -> Result<usize, FenceError> {
-    make(client, Wanted::Present, None, limits).await
+    make(client, Wanted::Present, None, limits, None).await
+}
+
+/// As [`prepare`], and says for whom it waits.
+pub async fn prepare_telling(client: &Client, tell: Tell<'_>) -> Result<usize, FenceError> {
+    make(client, Wanted::Present, None, &Limits::default(), Some(tell)).await
 }
 
 async fn as_it_is(client: &Client) -> Result<Expect, FenceError> {
@@ -366,7 +458,17 @@ pub async fn arm(client: &Client, limits: &Limits) -> Result<usize, FenceError> 
 
 /// As [`arm`], and the side has to be what `expect` says.
 pub async fn arm_as(client: &Client, expect: Expect, limits: &Limits) -> Result<usize, FenceError> {
-    make(client, Wanted::Armed, Some(expect), limits).await
+    make(client, Wanted::Armed, Some(expect), limits, None).await
+}
+
+/// As [`arm_as`], and says for whom it waits.
+pub async fn arm_telling(
+    client: &Client,
+    expect: Expect,
+    limits: &Limits,
+    tell: Tell<'_>,
+) -> Result<usize, FenceError> {
+    make(client, Wanted::Armed, Some(expect), limits, Some(tell)).await
 }
 
 /// Disarms every table: only where the side is active at this epoch, and so not fenced.
@@ -384,13 +486,14 @@ pub async fn disarm_within(client: &Client, epoch: u64, limits: &Limits) -> Resu
             epoch,
         }),
         limits,
+        None,
     )
     .await
 }
 
 /// Drops every trigger and the event trigger. The caller has made sure that nothing depends on the fence any more.
 pub async fn remove(client: &Client) -> Result<usize, FenceError> {
-    make(client, Wanted::Gone, None, &Limits::default()).await
+    make(client, Wanted::Gone, None, &Limits::default(), None).await
 }
 
 /// Which tables exist, are armed and are published, by OID.

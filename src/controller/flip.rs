@@ -13,7 +13,8 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::Statement;
 
 use super::easing::Easing;
-use super::fence::{self, Digest, DigestStatement, FenceError, OldXids};
+use super::fence::{self, Digest, DigestStatement, FenceError, Holder, Locked, OldXids};
+use super::finalized;
 use super::fleet::{self, Caller, FleetError, Me, Other};
 use super::force;
 use super::links::{self, Ends, LinkError, Regime};
@@ -32,7 +33,7 @@ use crate::config::{Config, Stragglers};
 use crate::fault;
 use crate::pg::connect::describe;
 use crate::pg::origin::{OriginError, connect_with_origin};
-use crate::pg::{Client, ConnectError, Lsn, Purpose, Side, connect};
+use crate::pg::{Client, ConnectError, Lsn, Purpose, Side, borrow, connect};
 use crate::proxy::gate::{Gate, Obstacle, Upstream};
 
 const PURPOSE: Purpose = Purpose("flip");
@@ -46,6 +47,9 @@ const ROUND_TRIP_MAX: Duration = Duration::from_secs(2);
 /// A transaction that has been open for as long as this, and for longer than the drain may take, is not about to end.
 const LONG_OPEN: Duration = Duration::from_secs(5);
 
+/// A transaction that has been open for as long as this is named before clients are held.
+const OPEN_FOR_A_WHILE: Duration = Duration::from_secs(1);
+
 /// How long telling the other sidecars may take.
 const TELL_LIMIT: Duration = Duration::from_secs(1);
 
@@ -53,6 +57,10 @@ const TELL_LIMIT: Duration = Duration::from_secs(1);
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long clients that are held already are waited for to go on.
 const SETTLED_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long disarming is tried when a flip unwinds: who kept a table from being armed keeps it from being disarmed. Armed and
+/// active lets everybody through, at some cost; the guard disarms it later.
+const DISARM_SOON: Duration = Duration::from_secs(2);
 
 /// How long forward steps are tried before they are left to the guard.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(20);
@@ -98,14 +106,15 @@ impl From<StateError> for Stop {
     }
 }
 
+/// What to do about tables that can't be locked.
+const LOCKED_NEXT: &str = "Let those transactions end, or flip with `--stragglers terminate`, which ends who keeps a table locked \
+                           for flip.drain_timeout (57P01). flip.arm_timeout says for how long it is tried.";
+
 impl From<FenceError> for Stop {
     fn from(error: FenceError) -> Stop {
         match error {
             FenceError::State(state) => state.into(),
-            FenceError::Locked { .. } => Stop::no_go(
-                error.to_string(),
-                "Let those sessions end their transactions, or raise flip.arm_timeout.",
-            ),
+            FenceError::Locked(_) => Stop::no_go(error.to_string(), LOCKED_NEXT),
             FenceError::OldTransactions { .. } => {
                 Stop::no_go(error.to_string(), "Let those transactions end, then try again.")
             }
@@ -331,6 +340,8 @@ pub struct Flip {
     easing: Option<Easing>,
     /// Clients have been eased.
     eased: bool,
+    /// Arming has begun: writers wait for a table's lock while it is armed, and each write costs more when it is.
+    armed: bool,
     held_since: Option<Instant>,
     window_since: Option<Instant>,
     held_ms: f64,
@@ -443,6 +454,8 @@ impl Flip {
         acting: &Acting,
     ) -> Result<Flip, Stop> {
         let source = request.direction.source();
+        // Before the lock, which needs both databases, and once more under it.
+        may_begin(&config, source).await?;
         let settled_by = Instant::now() + SETTLED_LIMIT;
         let lock = loop {
             let lock = OperatorLock::take(&config, &Side::BOTH, acting).await?.ok_or_else(|| {
@@ -466,6 +479,7 @@ impl Flip {
             sleep(Duration::from_millis(200)).await;
         };
         complete_last(&config, &gate).await?;
+        may_begin(&config, source).await?;
         let databases = try_join_all(
             config
                 .databases
@@ -533,6 +547,7 @@ impl Flip {
             sidecars: Vec::new(),
             easing: None,
             eased: false,
+            armed: false,
             held_since: None,
             window_since: None,
             held_ms: 0.0,
@@ -550,7 +565,18 @@ impl Flip {
     async fn go(&mut self) -> Ended {
         tracing::info!(direction = self.direction.as_str(), from = %self.source, to = %self.target,
             epoch = self.attempt.epoch, attempt = self.attempt.id, because = "an operator asked for it", "a flip begins");
+        self.operation.may_be_aborted();
         for (i, step) in REVERSIBLE.into_iter().enumerate() {
+            let aborted = match step {
+                // Behind it the pivot may have been committed.
+                Reversible::Committing => self.operation.no_more_abort(),
+                _ => self.operation.is_aborted(),
+            };
+            if aborted {
+                return self
+                    .unwind(&REVERSIBLE[..i], Some((step.name(), aborted_by_hand())))
+                    .await;
+            }
             if self.rehearse && step == Reversible::Committing {
                 return self.unwind(&REVERSIBLE[..i], None).await;
             }
@@ -569,7 +595,14 @@ impl Flip {
         }
         let limit = self.limit(step);
         let began = Instant::now();
-        let applied = match timeout(limit, self.apply(step)).await {
+        let operation = self.operation.clone();
+        let applied = tokio::select! {
+            biased;
+            applied = timeout(limit, self.apply(step)) => applied,
+            // As if it had come to its limit. Within the window it is over sooner than anybody can ask.
+            () = operation.aborted(), if !step.in_window() => Ok(Err(aborted_by_hand())),
+        };
+        let applied = match applied {
             Ok(Ok(())) => self.verify(step),
             Ok(Err(stop)) => Err(stop),
             Err(_) => Err(Stop::Broken(format!(
@@ -634,7 +667,9 @@ impl Flip {
             Reversible::Arm => self.arm().await,
             Reversible::Prepare => {
                 self.prepare().await?;
-                self.still_close_behind().await
+                self.still_close_behind().await?;
+                self.warn_of_open_transactions().await;
+                Ok(())
             }
             Reversible::Hold => {
                 self.stop_easing();
@@ -845,7 +880,7 @@ impl Flip {
             .query(include_str!("../pg/sql/open_xids.sql"), &[&seconds, &clients, &ended])
             .await?;
         if !open.is_empty() {
-            let open: Vec<String> = open.iter().map(|row| row.get(0)).collect();
+            let open: Vec<String> = open.iter().map(|row| self.named(&holder(row))).collect();
             return other(format!(
                 "transactions that have been open for longer than everybody could be held for them: {}",
                 open.join(", ")
@@ -884,7 +919,33 @@ impl Flip {
         Ok(marker::wait(&database.target, self.source, n, Instant::now() + limit).await?)
     }
 
+    /// A session of the source's server as `pgflip sessions` calls it, if it is a client's of this pgflip's.
+    fn named(&self, holder: &Holder) -> String {
+        let clients = self.gate.sessions();
+        let mut clients = clients.iter();
+        match clients.find(|one| one.side == Some(self.source) && one.server_pid == Some(holder.pid)) {
+            Some(client) => format!("session {} {}", client.id.0, holder.who),
+            None => format!("{holder}, no client of this pgflip"),
+        }
+    }
+
+    /// Says in the operation's story for whom arming waits.
+    fn waits_for(&self, database: &str, locked: &Locked) {
+        let holders: Vec<String> = locked.holders.iter().map(|holder| self.named(holder)).collect();
+        let message = match holders.is_empty() {
+            true => format!("database {database}: waiting for {}", locked.tables()),
+            false => format!(
+                "database {database}: waiting for {}, held by {}",
+                locked.tables(),
+                holders.join(", ")
+            ),
+        };
+        let data = json!({ "database": database, "tables": locked.tables, "holders": holders });
+        self.operation.event("arm", "progress", message, data);
+    }
+
     async fn arm(&mut self) -> Result<(), Stop> {
+        self.armed = true;
         let (source, regime, epoch) = (self.source, self.regime, self.attempt.epoch);
         let limits = fence::Limits {
             end_holders: (self.stragglers == Stragglers::Terminate).then_some(self.config.flip.drain_timeout),
@@ -900,7 +961,19 @@ impl Flip {
             // A table made while this runs is found by the second look, armed in the next round.
             let mut rounds = 0;
             while rounds < 5 {
-                fence::arm_as(&database.source, expect, &limits).await?;
+                let tell = |locked: Locked| this.waits_for(&database.name, &locked);
+                let armed = fence::arm_telling(&database.source, expect, &limits, &tell).await;
+                armed.map_err(|error| match error {
+                    FenceError::Locked(locked) => Stop::no_go(
+                        format!(
+                            "database {}: {}",
+                            database.name,
+                            locked.named(|holder| this.named(holder))
+                        ),
+                        LOCKED_NEXT,
+                    ),
+                    other => other.into(),
+                })?;
                 let statement = database
                     .target
                     .prepare(include_str!("../pg/sql/subscription_digest.sql"))
@@ -1000,6 +1073,30 @@ impl Flip {
             Stragglers::Unwind => Err(obstructed(("can't be moved", "can't be moved"), &failed)),
             // They are found again, and ended, in `drain`.
             Stragglers::Terminate => Ok(()),
+        }
+    }
+
+    /// Names clients that will keep all others waiting, before anybody is held.
+    async fn warn_of_open_transactions(&self) {
+        let clients = self.gate.server_pids(self.source);
+        let seconds = OPEN_FOR_A_WHILE.as_secs_f64();
+        for database in &self.databases {
+            let statement = include_str!("../pg/sql/open_xids.sql");
+            // What it does not find the drain does.
+            let Ok(open) = database.source.query(statement, &[&seconds, &clients, &false]).await else {
+                continue;
+            };
+            let open: Vec<String> = open.iter().map(|row| self.named(&holder(row))).collect();
+            if !open.is_empty() {
+                let message = format!(
+                    "database {}: everybody will wait for open transactions, for {:?} at most: {}",
+                    database.name,
+                    self.config.flip.drain_timeout,
+                    open.join(", ")
+                );
+                self.operation
+                    .event("prepare", "info", message, json!({ "open": open }));
+            }
         }
     }
 
@@ -1106,14 +1203,17 @@ impl Flip {
         let (words, attempt, limit) = (&words, self.attempt, self.config.flip.window_timeout / 2);
         let one = async |database: &Database| -> Result<(), Stop> {
             match state::fence(&database.source, &database.prepared()?.fence, attempt, words, limit).await {
-                Err(StateError::Sql(e)) if e.code().is_some_and(|code| code.code() == "55P03") => Err(Stop::no_go(
-                    format!(
-                        "database {}: direct writers did not end within {:.1} s",
-                        database.name,
-                        limit.as_secs_f64()
-                    ),
-                    "Sessions that go around pgflip hold transactions open: let them end, then try again.",
-                )),
+                Err(StateError::Sql(e)) if e.code().is_some_and(|code| code.code() == "55P03") => {
+                    let writers = self.writers(database).await;
+                    Err(Stop::no_go(
+                        format!(
+                            "database {}: direct writers did not end within {:.1} s{writers}",
+                            database.name,
+                            limit.as_secs_f64()
+                        ),
+                        "Sessions that go around pgflip hold transactions open: let them end, then try again.",
+                    ))
+                }
                 other => Ok(other?),
             }
         };
@@ -1121,6 +1221,25 @@ impl Flip {
         let (carrier, others) = self.databases.split_first().expect("config.databases is never empty");
         one(carrier).await?;
         try_join_all(others.iter().map(one)).await.map(drop)
+    }
+
+    /// Who has written to an armed table and not ended its transaction.
+    async fn writers(&self, database: &Database) -> String {
+        // The fence's own transaction has failed; it may be open still.
+        let _ = database.source.batch_execute("rollback").await;
+        let Ok(row) = database
+            .source
+            .query_one("select 'pgflip.gate'::regclass::oid", &[])
+            .await
+        else {
+            return String::new();
+        };
+        let writers = fence::holders(&database.source, &[row.get(0)]).await;
+        let named: Vec<String> = writers.iter().map(|holder| self.named(holder)).collect();
+        match named.is_empty() {
+            true => String::new(),
+            false => format!(": {}", named.join(", ")),
+        }
     }
 
     async fn old_xids(&mut self) -> Result<(), Stop> {
@@ -1430,16 +1549,28 @@ impl Flip {
             let before_anybody = self.held_since.is_none();
             result["failed_step"] = json!(step);
             result["why"] = json!(what);
+            let slower = match (self.eased, self.armed) {
+                (true, _) => "writers were slowed down for a while",
+                (false, _) => "writes took longer while tables were armed",
+            };
             result["means"] = json!(match (before_anybody, self.sessions.ended) {
-                (true, _) if self.eased =>
-                    "No client was held and nothing was changed; writers were slowed down for a while.".into(),
-                (true, _) => UNTOUCHED.to_owned(),
+                (true, _) if !self.eased && !self.armed => UNTOUCHED.to_owned(),
+                (true, _) if self.left_undone.is_empty() =>
+                    format!("No client was held and nothing is left changed; {slower}."),
+                (true, _) => format!("No client was held; {slower}."),
                 (false, 0) => format!("Clients go on on {} where they were; nothing was lost.", self.source),
                 (false, n) => format!(
                     "Clients go on on {} where they were, but for {n} sessions that were ended, as asked; no committed write was lost.",
                     self.source
                 ),
             });
+            if !self.left_undone.is_empty() {
+                let means = result["means"].as_str().unwrap_or_default();
+                result["means"] = json!(format!(
+                    "{means} Some tables were armed still when it ended: each write to them costs more until pgflip has disarmed \
+                     them, which it does by itself as soon as they can be locked."
+                ));
+            }
             result["next"] = json!(next);
             if !findings.is_empty() {
                 result["findings"] = json!(findings);
@@ -1509,17 +1640,24 @@ impl Flip {
                 if self.regime == Regime::Plain && self.window_since.is_some() {
                     recovery::forward_on(&self.config, self.source, self.attempt).await;
                 }
-                match recovery::disarm(&self.config, self.source, self.attempt.epoch).await {
-                    Ok(_) => Ok(()),
-                    Err(RecoveryError::State(error @ StateError::Superseded { .. })) => {
-                        Err(Undo::Superseded(error.to_string()))
-                    }
-                    Err(error) => {
-                        // Armed and active lets everybody through, at some cost: the guard disarms it later.
-                        tracing::warn!(%error, "the source is not disarmed yet");
-                        Ok(())
-                    }
-                }
+                let limits = fence::Limits {
+                    timeout: DISARM_SOON,
+                    ..fence::Limits::from(&self.config.flip)
+                };
+                let why = match recovery::disarm_within(&self.config, self.source, self.attempt.epoch, limits).await {
+                    Ok(_) => return Ok(()),
+                    Err(
+                        RecoveryError::State(error @ StateError::Superseded { .. })
+                        | RecoveryError::Fence(FenceError::State(error @ StateError::Superseded { .. })),
+                    ) => return Err(Undo::Superseded(error.to_string())),
+                    Err(RecoveryError::Fence(FenceError::Locked(locked))) => locked.named(|holder| self.named(holder)),
+                    Err(error) => error.to_string(),
+                };
+                tracing::warn!(why, "the source is not disarmed yet");
+                let message = "not disarmed yet: writes cost a little more until pgflip has done it by itself";
+                self.operation.event("arm", "info", message, json!({ "why": why }));
+                self.left_undone.push(format!("disarm: {why}"));
+                Ok(())
             }
         }
     }
@@ -1571,6 +1709,7 @@ impl Flip {
 
     async fn forward(&mut self) -> Ended {
         self.pivoted = true;
+        let mut to_tell = Vec::new();
         for step in FORWARD {
             let began = Instant::now();
             let (one_try, deadline) = match step {
@@ -1620,12 +1759,24 @@ impl Flip {
             });
             fault::after(self.direction.as_str(), name);
             let took = json!({ "ms": ms(began.elapsed()) });
-            match undone_before == self.left_undone.len() {
-                true => self.operation.event(name, "done", forward_message(step), took),
-                false => {
-                    let message = "not done yet, and nobody waits for it: pgflip goes on trying";
-                    self.operation.event(name, "info", message, took);
-                }
+            let told = match undone_before == self.left_undone.len() {
+                true => (name, "done", forward_message(step), took),
+                false => (
+                    name,
+                    "info",
+                    "not done yet, and nobody waits for it: pgflip goes on trying",
+                    took,
+                ),
+            };
+            to_tell.push(told);
+            match step {
+                // Clients wait.
+                Forward::Done | Forward::Switch => continue,
+                Forward::Release => self.tell_of_the_window(),
+                Forward::EnableReverse | Forward::Disarm | Forward::Moved | Forward::Traffic => {}
+            }
+            for (name, state, message, took) in to_tell.drain(..) {
+                self.operation.event(name, state, message, took);
             }
         }
         let completed = json!({ "from": self.source, "to": self.target });
@@ -1646,6 +1797,20 @@ impl Flip {
             status: Status::Succeeded,
             result,
             traffic: self.traffic.clone(),
+        }
+    }
+
+    /// Nobody read along while clients waited for pgflip alone.
+    fn tell_of_the_window(&self) {
+        for timing in &self.timings {
+            let step = REVERSIBLE.iter().find(|step| step.name() == timing.step);
+            let message = match step {
+                Some(step) if step.in_window() => step_message(*step),
+                None if timing.step == PIVOT => "the new side is active",
+                _ => continue,
+            };
+            self.operation
+                .event(timing.step, "done", message, json!({ "ms": timing.ms }));
         }
     }
 
@@ -1804,6 +1969,14 @@ impl Flip {
     }
 }
 
+/// A row of a pid and of who it is.
+fn holder(row: &tokio_postgres::Row) -> Holder {
+    Holder {
+        pid: row.get(0),
+        who: row.get(1),
+    }
+}
+
 enum Undo {
     Failed(String),
     Superseded(String),
@@ -1831,6 +2004,54 @@ const TRANSIENT: [&str; 8] = [
     "role_gone",
     "database_differs",
 ];
+
+/// What a flip that leaves `source` would be senseless for, from the carriers' rows.
+async fn may_begin(config: &Config, source: Side) -> Result<(), Stop> {
+    let target = source.other();
+    let (here, there) = tokio::join!(
+        recovery::look(config, source, config.carrier()),
+        recovery::look(config, target, config.carrier())
+    );
+    let not_started = |side: Side| {
+        Stop::no_go(
+            format!(
+                "replication has not been started: {side} has no schema pgflip in database {}",
+                config.carrier()
+            ),
+            "`pgflip check`, then `pgflip replication start`.",
+        )
+    };
+    match (&here.0, &there.0) {
+        (recovery::Known::Row(here), recovery::Known::Row(there))
+            if there.state == State::Active && here.state == State::Standby =>
+        {
+            let next = match source {
+                Side::Blue => "Nothing is to be done. `pgflip rollback` goes back to blue.",
+                Side::Green => "Nothing is to be done. `pgflip cutover` goes to green.",
+            };
+            Err(Stop::no_go(
+                format!("{target} is active already, at epoch {}", there.epoch),
+                next,
+            ))
+        }
+        (recovery::Known::Absent, _) => Err(not_started(source)),
+        (_, recovery::Known::Absent) => Err(not_started(target)),
+        (recovery::Known::Row(here), _) if here.state == State::Active => {
+            let on = borrow(
+                config.server(source),
+                config.carrier(),
+                PURPOSE,
+                config.limits.server_connect_timeout,
+            )
+            .await?;
+            match finalized::read(&*on).await? {
+                None => Ok(()),
+                Some(how) => no_findings(vec![finalized::finding(source, how)]),
+            }
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Completes a flip whose clients are on the new side already, but whose old side was down when it was to be told. The
 /// guard would do it within a second, but stands still while a flip of this process runs, and nobody who wants to go
@@ -1870,6 +2091,10 @@ fn no_findings(found: Vec<Finding>) -> Result<(), Stop> {
     }
 }
 
+fn aborted_by_hand() -> Stop {
+    Stop::no_go("`pgflip abort` has asked for it", "Flip again when you like.")
+}
+
 fn not_called() -> Stop {
     Stop::Broken("the other sidecars were not called".into())
 }
@@ -1886,12 +2111,23 @@ fn obstructed(what: (&str, &str), obstacles: &[Obstacle]) -> Stop {
             )
         })
         .collect();
+    let more = match obstacles.len() - shown.len() {
+        0 => String::new(),
+        n => format!("; and {n} more"),
+    };
+    // 53300: too_many_connections.
+    let no_room = !obstacles.is_empty() && obstacles.iter().all(|o| o.why.contains("53300"));
     Stop::no_go(
         match obstacles.len() {
             1 => format!("A session that {}: {}", what.0, shown.join("; ")),
-            n => format!("{n} sessions that {}: {}", what.1, shown.join("; ")),
+            n => format!("{n} sessions that {}: {}{more}", what.1, shown.join("; ")),
         },
-        "Let them end what they do, or flip with `--stragglers terminate`, which ends them with 57P01.",
+        match no_room {
+            true => {
+                "The target has no connection for them: raise its max_connections, which needs a restart of it, or have fewer clients."
+            }
+            false => "Let them end what they do, or flip with `--stragglers terminate`, which ends them with 57P01.",
+        },
     )
 }
 

@@ -17,7 +17,7 @@ use super::links;
 use super::operation::{Operation, Status};
 use super::recovery::{self, Acting, OperatorLock};
 use super::state::{self, Attempt, Expect, Row, State};
-use super::{Direction, fleet};
+use super::{Direction, finalized, fleet};
 use crate::config::{Config, Server};
 use crate::pg::connect::describe;
 use crate::pg::origin::connect_with_origin;
@@ -75,6 +75,31 @@ pub(super) async fn run(
         Ok(rows) => rows,
         Err((why, next)) => return refused(why, next),
     };
+    // Where a later epoch has been seen, the row of a side that slept says the same.
+    let led_there = gate
+        .upstream()
+        .is_some_and(|now| now.side == alive && now.epoch == rows[0].epoch);
+    if led_there
+        && rows
+            .iter()
+            .all(|row| row.state == State::Active && row.epoch == rows[0].epoch)
+    {
+        return refused(
+            format!(
+                "{alive} is active already, at epoch {}: there is nothing to force",
+                rows[0].epoch
+            ),
+            "Clients are served there. `pgflip status` says what to do about the other side.",
+        );
+    }
+    match ended_there(config, alive).await {
+        Ok(None) => {}
+        Ok(Some(how)) => {
+            let finding = finalized::finding(dead, how);
+            return refused(format!("{} {}", finding.what, finding.means), "Bring that server back.");
+        }
+        Err(why) => return refused(format!("{alive} can't be read: {why}"), "Mend that, then try again."),
+    }
     let lock = match OperatorLock::take(config, &[alive], acting).await {
         Ok(Some(lock)) => lock,
         Ok(None) => {
@@ -137,9 +162,9 @@ pub(super) async fn run(
         "sessions": { "moved": moved.moved, "ended": moved.ended, "left": moved.left },
         "sequences_not_moved": sequences,
         "means": format!(
-            "What {dead} had acknowledged and {alive} had not applied is lost, and how much that is can't be read from a dead \
-             server: `may_be_lost` has the last lag that was seen, null if none was. {dead} is given up: nothing is \
-             replicated any more."
+            "What {dead} had acknowledged and {alive} had not applied is lost. A dead server can't be asked how much that is, and \
+             what it took after the last lag that was seen is not in that. {dead} is given up: nothing is replicated any \
+             more, and nothing is kept for it."
         ),
         // What was written between that reading and the server's death is not in it.
         "may_be_lost": { "bytes": last_lag.map(|lag| lag.bytes), "seen_at": last_lag.map(|lag| lag.at), "transactions": Value::Null },
@@ -153,6 +178,16 @@ pub(super) async fn run(
         result,
         traffic: None,
     }
+}
+
+/// How far `finalize` has come, as the living side knows: from then on it lacks what was written on the other one.
+async fn ended_there(config: &Config, alive: Side) -> Result<Option<finalized::Finalized>, String> {
+    let limit = config.limits.server_connect_timeout;
+    let on = connect(config.server(alive), config.carrier(), PURPOSE, limit).await;
+    let on = on.map_err(|error| error.to_string())?;
+    let read = timeout(limit, finalized::read(&*on)).await;
+    read.map_err(|_| format!("no answer within {limit:?}"))?
+        .map_err(|error| error.to_string())
 }
 
 /// `None`: it answers, if only to say no. Otherwise why it is taken for dead.

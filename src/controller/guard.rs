@@ -11,13 +11,13 @@ use serde_json::json;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::Controller;
 use super::fleet::{self, Call};
 use super::flip;
 use super::links;
 use super::marker;
 use super::recovery::{self, Decision, Known, OperatorLock, RecoveryError};
-use super::state::{self, Row};
+use super::state::{self, Row, State};
+use super::{Controller, Direction};
 use crate::config::Config;
 use crate::pg::connect::connect_listening;
 use crate::pg::{Client, Purpose, Side, connect};
@@ -127,7 +127,10 @@ impl Guard {
         let (blue, green) = self.look(&config).await;
         let decision = recovery::decide(&blue, &green);
         if self.said.as_ref() != Some(&decision) {
-            let from = self.said.as_ref().map_or("nothing yet".to_owned(), ToString::to_string);
+            let from = self
+                .said
+                .as_ref()
+                .map_or("not read yet".to_owned(), ToString::to_string);
             match decision {
                 Decision::Unknown { .. } | Decision::InDoubt { .. } => {
                     tracing::warn!(from, to = %decision, blue = %blue, green = %green, "the state rows");
@@ -222,6 +225,8 @@ impl Guard {
                         epoch: *epoch,
                     });
                     self.upkeep_at = Instant::now();
+                    self.controller.set_phase(Phase::Serving);
+                    self.earlier_flip(config, blue, green, (*active, *epoch)).await;
                 }
                 // What follows may take a while, and nobody waits for it.
                 self.controller.set_phase(Phase::Serving);
@@ -248,6 +253,7 @@ impl Guard {
                     return Ok(Phase::Recovering);
                 };
                 recovery::end_attempt(config, decision).await?;
+                self.settled(config, decision).await;
                 self.again();
                 Ok(Phase::Recovering)
             }
@@ -302,6 +308,88 @@ impl Guard {
             }));
         }
         Ok(call)
+    }
+
+    /// Says what became of a flip whose controller has gone.
+    async fn settled(&self, config: &Config, decision: &Decision) {
+        let (source, attempt, completed) = match *decision {
+            Decision::Unwind { source, attempt } => (source, attempt, false),
+            Decision::Forward { source, attempt } => (source, attempt, true),
+            Decision::Burn { source, attempt } => match recovery::look(config, source, config.carrier()).await.0 {
+                Known::Row(row) if row.state == State::Active => (source, attempt, false),
+                // It had pivoted: the next round completes it.
+                _ => return,
+            },
+            _ => return,
+        };
+        let (outcome, active, means) = match completed {
+            true => (
+                "completed",
+                source.other(),
+                "it had pivoted, and was completed from the state rows",
+            ),
+            false => (
+                "unwound",
+                source,
+                "it had not pivoted, and was undone from the state rows: nothing was lost",
+            ),
+        };
+        let direction = Direction::leaving(source);
+        tracing::warn!(direction = direction.as_str(), attempt = attempt.id, outcome, %active, "a flip whose pgflip has gone: {means}");
+        self.controller.tell_last_flip(json!({
+            "outcome": outcome, "direction": direction, "attempt": attempt.id, "active": active, "recovered": true,
+            "epoch": attempt.epoch + u64::from(completed), "at": jiff::Timestamp::now(),
+            "means": format!("The pgflip that ran it has gone; {means}."),
+        }));
+    }
+
+    /// The last flip that the databases tell of, for a pgflip that has seen none itself.
+    async fn earlier_flip(&mut self, config: &Config, blue: &Known, green: &Known, (active, epoch): (Side, u64)) {
+        if self.controller.has_last_flip() {
+            return;
+        }
+        let statement = "select to_char(at at time zone 'utc', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), epoch, attempt, event,
+                                detail ->> 'because' = 'rehearsal'
+                           from pgflip.history where event in ('flipped', 'forced', 'unwound') order by id desc limit 1";
+        let mut newest: Option<(String, u64, serde_json::Value)> = None;
+        for (side, known) in [(Side::Blue, blue), (Side::Green, green)] {
+            let (Known::Row(_), Ok(client)) = (known, self.client(config, side, config.carrier()).await) else {
+                continue;
+            };
+            let Ok(Ok(Some(row))) = timeout(READ_TIMEOUT, client.query_opt(statement, &[])).await else {
+                continue;
+            };
+            let (at, attempt, event): (String, i64, String) = (row.get(0), row.get(2), row.get(3));
+            let epoch = row.get::<_, i64>(1).unsigned_abs();
+            // A side tells of flips that came to it, and of those from it that were undone.
+            let (outcome, source) = match (event.as_str(), row.get::<_, Option<bool>>(4)) {
+                ("unwound", Some(true)) => ("rehearsed", side),
+                ("unwound", _) => ("unwound", side),
+                _ => ("completed", side.other()),
+            };
+            let how = if event == "forced" { " It was forced." } else { "" };
+            let told = json!({
+                "outcome": outcome, "direction": Direction::leaving(source), "epoch": epoch, "attempt": attempt, "active": side,
+                "at": at, "means": format!("This is what the databases tell of it: it was not this pgflip that ran it.{how}"),
+            });
+            if newest.as_ref().is_none_or(|(then, ..)| *then < at) {
+                newest = Some((at, epoch, told));
+            }
+        }
+        // A pgflip that died right after a flip has not told of it. The first flip is a cutover.
+        let untold = match &newest {
+            Some((_, told, _)) => *told < epoch,
+            None => active == Side::Green,
+        };
+        if untold {
+            let direction = Direction::leaving(active.other());
+            self.controller.tell_last_flip(json!({
+                "outcome": "completed", "direction": direction, "epoch": epoch, "active": active,
+                "means": "The pgflip that ran it has gone; the state rows say that it was completed.",
+            }));
+        } else if let Some((.., told)) = newest {
+            self.controller.tell_last_flip(told);
+        }
     }
 
     /// The next round comes at once.

@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::links::{self, LinkError, slot_name};
+use super::state::{self, State};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::{Client, Purpose, Side, borrow};
@@ -23,6 +24,8 @@ pub struct LinkLag {
     pub seconds: Option<f64>,
     /// Why one of them is unknown.
     pub why_unknown: Option<String>,
+    /// It is the link back, and off by design: a flip switches it on. There is no lag then.
+    pub off: bool,
 }
 
 /// The newest marker on the source may be so old, in seconds, to still tell anything. Markers are written every second
@@ -67,7 +70,14 @@ async fn of_link(
         bytes: None,
         seconds: None,
         why_unknown: None,
+        off: false,
     };
+    if let (Ok(source), Ok(target)) = (source, target)
+        && off_by_design(source, target, &slot_name(lag.to, database)).await
+    {
+        lag.off = true;
+        return lag;
+    }
     let mut why = Vec::new();
     match source {
         Err(error) => why.push(error.clone()),
@@ -89,6 +99,12 @@ async fn of_link(
     }
     lag.why_unknown = (!why.is_empty()).then(|| why.join("; "));
     lag
+}
+
+/// Without origin filtering the link from the standby waits, disabled, for a flip.
+async fn off_by_design(source: &Client, target: &Client, name: &str) -> bool {
+    let standby = matches!(state::read(&**source).await, Ok(Some(row)) if row.state == State::Standby);
+    standby && matches!(links::subscription(&**target, name).await, Ok(Some(link)) if !link.enabled)
 }
 
 async fn bytes(source: &Client, slot: &str) -> Result<Result<u64, String>, LinkError> {

@@ -783,6 +783,19 @@ pub async fn advance_reverse_origin(txn: &Transaction<'_>, origin: &str, to: Lsn
     .map_err(sql(format!("advancing replication origin {origin}")))
 }
 
+/// Tables to be carried that hold rows.
+pub(crate) async fn with_rows<C: GenericClient>(on: &C) -> Result<Vec<TableName>, LinkError> {
+    let mut found = Vec::new();
+    for (_, table) in tables_to_publish(on).await? {
+        let statement = format!("select exists (select from only {table})");
+        let row = on.query_one(&statement, &[]).await.map_err(sql("looking for rows"))?;
+        if row.get(0) {
+            found.push(table);
+        }
+    }
+    Ok(found)
+}
+
 /// In the transaction that makes this side active without the other one: from now on no link leads to `side` or from it.
 pub(crate) async fn note_given_up(txn: &Transaction<'_>, side: Side, epoch: u64) -> Result<(), LinkError> {
     let statement = "insert into pgflip.given_up (side, epoch) values ($1, $2)

@@ -7,6 +7,7 @@ pub mod copy;
 pub mod drift;
 mod easing;
 pub mod fence;
+pub mod finalized;
 pub mod fleet;
 pub mod flip;
 mod force;
@@ -36,10 +37,12 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::Notify;
+use tokio_postgres::error::SqlState;
 
 use crate::config::{Config, Stragglers};
-use crate::pg::{Purpose, Side, borrow};
+use crate::pg::{ConnectError, Purpose, Side, borrow};
 use crate::proxy::gate::Gate;
+use finalized::Finalized;
 use guard::{Guard, Phase};
 use lag::LinkLag;
 use operation::{Kind, Operation, Status as Outcome};
@@ -62,6 +65,14 @@ impl Direction {
         match self {
             Direction::Cutover => "cutover",
             Direction::Rollback => "rollback",
+        }
+    }
+
+    /// The flip that leaves this side.
+    pub fn leaving(source: Side) -> Direction {
+        match source {
+            Side::Blue => Direction::Cutover,
+            Side::Green => Direction::Rollback,
         }
     }
 
@@ -218,6 +229,14 @@ impl Controller {
         inner.green = green.clone();
     }
 
+    fn has_last_flip(&self) -> bool {
+        self.inner.lock().last_flip.is_some()
+    }
+
+    fn tell_last_flip(&self, flip: Value) {
+        self.inner.lock().last_flip = Some(flip);
+    }
+
     fn saw_lag(&self, lag: flip::LastLag) {
         self.inner.lock().last_lag = Some(lag);
     }
@@ -318,8 +337,8 @@ impl Controller {
             {
                 let mut inner = controller.inner.lock();
                 if matches!(kind, Kind::Cutover | Kind::Rollback) {
-                    // One that was refused before anything was done does not hide the last one that was.
-                    if result["failed_step"] != "preflight" || inner.last_flip.is_none() {
+                    // One that was refused before anything was done is none, and what it says is soon out of date.
+                    if result["failed_step"] != "preflight" {
                         inner.last_flip = Some(result.clone());
                     }
                 }
@@ -331,6 +350,43 @@ impl Controller {
             controller.wake.notify_one();
         });
         Ok(operation)
+    }
+
+    /// Asks the flip under way to undo itself. After the pivot there is nothing to undo.
+    pub fn abort(&self) -> Result<Operation, Refused> {
+        let refused = |what: String, next: &str| Refused {
+            code: "nothing_to_abort",
+            what,
+            next: next.into(),
+        };
+        let inner = self.inner.lock();
+        let Some(running) = &inner.running else {
+            return Err(refused(
+                "No operation of this pgflip's is under way.".into(),
+                "`pgflip status` shows how things stand. Another sidecar's flip is aborted there.",
+            ));
+        };
+        if running.operation.abort() {
+            return Ok(running.operation.clone());
+        }
+        let view = running.operation.view();
+        Err(match view.kind {
+            Kind::Cutover | Kind::Rollback => refused(
+                format!(
+                    "Operation {} can't be undone now: it has not begun its first step, or is at its pivot or behind it.",
+                    view.id
+                ),
+                "`pgflip watch` follows it. What has flipped flips back with the other command.",
+            ),
+            Kind::ReplicationStart => refused(
+                format!("Operation {} copies, and is no flip.", view.id),
+                "`pgflip replication stop` ends it.",
+            ),
+            Kind::ReplicationStop | Kind::Finalize => refused(
+                format!("Operation {} is no flip.", view.id),
+                "`pgflip watch` follows it.",
+            ),
+        })
     }
 
     /// Has links and arming looked after, unless that is under way still, or an operation is.
@@ -374,7 +430,8 @@ impl Controller {
                 if let Some(held) = ended.result["held_ms"].as_f64().filter(|held| *held > 0.0) {
                     metrics::histogram!("pgflip_flip_held_seconds").record(held / 1e3);
                 }
-                if ended.traffic.is_some() {
+                // What was seen after an earlier flip says nothing of one that has completed since.
+                if ended.traffic.is_some() || ended.result["outcome"] == "completed" {
                     self.inner.lock().traffic = ended.traffic;
                 }
                 if ended.status == Outcome::InDoubt {
@@ -458,7 +515,18 @@ impl Controller {
             let inner = self.inner.lock();
             (inner.blue.clone(), inner.green.clone())
         };
+        let marks = marks(&config, self.gate.upstream().map(|upstream| upstream.side)).await;
         match (&blue, &green, self.gate.upstream()) {
+            // Nothing comes next: that is to be known, and nothing to mend.
+            (_, _, Some(upstream)) if marks.finalized == Some(Finalized::Done) => {
+                let known = finalized::finding(upstream.side, Finalized::Done);
+                vec![Finding {
+                    severity: preflight::Severity::Warning,
+                    ..known
+                }]
+            }
+            // `replication start` has not come to its end, or has to make anew what was given up.
+            _ if marks.links == Some(false) => preflight::for_replication(&config).await,
             (Known::Row(_), Known::Row(_), Some(upstream)) => {
                 let (mut found, of_sessions) = tokio::join!(
                     preflight::for_flip(&config, upstream.side),
@@ -486,12 +554,13 @@ impl Controller {
     pub async fn status(&self) -> Value {
         let config = self.config();
         let active = self.gate.upstream().map(|upstream| upstream.side);
-        let (blue, green, lag, replication, sidecars) = tokio::join!(
+        let (blue, green, lag, replication, sidecars, marks) = tokio::join!(
             side_status(&config, Side::Blue),
             side_status(&config, Side::Green),
             lag::measure(&config),
             replication::status(config.clone()),
-            sidecars(&config, active)
+            sidecars(&config, active),
+            marks(&config, active)
         );
         // What is known here without asking anybody is read at one moment, after all else.
         let upstream = self.gate.upstream();
@@ -521,6 +590,8 @@ impl Controller {
             "held": self.gate.held(),
             "sides": { "blue": blue, "green": green },
             "replication": replication_state(&replication),
+            "finalize": marks.finalized,
+            "given_up": marks.given_up,
             "lag": lag,
             "sessions": { "total": sessions.len(), "blue": on(Side::Blue), "green": on(Side::Green) },
             "sidecars": sidecars,
@@ -584,14 +655,62 @@ async fn sidecars(config: &Config, active: Option<Side>) -> Option<Vec<fleet::Ot
     fleet::sidecars(&client.ok()?).await
 }
 
+/// What the active side's carrier says beside its row, read now. What can't be read is `None`.
+#[derive(Default)]
+struct Marks {
+    finalized: Option<Finalized>,
+    /// The other side, if it was given up by force and has not been copied anew.
+    given_up: Option<Side>,
+    /// Whether the link towards the standby has ever been made and is to be kept.
+    links: Option<bool>,
+}
+
+async fn marks(config: &Config, active: Option<Side>) -> Marks {
+    let limit = config.limits.server_connect_timeout;
+    let Some(active) = active else {
+        return Marks::default();
+    };
+    let (here, there) = tokio::join!(
+        borrow(config.server(active), config.carrier(), Purpose("status"), limit),
+        borrow(
+            config.server(active.other()),
+            config.carrier(),
+            Purpose("status"),
+            limit
+        )
+    );
+    let mut marks = Marks::default();
+    if let Ok(here) = &here {
+        marks.finalized = finalized::read(&**here).await.ok().flatten();
+        let given_up = links::given_up(&**here, active.other()).await;
+        marks.given_up = given_up.ok().flatten().map(|_| active.other());
+    }
+    let name = links::slot_name(active.other(), config.carrier());
+    if let (Ok(here), Ok(there)) = (&here, &there)
+        && let Ok(slot) = links::slot(&**here, &name).await
+        && let Ok(subscription) = links::subscription(&**there, &name).await
+    {
+        marks.links = Some(slot.is_some() || subscription.is_some());
+    }
+    marks
+}
+
 /// A side with the rows of all databases, read now.
 async fn side_status(config: &Config, side: Side) -> Value {
     let limit = config.limits.server_connect_timeout;
     let mut version = Value::Null;
-    if let Ok(client) = borrow(config.server(side), config.carrier(), Purpose("status"), limit).await
-        && let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await
-    {
-        version = json!(row.get::<_, String>(0));
+    // Before `replication start` green need not have the carrier's database.
+    for database in [config.carrier(), "postgres"] {
+        match borrow(config.server(side), database, Purpose("status"), limit).await {
+            Ok(client) => {
+                if let Ok(row) = client.query_one("select current_setting('server_version')", &[]).await {
+                    version = json!(row.get::<_, String>(0));
+                }
+                break;
+            }
+            Err(ConnectError::Login { source, .. }) if source.code() == Some(&SqlState::INVALID_CATALOG_NAME) => {}
+            Err(_) => break,
+        }
     }
     let databases = futures_util::future::join_all(config.databases.iter().map(|database| async move {
         let mut shown = guard::shown(&recovery::look(config, side, database).await.0);

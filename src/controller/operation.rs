@@ -78,8 +78,17 @@ pub struct View {
     pub result: Value,
 }
 
+/// Whether it can be asked to undo what it has done, and has been.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Abort {
+    Impossible,
+    Possible,
+    Asked,
+}
+
 struct Inner {
     view: View,
+    abort: Abort,
     /// The newest [`KEEP`] events.
     events: VecDeque<Event>,
     next_seq: u64,
@@ -116,6 +125,7 @@ impl Operation {
         Operation {
             inner: Arc::new(Mutex::new(Inner {
                 view,
+                abort: Abort::Impossible,
                 events: VecDeque::new(),
                 next_seq: 0,
             })),
@@ -126,6 +136,48 @@ impl Operation {
     /// Its id.
     pub fn id(&self) -> u64 {
         self.inner.lock().view.id
+    }
+
+    /// From now on it may be asked to undo itself.
+    pub fn may_be_aborted(&self) {
+        self.inner.lock().abort = Abort::Possible;
+    }
+
+    /// From now on it may not. True if it has been asked: then it has to.
+    pub fn no_more_abort(&self) -> bool {
+        let before = std::mem::replace(&mut self.inner.lock().abort, Abort::Impossible);
+        before == Abort::Asked
+    }
+
+    /// Asks it to undo itself. False: it can't any more, or never could.
+    pub fn abort(&self) -> bool {
+        let mut inner = self.inner.lock();
+        let possible = inner.abort != Abort::Impossible;
+        if possible {
+            inner.abort = Abort::Asked;
+        }
+        drop(inner);
+        self.changed.send_modify(|n| *n += 1);
+        possible
+    }
+
+    /// True if it has been asked to undo itself.
+    pub fn is_aborted(&self) -> bool {
+        self.inner.lock().abort == Abort::Asked
+    }
+
+    /// Waits until it is asked to undo itself. May be cancelled at any time.
+    pub async fn aborted(&self) {
+        let mut changed = self.watch();
+        loop {
+            changed.borrow_and_update();
+            if self.is_aborted() {
+                return;
+            }
+            if changed.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 
     /// How it is shown.
@@ -161,6 +213,7 @@ impl Operation {
     /// Ends it.
     pub fn finish(&self, status: Status, result: Value) {
         let mut inner = self.inner.lock();
+        inner.abort = Abort::Impossible;
         inner.view.status = status;
         inner.view.ended_at = Some(Timestamp::now());
         inner.view.result = result;
@@ -195,5 +248,24 @@ impl Operation {
                 return view;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_is_aborted_only_as_long_as_it_can_be_undone() {
+        let operation = Operation::new(Kind::Cutover);
+        assert!(!operation.abort() && !operation.is_aborted());
+        operation.may_be_aborted();
+        assert!(operation.abort() && operation.is_aborted());
+        operation.aborted().await;
+        assert!(
+            operation.no_more_abort(),
+            "whoever was told that it is undone must not see it happen"
+        );
+        assert!(!operation.abort() && !operation.is_aborted());
     }
 }

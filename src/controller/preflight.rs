@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{drift, oids, roles, schema};
+use super::{drift, finalized, oids, replication, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -189,7 +189,7 @@ async fn open(config: &Config, side: Side, database: &str) -> Result<Option<Clie
         Err(error) => Err(Finding::blocker(
             "unreachable",
             format!("{error}."),
-            "pgflip needs both servers.",
+            "pgflip needs both servers. What else there is to mend is found when both can be reached.",
             format!("Check [{side}] in the config, the server, and its pg_hba.conf."),
         )),
     }
@@ -220,7 +220,13 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
     for side in Side::BOTH {
         if let Some(Some(client)) = clients.get(&(side, carrier)) {
             match state::read(&**client).await {
-                Ok(Some(row)) if row.state == State::Active => source = side,
+                Ok(Some(row)) if row.state == State::Active => {
+                    source = side;
+                    // What else there is to say would be of a migration that is over.
+                    if let Ok(Some(how)) = finalized::read(&**client).await {
+                        return vec![finalized::finding(side, how)];
+                    }
+                }
                 Ok(_) => {}
                 Err(error) => found.push(unread(&format!("The state of {side}"), error)),
             }
@@ -323,6 +329,11 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 if let Some(server) = server {
                     target_database(source, database, client, there, server, &mut of_this).await;
                 }
+                if let Some(there) = there
+                    && let Err(finding) = room_for_a_copy(source, database, client, there).await
+                {
+                    of_this.push(finding);
+                }
                 found.extend(of_this.into_iter().map(|finding| finding.of(database)));
             }
         }
@@ -416,8 +427,14 @@ async fn server(
     .await;
     let statement = include_str!("../pg/sql/preflight_rights.sql");
     let rights = rows(&**client, statement, &[], &format!("pgflip's rights on {side}"), found).await;
+    // Who may not see the origins is told so as of a right.
+    let mut origins = Vec::new();
     if let Some(rights) = rights.first() {
         permissions(config, side, facts, rights, found);
+        if rights.get::<_, bool>("superuser") || rights.get::<_, bool>("origins") {
+            let statement = include_str!("../pg/sql/preflight_origins.sql");
+            origins = rows(&**client, statement, &[&config.databases], &what, found).await;
+        }
     }
     let Some(row) = read.first() else { return };
     if row.get::<_, bool>("in_recovery") {
@@ -496,16 +513,18 @@ async fn server(
         "apply worker's process",
     );
     let own = i32::try_from(origin::POOL.len()).expect("the pool is small");
-    let origins = databases + own + if to { copies } else { 0 };
-    room(
-        "origins",
-        facts.origins_setting(),
-        number("origins_max"),
-        number("origins"),
-        number("origins_mine"),
-        origins,
-        "replication origin",
-    );
+    let wanted = databases + own + if to { copies } else { 0 };
+    if let Some(origins) = origins.first() {
+        room(
+            "origins",
+            facts.origins_setting(),
+            number("origins_max"),
+            origins.get("origins"),
+            origins.get("origins_mine"),
+            wanted,
+            "replication origin",
+        );
+    }
 
     if row.get::<_, String>("wal_keep") != "-1" {
         found.push(Finding::warning(
@@ -555,6 +574,32 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
         ));
         return;
     }
+    let database = row.get::<_, &str>("database");
+    let here = crate::pg::Ident::new(database);
+    if !config.databases.iter().any(|one| one == database) {
+        found.push(Finding::blocker(
+            "permission",
+            format!("{user} is no superuser on {side}, and database {} does not exist there.", config.carrier()),
+            "Rights on catalogs and their functions are granted in each database: in one that pgflip makes it would have none.",
+            format!(
+                "On {side}, as a superuser: create each database of the config, with the encoding and locale that it has on {}, \
+                 owned by {user}; then run `pgflip check` again: it names what has to be granted there.",
+                side.other()
+            ),
+        ));
+    }
+    let origins: Vec<String> = [
+        "pg_replication_origin_create(text)",
+        "pg_replication_origin_drop(text)",
+        "pg_replication_origin_session_setup(text)",
+        "pg_replication_origin_session_is_setup()",
+        "pg_replication_origin_advance(text, pg_lsn)",
+        "pg_replication_origin_oid(text)",
+        "pg_show_replication_origin_status()",
+    ]
+    .iter()
+    .map(|function| format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO {user};"))
+    .collect();
     for (right, what, mend) in [
         (
             "create_subscription",
@@ -571,19 +616,17 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
         (
             "create_in_database",
             "create schema pgflip and a publication",
-            format!("GRANT CREATE ON DATABASE … TO {user}; in each database of the config."),
+            format!("GRANT CREATE ON DATABASE {here} TO {user}; and the same for each database of the config."),
         ),
         (
             "read_verifiers",
             "read the roles' verifiers",
-            format!("GRANT SELECT ON pg_catalog.pg_authid TO {user}; in each database."),
+            format!("in each database of the config: GRANT SELECT ON pg_catalog.pg_authid TO {user};"),
         ),
         (
             "origins",
             "use replication origins",
-            format!(
-                "GRANT EXECUTE ON the functions pg_replication_origin_* and pg_show_replication_origin_status TO {user};"
-            ),
+            format!("in each database of the config: {}", origins.join(" ")),
         ),
         (
             "signal",
@@ -906,6 +949,33 @@ pub async fn way(config: &Config, to: Side) -> Option<Finding> {
     }
 }
 
+/// Rows that are on the target already, though no link has brought them: copying on top of them would fail.
+async fn room_for_a_copy(source: Side, database: &str, from: &Client, there: &Client) -> Result<(), Finding> {
+    let target = source.other();
+    let unread = |error: links::LinkError| unread(&format!("What database {database} on {target} holds"), error);
+    // What a link has brought stays, and what was given up is emptied by `replication start` itself.
+    let link = links::subscription(&**there, &slot_name(target, database)).await;
+    if link.map_err(unread)?.is_some() || links::given_up(&**from, target).await.map_err(unread)?.is_some() {
+        return Ok(());
+    }
+    let tables = links::with_rows(&**there).await.map_err(unread)?;
+    if tables.is_empty() {
+        return Ok(());
+    }
+    Err(Finding::blocker(
+        "not_empty",
+        format!(
+            "Database {database} on {target} holds rows already, in {}.",
+            list(&tables)
+        ),
+        "No link has brought them: copying on top of them would fail or double them.",
+        format!(
+            "If nobody needs them, on {target}: {} pgflip makes the database anew.",
+            replication::drop_databases(&[database.to_owned()])
+        ),
+    ))
+}
+
 /// Whether one server reaches the other, tried for real: a subscription that connects, in a transaction that is rolled
 /// back. It makes neither slot nor anything else there.
 async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &str) -> Option<Finding> {
@@ -983,6 +1053,11 @@ async fn credentials(side: Side, client: &Client, found: &mut Vec<Finding>) {
 pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
     let mut found = Vec::new();
     let target = source.other();
+    if let Ok(Some(on)) = open(config, source, config.carrier()).await
+        && let Ok(Some(how)) = finalized::read(&*on).await
+    {
+        return vec![finalized::finding(source, how)];
+    }
     for database in &config.databases {
         let mut of_this = Vec::new();
         let (from, to) = tokio::join!(open(config, source, database), open(config, target, database));

@@ -555,7 +555,17 @@ pub async fn end_attempt(config: &Config, decision: &Decision) -> Result<(), Rec
         },
         Decision::Forward { source, attempt } => {
             go_forward(config, source, attempt).await?;
-            follow(config, source.other(), attempt.epoch + 1).await.map(drop)
+            follow(config, source.other(), attempt.epoch + 1).await?;
+            let on = client(config, source.other(), config.carrier()).await?;
+            let epoch = attempt.epoch + 1;
+            note(
+                &on,
+                Attempt { epoch, ..attempt },
+                "flipped",
+                "completed after its controller had gone",
+            )
+            .await;
+            Ok(())
         }
         Decision::Fresh
         | Decision::Steady { .. }
@@ -745,7 +755,16 @@ pub async fn all_active(config: &Config, active: Side, epoch: u64) -> Result<boo
 
 /// Disarms the active side, every database.
 pub async fn disarm(config: &Config, active: Side, epoch: u64) -> Result<usize, RecoveryError> {
-    let limits = fence::Limits::from(&config.flip);
+    disarm_within(config, active, epoch, fence::Limits::from(&config.flip)).await
+}
+
+/// The same, with limits.
+pub async fn disarm_within(
+    config: &Config,
+    active: Side,
+    epoch: u64,
+    limits: fence::Limits,
+) -> Result<usize, RecoveryError> {
     let counts = try_join_all(config.databases.iter().map(|database| async move {
         let on = client(config, active, database).await?;
         Ok::<_, RecoveryError>(fence::disarm_within(&on, epoch, &limits).await?)

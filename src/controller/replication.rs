@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
+use super::finalized::{self, Finalized};
 use super::links::{
     self, Ends, LinkError, Make, PUBLICATION, Regime, TableName, list, marker_table, slot_name, tables_published,
     tables_to_publish,
@@ -194,7 +195,10 @@ pub async fn start(config: Arc<Config>, op: Operation, seen: u64, acting: Acting
         return Err(Failure {
             findings,
             ..Failure::new(
-                format!("Preflight found {blockers} things in the way."),
+                match blockers {
+                    1 => "Preflight found one thing in the way.".to_owned(),
+                    n => format!("Preflight found {n} things in the way."),
+                },
                 "Nothing was changed.",
                 "Mend them as each says, then run `pgflip replication start` again.",
             )
@@ -204,7 +208,11 @@ pub async fn start(config: Arc<Config>, op: Operation, seen: u64, acting: Acting
     op.event(
         "preflight",
         "done",
-        format!("Nothing stands in the way ({warnings} warnings)"),
+        match warnings {
+            0 => "Nothing stands in the way".to_owned(),
+            1 => "Nothing stands in the way (1 warning)".to_owned(),
+            n => format!("Nothing stands in the way ({n} warnings)"),
+        },
         json!({"findings": findings}),
     );
 
@@ -448,12 +456,10 @@ async fn mirror_roles(run: &Run) -> Result<(), Failure> {
         }
     }
     txn.commit().await.map_err(|e| run.failed(describe(&e)))?;
-    let message = format!(
-        "{} created, {} changed, {} skipped",
-        done.created.len(),
-        done.changed.len(),
-        done.skipped.len()
-    );
+    let mut message = format!("{} created, {} changed", done.created.len(), done.changed.len());
+    if !done.skipped.is_empty() {
+        message.push_str(&format!("; left out: {}", list(&done.skipped)));
+    }
     run.done("roles", message, json!(done));
     Ok(())
 }
@@ -580,7 +586,33 @@ fn near(dump: &str, position: usize) -> String {
 async fn fences(run: &Run, database: &str) -> Result<(), Failure> {
     run.started("fence", format!("Fence triggers in database {database}"));
     let (source, target) = (run.on_source(database).await?, run.on_target(database).await?);
-    let made = fence::prepare(&source).await.map_err(|e| run.failed(e))?;
+    let tell = |locked: fence::Locked| {
+        let holders: Vec<String> = locked.holders.iter().map(ToString::to_string).collect();
+        let message = format!(
+            "Database {database}: waiting for {}, held by {}",
+            locked.tables(),
+            if holders.is_empty() {
+                "somebody unknown".to_owned()
+            } else {
+                holders.join(", ")
+            }
+        );
+        let data = json!({"database": database, "tables": locked.tables, "holders": holders});
+        run.op.event("fence", "progress", message, data);
+    };
+    let made = fence::prepare_telling(&source, &tell).await.map_err(|e| match e {
+        fence::FenceError::Locked(locked) => Failure::new(
+            format!("Database {database} on {}: {locked}.", run.source),
+            format!(
+                "Nothing is copied yet. Clients go on on {}; whoever wrote to these tables waited for up to {:?} at each try.",
+                run.source,
+                fence::Limits::default().lock_timeout
+            ),
+            "Let those transactions end, or end them (SELECT pg_terminate_backend(…);), then run `pgflip replication start` \
+             again: it goes on from where it stopped.",
+        ),
+        other => run.failed(other),
+    })?;
     fence::prepare(&target).await.map_err(|e| run.failed(e))?;
     let features = Features::read(&*target).await.map_err(|e| run.failed(describe(&e)))?;
     if features.copy_has_origin() {
@@ -636,7 +668,7 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
             refresh(run, &target, &forward, true, &run.standby()).await?;
         }
         None => {
-            if let Some((table, ..)) = not_empty(run, &target).await?.first() {
+            if let Some(table) = links::with_rows(&*target).await.map_err(link)?.first() {
                 return Err(Failure::new(
                     format!(
                         "Database {database} on {} holds rows already ({table}), and no link to it exists.",
@@ -644,8 +676,9 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
                     ),
                     "Copying on top of them would fail or double them. Nothing was copied.",
                     format!(
-                        "Empty its tables (or drop the database on {}), then run `pgflip replication start` again.",
-                        run.target()
+                        "On {}: {} Then run `pgflip replication start` again: it makes the database anew.",
+                        run.target(),
+                        drop_databases(std::slice::from_ref(&database.to_owned()))
                     ),
                 ));
             }
@@ -795,22 +828,6 @@ async fn publish(run: &Run, on: &mut Client, expect: &Expect) -> Result<usize, F
     }
     txn.commit().await.map_err(sql)?;
     Ok(wanted.len())
-}
-
-/// The target's tables that hold rows.
-async fn not_empty(run: &Run, target: &Client) -> Result<Vec<(TableName, ())>, Failure> {
-    let mut found = Vec::new();
-    for (_, table) in tables_to_publish(&**target).await.map_err(|e| run.failed(e))? {
-        let statement = format!("select exists (select from only {table})");
-        let row = target
-            .query_one(&statement, &[])
-            .await
-            .map_err(|e| run.failed(query("looking for rows")(e)))?;
-        if row.get(0) {
-            found.push((table, ()));
-        }
-    }
-    Ok(found)
 }
 
 /// Empties what a side that was given up holds: what is copied to it takes its place.
@@ -1108,14 +1125,34 @@ pub async fn stop(config: Arc<Config>, op: Operation, acting: Acting) -> Result<
         }
     }
     if left.left.is_empty() {
-        op.event("stop", "done", "No trace of pgflip is left on either side", Value::Null);
-        return Ok(json!({"removed": left.done}));
+        let stays = format!(
+            "Database{} {} stay{} on green with all rows, and so do the roles that were mirrored: an ordinary server, which takes \
+             writes. Before the next `pgflip replication start`, on green: {}",
+            if config.databases.len() == 1 { "" } else { "s" },
+            config.databases.join(", "),
+            if config.databases.len() == 1 { "s" } else { "" },
+            drop_databases(&config.databases)
+        );
+        op.event(
+            "stop",
+            "done",
+            "Links, fences and schema pgflip are gone from both sides",
+            Value::Null,
+        );
+        op.event("stop", "info", stays.clone(), Value::Null);
+        return Ok(json!({"removed": left.done, "stays": stays}));
     }
     Err(Failure::new(
         format!("Not everything could be removed: {}.", left.left.join("; ")),
         "Clients are not affected. What is left may keep WAL on the disk of its server (replication slots) or refuse writes on the standby (fence).",
         "Mend what it says, then run `pgflip replication stop` again.",
     ))
+}
+
+/// The statements that let `replication start` copy into these anew. FORCE, because pgflip itself keeps sessions there.
+pub(super) fn drop_databases(databases: &[String]) -> String {
+    let one = |database: &String| format!("DROP DATABASE {} WITH (FORCE);", Ident::new(database.as_str()));
+    databases.iter().map(one).collect::<Vec<_>>().join(" ")
 }
 
 /// Ends replication for good after a cutover: links down both ways, the active side without triggers, the old side as it
@@ -1129,6 +1166,16 @@ pub async fn finalize(config: Arc<Config>, op: Operation, acting: Acting) -> Res
         )
     })?;
     let _lock = alone(&config, active, &acting).await?;
+    if !something_to_finalize(&config, active).await? {
+        return Err(Failure::new(
+            format!("There is nothing to finalize: no link leads from {active} or to it."),
+            format!(
+                "Nothing was changed. {active} is active; the last `pgflip replication start` has not come to its end."
+            ),
+            "`pgflip replication start` goes on with it, `pgflip replication stop` takes away what it has made.",
+        ));
+    }
+    note_finalized(&config, active, epoch, Finalized::Begun).await?;
     let mut left = Vec::new();
     for side in [active, active.other()] {
         for database in &config.databases {
@@ -1168,6 +1215,7 @@ pub async fn finalize(config: Arc<Config>, op: Operation, acting: Acting) -> Res
         }
     }
     if left.is_empty() {
+        note_finalized(&config, active, epoch, Finalized::Done).await?;
         op.event(
             "finalize",
             "done",
@@ -1184,6 +1232,72 @@ pub async fn finalize(config: Arc<Config>, op: Operation, acting: Acting) -> Res
         ),
         "Mend what it says, then run `pgflip finalize` again.",
     ))
+}
+
+/// Whether there is a link, or was one that `finalize` has begun to take down, or that went when a side was given up.
+async fn something_to_finalize(config: &Config, active: Side) -> Result<bool, Failure> {
+    let limit = config.limits.server_connect_timeout;
+    let unread = |error: String| {
+        Failure::new(
+            format!("{error}."),
+            "Nothing was changed.",
+            "Mend that, then try again.",
+        )
+    };
+    for side in [active, active.other()] {
+        for database in &config.databases {
+            let on = borrow(config.server(side), database, PURPOSE, limit).await;
+            let on = on.map_err(|e| unread(e.to_string()))?;
+            let there = async {
+                let given_up = links::given_up(&*on, side.other()).await?.is_some();
+                let link = links::subscription(&*on, &slot_name(side, database)).await?.is_some()
+                    || links::slot(&*on, &slot_name(side.other(), database)).await?.is_some();
+                Ok::<_, LinkError>(given_up || link || finalized::read(&*on).await?.is_some())
+            };
+            if there.await.map_err(|e| unread(e.to_string()))? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// Notes in both carriers how far `finalize` has come: status, check and flips go by it.
+async fn note_finalized(config: &Config, active: Side, epoch: u64, how: Finalized) -> Result<(), Failure> {
+    let limit = config.limits.server_connect_timeout;
+    for side in [active, active.other()] {
+        let noted = async {
+            let server = config.server(side);
+            let mut on = if side == active {
+                connect(server, config.carrier(), PURPOSE, limit)
+                    .await
+                    .map_err(|e| e.to_string())?
+            } else {
+                let origin = connect_with_origin(server, config.carrier(), PURPOSE, limit).await;
+                origin.map_err(|e| e.to_string())?
+            };
+            let expect = Expect {
+                states: if side == active {
+                    &[State::Active]
+                } else {
+                    &[State::Standby]
+                },
+                epoch,
+            };
+            let txn = on.transaction().await.map_err(|e| describe(&e))?;
+            state::lock(&txn, &expect).await.map_err(|e| e.to_string())?;
+            finalized::note(&txn, epoch, how).await.map_err(|e| e.to_string())?;
+            txn.commit().await.map_err(|e| describe(&e))
+        };
+        noted.await.map_err(|error| {
+            Failure::new(
+                format!("Noting on {side} that the migration ends: {error}."),
+                format!("Clients are not affected: {active} goes on serving them."),
+                "Mend what it says, then run `pgflip finalize` again.",
+            )
+        })?;
+    }
+    Ok(())
 }
 
 /// Takes one database of one side out of replication; with `everything`, the fence and schema pgflip too. `epoch`: what

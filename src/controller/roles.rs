@@ -756,6 +756,10 @@ fn fit(role: &Role, now: Option<&Role>, server: &Server) -> (Role, Option<String
     }
     let Some(now) = now else { return (wanted, said) };
     let own = role.name == server.user;
+    if own && !now.superuser {
+        // Who is no superuser may not change itself.
+        return (now.clone(), said);
+    }
     wanted.bootstrap = now.bootstrap;
     if own || now.bootstrap {
         // pgflip must not lock itself out, and the server does not let go of its first superuser.

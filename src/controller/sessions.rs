@@ -278,6 +278,28 @@ pub async fn findings(config: &Config, gate: &Gate, source: Side, stragglers: St
         Stragglers::Unwind => Finding::blocker(code, what, means, mend),
         Stragglers::Terminate => Finding::warning(code, what, "They will be ended with 57P01.", mend),
     };
+    let clients = sessions
+        .iter()
+        .filter(|session| session.view.side == Some(source))
+        .count();
+    match room(config, source.other()).await {
+        Ok((free, max)) if free < clients as i64 => found.push(finding(
+            "too_few_connections",
+            format!(
+                "{clients} sessions would have to move, and {} has room for {free} at most (max_connections is {max} there).",
+                source.other()
+            ),
+            "Those for whom there is no connection can't be moved: the flip would be unwound.",
+            &format!(
+                "On {}: ALTER SYSTEM SET max_connections = {}; then restart the server. limits.max_clients keeps clients from \
+                 becoming more than that.",
+                source.other(),
+                max + clients as i64 - free
+            ),
+        )),
+        // Who can't read that says so elsewhere.
+        Ok(_) | Err(_) => {}
+    }
     if !temporary.is_empty() {
         found.push(finding(
             "temporary_objects",
@@ -315,6 +337,18 @@ pub async fn findings(config: &Config, gate: &Gate, source: Side, stragglers: St
         )),
     }
     found
+}
+
+/// How many more sessions of clients a server has room for, and its max_connections.
+async fn room(config: &Config, side: Side) -> Result<(i64, i64), String> {
+    let client = connect(config, side, config.carrier()).await?;
+    let limit = config.limits.server_connect_timeout;
+    let statement = include_str!("../pg/sql/connections_free.sql");
+    let row = timeout(limit, client.query_one(statement, &[]))
+        .await
+        .map_err(|_| format!("no answer within {limit:?}"))?
+        .map_err(|error| describe(&error))?;
+    Ok((row.get("free"), row.get("max")))
 }
 
 fn named(all: &[String]) -> String {

@@ -21,6 +21,8 @@ use crate::pg::{Client, Purpose, Side, borrow};
 const PURPOSE: Purpose = Purpose("upkeep");
 /// How long all of it may take. What was not reached is looked at the next time.
 const LIMIT: Duration = Duration::from_secs(60);
+/// Of that, how long tables may take to be armed or disarmed in one database.
+const FENCE_LIMIT: Duration = Duration::from_secs(8);
 
 /// Looks after everything once, if this is the sidecar that does. Both rows have been read, and say so. May be cancelled.
 pub(super) async fn run(config: Arc<Config>, me: Arc<Me>, roles: Arc<Mutex<Keeper>>, active: Side, epoch: u64) {
@@ -87,7 +89,11 @@ async fn in_step(config: &Config, active: Side, epoch: u64) -> Result<bool, Reco
 }
 
 async fn arming(config: &Config, database: &str, active: Side, epoch: u64) -> Result<(), RecoveryError> {
-    let limits = fence::Limits::from(&config.flip);
+    // What can't be locked now is tried again soon: nothing else is to wait for it, and no other pgflip for this one.
+    let limits = fence::Limits {
+        timeout: FENCE_LIMIT,
+        ..fence::Limits::from(&config.flip)
+    };
     let here = client(config, active, database).await?;
     if fence::digest(&here).await?.armed > 0 {
         let changed = fence::disarm_within(&here, epoch, &limits).await?;

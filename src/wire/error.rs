@@ -107,7 +107,8 @@ impl ClientError {
 
     /// No way to check who the client is, now.
     pub fn verifiers_unavailable() -> ClientError {
-        ClientError::fatal("57P03", "pgflip can't read the roles of the active server now").hint("Try again.")
+        ClientError::fatal("57P03", "pgflip can't reach the active server to check who logs in")
+            .hint("Try again. Logins wait while clients are held, and not for a server that is down: `pgflip status` says which.")
     }
 
     /// Nobody knows yet which side is active, or a flip takes longer than new clients are to wait.

@@ -170,6 +170,14 @@ create table if not exists pgflip.given_up (
     at    timestamptz not null default clock_timestamp()
 );
 
+-- `finalize` has begun to take the links down, and has done it: in the carriers of both sides.
+create table if not exists pgflip.finalized (
+    one      boolean primary key default true check (one),
+    epoch    bigint not null,
+    began_at timestamptz not null default clock_timestamp(),
+    done_at  timestamptz
+);
+
 -- Roles that this side has (or had) in common with the active side while it was standby: what the active side no longer
 -- has of them is dropped here. A role that only the standby ever had is not among them, and stays.
 create table if not exists pgflip.role_mirrored (

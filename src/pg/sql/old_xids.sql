@@ -2,7 +2,7 @@
 -- triggers don't stop what such a one may yet commit: DDL, a table it created itself, large objects, COMMIT PREPARED.
 -- Autovacuum and replication are let be: the first writes no rows, the second is what the flip waits for. Servers 13+.
 select coalesce(
-         (select format('session %s of %s (%s, %s)', a.pid, coalesce(a.usename, '?'),
+         (select format('server process %s of %s (%s, %s)', a.pid, coalesce(a.usename, '?'),
                         coalesce(nullif(a.application_name, ''), 'no application_name'), coalesce(a.state, '?'))
             from pg_stat_activity a where a.backend_xid = open.xid::xid),
          (select format('prepared transaction %L', p.gid) from pg_prepared_xacts p where p.transaction = open.xid::xid),

@@ -3,7 +3,7 @@
 -- clients of pgflip's ($2: their server sessions) that are idle in a transaction or have run for as long as that. With
 -- $3 those clients are left to the steps that follow, which end them. ANALYZE and VACUUM have a transaction for each table,
 -- though xact_start shows when the statement began. Servers 13+.
-select format('session %s of %s (%s, %s) for %s s', a.pid, coalesce(a.usename, '?'),
+select a.pid, format('of %s (%s, %s) for %s s', coalesce(a.usename, '?'),
               coalesce(nullif(a.application_name, ''), 'no application_name'), coalesce(a.state, '?'),
               round(extract(epoch from clock_timestamp() - a.xact_start))::bigint)
   from pg_stat_activity a

@@ -1,6 +1,7 @@
 -- What pgflip's own role may do here; each column has to be true for a role that is no superuser. pg_has_role of a role
 -- that does not exist (before 16) is asked for nothing. Servers 13 and later.
-select r.rolsuper as superuser,
+select current_database()::text as database,
+       r.rolsuper as superuser,
        r.rolreplication as replication,
        r.rolcreaterole as createrole,
        r.rolcreatedb as createdb,
