@@ -1028,7 +1028,7 @@ impl Restless {
         let before = self.version;
         let answer = self.answers(1).await?.pop().expect("one");
         let found = self.understand(answer);
-        assert_eq!(found, self.expected());
+        assert_eq!(found, self.expected(), "{:?}", self.raw.parameters);
         for (what, expected) in wanted {
             let answer = self.answers(1).await?.pop().expect("one");
             match expected {
