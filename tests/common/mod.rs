@@ -370,7 +370,8 @@ impl Rig {
         }
     }
 
-    async fn holds_nobody(&self) -> bool {
+    /// No client waits at the gate.
+    pub async fn holds_nobody(&self) -> bool {
         let metrics = self.sidecar.get("/metrics").await;
         matches!(metrics, Ok((200, Value::String(text))) if text.lines().any(|line| line == "pgflip_held 0"))
     }
