@@ -264,8 +264,7 @@ impl Key {
 }
 
 /// Why a session can't be moved, and what pgflip says then.
-const TEMPORARY: &str = "temporary tables: ";
-const CURSOR: &str = "cursors WITH HOLD: ";
+const TEMPORARY: &str = "temporary objects that can't be made anew: ";
 const WITHIN: &str = "was prepared within another statement's text";
 const TOO_LONG: &str = "limits.unnamed_statement_max";
 const RECODED: &str = "the text of its unnamed prepared statement is not known";
@@ -343,7 +342,6 @@ impl Model {
     fn obstacles(&self, from: u32, to: u32) -> Vec<&'static str> {
         [
             (!self.tables.is_empty(), TEMPORARY),
-            (!self.cursors.is_empty(), CURSOR),
             (!self.within.is_empty(), WITHIN),
             (self.unnamed_is_long, TOO_LONG),
             (self.unnamed_is_recoded, RECODED),
@@ -756,7 +754,7 @@ impl Restless {
             55 if self.rarely() => {
                 let name = self.name();
                 let table = identifier(&name);
-                // Whoever it is by then has to be able to look.
+                // Whoever it is by then has to be able to look; and with privileges of its own it can't be moved.
                 let text = format!(
                     "begin read write; create temporary table {table} as select n from pg_catalog.generate_series(1, 5) n;
                      grant select on {table} to public; commit"
@@ -767,7 +765,7 @@ impl Restless {
             56 if self.rarely() => {
                 let name = self.name();
                 let text = format!(
-                    "declare {} cursor with hold for select pg_catalog.generate_series(1, 1000)",
+                    "declare {} scroll cursor with hold for select pg_catalog.generate_series(1, 1000)",
                     identifier(&name)
                 );
                 self.run(&text).await?;

@@ -15,6 +15,7 @@ use super::preflight::Finding;
 use crate::config::{Config, Stragglers};
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
+use crate::pg::temporary::{Sizes, query};
 use crate::pg::{Client, Purpose, Side, borrow};
 use crate::proxy::gate::{Gate, SessionId, SessionView, UNSEEN_SETTINGS};
 
@@ -217,14 +218,13 @@ async fn temporary(config: &Config, client: &Client, pids: &[i32]) -> Result<Vec
     if schemas.is_empty() {
         return Ok(Vec::new());
     }
-    let objects = concat!(
-        "with temporary as materialized (",
-        include_str!("../pg/sql/temporary_relations.sql"),
-        ")\n",
-        include_str!("../pg/sql/sessions_temporary.sql")
-    );
+    let sizes = match rows[0].get("files") {
+        true => Sizes::Files,
+        false => Sizes::Unknown,
+    };
+    let objects = query(sizes, include_str!("../pg/sql/sessions_temporary.sql"));
     let namespaces: Vec<u32> = schemas.keys().copied().collect();
-    let rows = client.query(objects, &[&namespaces, &false]).await?;
+    let rows = client.query(&objects, &[&namespaces]).await?;
     let mut pins = Vec::new();
     for (namespace, (pid, schema)) in &schemas {
         let own = || rows.iter().filter(|row| row.get::<_, u32>("namespace") == *namespace);

@@ -7,6 +7,7 @@ pub mod features;
 pub mod oid_counter;
 pub mod origin;
 pub mod pool;
+pub mod temporary;
 
 use std::fmt;
 use std::str::FromStr;

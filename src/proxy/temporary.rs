@@ -3,6 +3,7 @@
 //! They are made on the standby while the session is held, or before, as their owners, from what the catalogs say of them
 //! (`pg/sql/temporary_objects.sql`), and filled by COPY. The fence's event trigger knows such a statement by how it begins.
 
+use crate::pg::temporary::{Sizes, query};
 use crate::proxy::server::ServerConn;
 use crate::proxy::transfer::{
     LOCK_LIMIT, PORTAL, STATE, TransferError, put_begin, put_begin_with, put_end, put_statement, transact,
@@ -50,15 +51,8 @@ pub(super) const SETTINGS: &[u8] = b"select pg_catalog.set_config('search_path',
     pg_catalog.set_config('standard_conforming_strings', 'on', true), pg_catalog.set_config('lc_monetary', 'C', true), \
     pg_catalog.set_config('array_nulls', 'on', true), pg_catalog.set_config('xmloption', 'content', true)";
 
-/// `oid[]` and `bool`.
-const OIDS_AND_BOOL: [u32; 2] = [1028, 16];
-const OBJECTS: &[u8] = concat!(
-    "with temporary as materialized (",
-    include_str!("../pg/sql/temporary_relations.sql"),
-    ")\n",
-    include_str!("../pg/sql/temporary_objects.sql")
-)
-.as_bytes();
+/// `oid[]`.
+const OIDS: u32 = 1028;
 
 impl Temporary {
     /// True if there is nothing.
@@ -73,8 +67,9 @@ impl Temporary {
         put_begin(&mut out);
         put_statement(&mut out, SETTINGS);
         put_statement(&mut out, LOCK_LIMIT);
-        message::put_parse(&mut out, STATE, OBJECTS, &OIDS_AND_BOOL);
-        message::put_run(&mut out, PORTAL, STATE, &[&[b"{", schema, b"}"].concat(), b"true"]);
+        let objects = query(Sizes::Own, include_str!("../pg/sql/temporary_objects.sql"));
+        message::put_parse(&mut out, STATE, objects.as_bytes(), &[OIDS]);
+        message::put_run(&mut out, PORTAL, STATE, &[&[b"{", schema, b"}"].concat()]);
         put_end(&mut out, b"rollback");
         let answer = transact(conn, &out, "its temporary objects can't be read").await?;
         let mut temporary = Temporary::default();

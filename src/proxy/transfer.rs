@@ -156,7 +156,7 @@ impl State {
             .collect();
         for (name, value, _) in pairs(&self.kept, false) {
             let known = conn.parameters.get(name).is_some_and(|now| now == value);
-            if !known && !settings.iter().any(|(set, ..)| set.eq_ignore_ascii_case(name)) {
+            if !known && !self.settings.iter().any(|(set, _)| set.eq_ignore_ascii_case(name)) {
                 settings.insert(0, (name, value, false));
             }
         }
@@ -1025,10 +1025,19 @@ async fn set_encoding(conn: &mut ServerConn, state: &State) -> Result<(), Transf
         || !state.temporary.is_empty()
         || !state.cursors.is_empty()
         || state.statements.iter().flat_map(|s| &s.types).any(named);
-    let first = state.settings.first().filter(|(name, _)| name == b"client_encoding");
-    let (true, Some((name, value))) = (wanted, first) else {
+    let is_it = |pair: &&Pair| pair.0 == b"client_encoding";
+    // Set in the session, or given to its login in a way that a new one does not have.
+    let encoding = state
+        .settings
+        .first()
+        .filter(is_it)
+        .or_else(|| state.kept.iter().find(is_it));
+    let (true, Some((name, value))) = (wanted, encoding) else {
         return Ok(());
     };
+    if conn.parameters.get(name) == Some(value) {
+        return Ok(());
+    }
     const SET: &[u8] = b"pgflip:encoding";
     let mut out = Vec::new();
     message::put_parse(&mut out, SET, b"select pg_catalog.set_config($1, $2, false)", &[25, 25]);

@@ -7,7 +7,8 @@ select case s.source when 'session' then 'setting' else 'default' end, s.name, p
        null::pg_catalog.text, null::pg_catalog.text
   from pg_catalog.pg_settings s
  where (s.source OPERATOR(pg_catalog.=) 'session' and s.context OPERATOR(pg_catalog.<>) 'internal'
-        or s.context OPERATOR(pg_catalog.=) 'user'
+        -- The client's encoding is what the client knows of it.
+        or s.context OPERATOR(pg_catalog.=) 'user' and s.name OPERATOR(pg_catalog.<>) 'client_encoding'
            and (s.source OPERATOR(pg_catalog.=) any (array['database', 'user', 'database user'])
                 or s.source OPERATOR(pg_catalog.<>) 'client'
                    and exists (select from pg_catalog.pg_db_role_setting d, pg_catalog.unnest(d.setconfig) c (setting)

@@ -1,5 +1,5 @@
 -- What sessions have in their temporary schemas, as far as it is seen from outside, without waiting for anybody's lock.
--- Behind `with temporary as materialized (temporary_relations.sql)`. $1: the schemas. Columns: namespace, name, bytes (null:
+-- Behind temporary_relations.sql. $1: the schemas. Columns: namespace, name, bytes (null:
 -- not known), obstacle (why it can't be moved; null: as far as is seen it can). Servers 16 and later.
 select t.relnamespace as namespace, t.relname::text as name, t.bytes, t.obstacle from temporary t
 union all

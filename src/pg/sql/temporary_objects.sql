@@ -1,8 +1,7 @@
--- What makes a session's temporary tables, sequences and views anew. Behind `with temporary as materialized
--- (temporary_relations.sql)`, in a session of the client's with search_path pg_catalog, pg_temp. Columns: namespace, name,
--- plain (the name unquoted), owner (quoted), part ('sequence', 'table', 'index', 'view', 'owned': in the order in which they
--- are made), statement, columns (of a table, to copy), bytes, obstacle (why it can't be made anew; null: it can). Servers 13
--- and later.
+-- What makes a session's temporary tables, sequences and views anew. Behind temporary_relations.sql, in a session of the
+-- client's with search_path pg_catalog, pg_temp. Columns: namespace, name, plain (the name unquoted), owner (quoted), part
+-- ('sequence', 'table', 'index', 'view', 'owned': in the order in which they are made), statement, columns (of a table, to
+-- copy), bytes, obstacle (why it can't be made anew; null: it can). Servers 13 and later.
 , sequences as materialized (
     select t.oid, format('%s increment by %s minvalue %s maxvalue %s start with %s cache %s%s', t.name, s.seqincrement,
                          s.seqmin, s.seqmax, s.seqstart, s.seqcache, case when s.seqcycle then ' cycle' else '' end) as options,

@@ -1,5 +1,5 @@
--- Temporary tables, sequences and views. $1: OIDs of their schemas. $2: asked in the session itself, whose tables nobody else
--- locks; from outside sizes are those of files. Columns: what temporary_objects.sql says. Part of it and of sessions_temporary.sql.
+-- Temporary tables, sequences and views. $1: OIDs of their schemas. Their sizes: src/pg/temporary.rs. What temporary_objects.sql and
+-- sessions_temporary.sql stand on.
 select c.oid, c.relname, c.relkind, c.reloptions, c.relnamespace, n.nspname,
        quote_ident(pg_get_userbyid(c.relowner)) as owner, 'pg_temp.' || quote_ident(c.relname) as name,
        size.bytes,
@@ -39,12 +39,5 @@ select c.oid, c.relname, c.relkind, c.reloptions, c.relnamespace, n.nspname,
        end as obstacle
   from pg_class c
   join pg_namespace n on n.oid = c.relnamespace
-  cross join lateral (
-       select case when c.relkind not in ('r', 'S') then 0
-                   when $2 then pg_table_size(c.oid)
-                   when has_function_privilege('pg_stat_file(text, boolean)', 'execute')
-                   then (pg_stat_file(pg_relation_filepath(c.oid), true)).size end as bytes,
-              case when $2 then pg_relation_size(c.oid)
-                   when has_function_privilege('pg_stat_file(text, boolean)', 'execute')
-                   then (pg_stat_file(pg_relation_filepath(c.oid), true)).size end as rows) size
+  cross join lateral ({sizes}) size
  where c.relnamespace = any ($1) and c.relkind not in ('i', 'I', 't')
