@@ -1082,7 +1082,7 @@ async fn live(rig: Arc<Rig>, number: u64, told: Arc<Told>, stop: Arc<AtomicBool>
             while !stop.load(Ordering::Relaxed) {
                 session.change().await?;
                 // Some of them are idle when they are read ahead, and change before they are held.
-                let idle = if number % 2 == 0 { 0..50 } else { 50..500 };
+                let idle = if number.is_multiple_of(2) { 0..50 } else { 50..500 };
                 let idle = session.random.random_range(idle);
                 tokio::time::sleep(Duration::from_millis(idle)).await;
                 if session.verify().await? {

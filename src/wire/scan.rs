@@ -327,9 +327,8 @@ impl Replies {
                     }
                 }
                 b'S' => {
-                    if self.parameter(&part) && !requests.unnamed.body.is_ascii() {
-                        requests.unnamed.confirmed = false;
-                    }
+                    let recoded = self.parameter(&part);
+                    requests.unnamed.confirmed &= !recoded || requests.unnamed.body.is_ascii();
                 }
                 b'G' if part.first => {
                     self.copy_in = true;
