@@ -4,18 +4,35 @@
 //! ```text
 //! cargo bench --bench flip -- --flips 20 --clients 32 --blue 16 --green 18
 //! cargo bench --bench flip -- --tables 2000 --noise on --only pgflip
+//! cargo bench --bench flip -- --idle 500 --only pgflip
 //! ```
 
 mod by_hand;
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use by_hand::ByHand;
 use common::{Outcome, PgBouncer, argument, at, median};
 use pgflip::demo::cluster::{self, Cluster, Options};
 use pgflip::demo::ledger::{App, Ledger, Load, Report, Shape, Style};
 use pgflip::demo::sidecar::{Setup, Sidecar};
+use serde_json::Value;
+
+/// What each idle session has set.
+const SETTINGS: [(&str, &str); 4] = [
+    ("application_name", "idle"),
+    ("work_mem", "7MB"),
+    ("search_path", "public, pg_catalog"),
+    ("app.tenant", "it's 42"),
+];
+/// And prepared.
+const STATEMENTS: [&str; 4] = [
+    "SELECT $1::int4 + 1",
+    "SELECT balance FROM accounts WHERE id = $1",
+    "UPDATE tellers SET balance = balance + $1 WHERE id = $2",
+    "INSERT INTO history (kind, ledger, delta) VALUES ($1, $2, $3)",
+];
 
 /// Between two flips.
 const PAUSE: Duration = Duration::from_millis(1_500);
@@ -43,10 +60,14 @@ async fn main() -> Outcome<()> {
     let (flips, clients): (usize, usize) = (argument("flips", 20)?, argument("clients", 32)?);
     let (from, to): (u32, u32) = (argument("blue", 16)?, argument("green", 18)?);
     let noise = argument("noise", "off".to_owned())? == "on";
+    let idle: usize = argument("idle", 0)?;
     let only_pgflip = argument("only", String::new())? == "pgflip";
     let start = |version: u32, name: &str| {
         // Otherwise a subscription's worker comes back only 5 s after its last start, and flips have to wait for that.
         let mut options = Options::named(name).setting("wal_retrieve_retry_interval", "200ms");
+        // One for each session, and one more of each in a flip.
+        let connections = 100 + 2 * (clients + idle);
+        options = options.setting("max_connections", &connections.to_string());
         if noise {
             for (name, value) in EAGER_AUTOVACUUM {
                 options = options.setting(name, value);
@@ -101,32 +122,22 @@ async fn main() -> Outcome<()> {
         true => vec![Noise::start(&blue).await?, Noise::start(&green).await?],
         false => Vec::new(),
     };
-    let (mut held, mut whole, mut stalls) = (Vec::new(), Vec::new(), Vec::new());
-    let mut windows = Vec::new();
-    for n in 0..flips {
-        let direction = if n % 2 == 0 { "cutover" } else { "rollback" };
-        ledger.lap();
-        let said = sidecar.run(&[direction]).await?;
-        let result = said.result();
-        if said.code != Some(0) {
-            return Err(format!("{direction} {n}: {}{}\n{}", said.out, said.err, sidecar.log_tail(40)).into());
+    let mut done = 0;
+    flip(&sidecar, &ledger, "pgflip, flips", flips, &mut done).await?;
+    if idle > 0 {
+        let mut sessions = Vec::new();
+        for _ in 0..idle {
+            sessions.push(Idle::new(&app.url(sidecar.port())).await?);
         }
-        let (Some(held_ms), Some(drain_ms)) = (result["held_ms"].as_f64(), result["drain_ms"].as_f64()) else {
-            return Err(format!("{direction} {n} does not say how long it held: {result}").into());
-        };
-        held.push(held_ms - drain_ms);
-        whole.push(held_ms);
-        windows.push(result["window_ms"].as_f64().unwrap_or(f64::NAN));
-        progress(&ledger).await?;
-        stalls.push(ledger.lap().longest_ms);
-        tokio::time::sleep(PAUSE).await;
+        let what = format!("pgflip, {idle} idle sessions beside");
+        flip(&sidecar, &ledger, &what, flips, &mut done).await?;
+        for session in &sessions {
+            session.verify().await?;
+        }
     }
-    line("pgflip, flips: held beyond the drain", &held, &stalls);
-    line("pgflip, flips: held with the drain", &whole, &stalls);
-    line("pgflip, flips: the window", &windows, &stalls);
     drop(noises);
     let report = before.join(ledger.stop().await);
-    let active = if flips.is_multiple_of(2) { &blue } else { &green };
+    let active = if done % 2 == 0 { &blue } else { &green };
     let verdict = report.verify(&active.connect("app").await?).await?;
     println!("the ledger after them: {verdict}");
     if !verdict.is_perfect() {
@@ -220,6 +231,96 @@ impl Noise {
 impl Drop for Noise {
     fn drop(&mut self) {
         self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+/// So many flips, there and back; what clients felt of them is printed. `done`: flips so far.
+async fn flip(sidecar: &Sidecar, ledger: &Ledger, what: &str, flips: usize, done: &mut usize) -> Outcome<()> {
+    let (mut held, mut whole, mut windows) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut answered, mut stalls) = (Vec::new(), Vec::new());
+    for n in 0..flips {
+        let direction = if *done % 2 == 0 { "cutover" } else { "rollback" };
+        ledger.lap();
+        let said = sidecar.run(&[direction]).await?;
+        let result = said.result();
+        if said.code != Some(0) {
+            return Err(format!("{direction} {n}: {}{}\n{}", said.out, said.err, sidecar.log_tail(40)).into());
+        }
+        *done += 1;
+        let (Some(held_ms), Some(drain_ms)) = (result["held_ms"].as_f64(), result["drain_ms"].as_f64()) else {
+            return Err(format!("{direction} {n} does not say how long it held: {result}").into());
+        };
+        held.push(held_ms - drain_ms);
+        whole.push(held_ms);
+        windows.push(result["window_ms"].as_f64().unwrap_or(f64::NAN));
+        progress(ledger).await?;
+        let opened = closed_at(&said.out)? + Duration::from_secs_f64(held_ms / 1_000.0);
+        let all = ledger.all_answered(opened);
+        answered.push(all.map_or(f64::NAN, |all| all.as_secs_f64() * 1_000.0));
+        stalls.push(ledger.lap().longest_ms);
+        tokio::time::sleep(PAUSE).await;
+    }
+    line(&format!("{what}: held beyond the drain"), &held, &stalls);
+    line(&format!("{what}: held with the drain"), &whole, &stalls);
+    line(&format!("{what}: the window"), &windows, &stalls);
+    line(&format!("{what}: opening to last first answer"), &answered, &stalls);
+    Ok(())
+}
+
+/// When the gate was closed, by the events of a flip.
+fn closed_at(events: &str) -> Outcome<Instant> {
+    let events = events
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let hold = events
+        .into_iter()
+        .find(|event| event["step"] == "hold" && event["state"] == "done")
+        .ok_or("no event says when clients were held")?;
+    let at: jiff::Timestamp = hold["at"].as_str().ok_or("an event without a time")?.parse()?;
+    let ago = SystemTime::now().duration_since(SystemTime::from(at))?;
+    Ok(Instant::now() - ago)
+}
+
+/// A session that does nothing, and has something to lose.
+struct Idle {
+    client: tokio_postgres::Client,
+    statements: Vec<tokio_postgres::Statement>,
+}
+
+impl Idle {
+    async fn new(url: &str) -> Outcome<Idle> {
+        let client = cluster::connect(url).await?;
+        for (name, value) in SETTINGS {
+            client
+                .execute("SELECT set_config($1, $2, false)", &[&name, &value])
+                .await?;
+        }
+        let mut statements = Vec::new();
+        for text in STATEMENTS {
+            statements.push(client.prepare(text).await?);
+        }
+        Ok(Idle { client, statements })
+    }
+
+    /// It has what it had.
+    async fn verify(&self) -> Outcome<()> {
+        for (name, value) in SETTINGS {
+            let found: String = self
+                .client
+                .query_one("SELECT current_setting($1)", &[&name])
+                .await?
+                .get(0);
+            if found != value {
+                return Err(format!("an idle session had {name} = {value}, and has {found}").into());
+            }
+        }
+        let sum: i32 = self.client.query_one(&self.statements[0], &[&41]).await?.get(0);
+        let prepared = "SELECT count(*) FROM pg_prepared_statements WHERE name <> '' AND statement = any ($1)";
+        let prepared: i64 = self.client.query_one(prepared, &[&&STATEMENTS[..]]).await?.get(0);
+        if sum != 42 || prepared != STATEMENTS.len() as i64 {
+            return Err(format!("an idle session has {prepared} of its statements").into());
+        }
+        Ok(())
     }
 }
 

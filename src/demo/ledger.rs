@@ -340,6 +340,8 @@ struct Shared {
     measured: Mutex<(Measured, Measured, Instant)>,
     /// When each client began what it does now, in microseconds from `started` + 1; 0 while it thinks.
     busy: Vec<AtomicU64>,
+    /// When each client of [`Style::Transaction`] had the first answer of each transaction since the last [`Ledger::lap`].
+    answered: Vec<Mutex<Vec<Instant>>>,
 }
 
 impl Shared {
@@ -387,6 +389,7 @@ impl Ledger {
             started: now,
             measured: Mutex::new((Measured::default(), Measured::default(), now)),
             busy: (0..load.clients).map(|_| AtomicU64::new(0)).collect(),
+            answered: (0..load.clients).map(|_| Mutex::default()).collect(),
         });
         let clients = (0..load.clients).map(|n| {
             let worker = Worker {
@@ -418,11 +421,20 @@ impl Ledger {
     pub fn lap(&self) -> Stats {
         let mut measured = self.shared.measured.lock();
         let lap = std::mem::take(&mut measured.1);
+        self.shared.answered.iter().for_each(|of_one| of_one.lock().clear());
         let seconds = std::mem::replace(&mut measured.2, Instant::now())
             .elapsed()
             .as_secs_f64();
         drop(measured);
         lap.stats(seconds, self.shared.waiting())
+    }
+
+    /// How long after `from` the last client had its first answer. `None`: some have had none yet, or not all are of
+    /// [`Style::Transaction`]. From the last [`Ledger::lap`] on.
+    pub fn all_answered(&self, from: Instant) -> Option<Duration> {
+        let first = |of_one: &Mutex<Vec<Instant>>| of_one.lock().iter().find(|at| **at >= from).copied();
+        let firsts: Option<Vec<Instant>> = self.shared.answered.iter().map(first).collect();
+        Some(firsts?.into_iter().max()?.duration_since(from))
     }
 
     /// Waits until `more` transactions have been acknowledged from now on; false if that takes longer than `limit`.
@@ -803,6 +815,7 @@ impl Worker {
                 let delta = amount - 500;
                 let kind = if delta < 0 { "withdrawal" } else { "deposit" };
                 client.batch_execute("BEGIN").await?;
+                self.shared.answered[self.number].lock().push(Instant::now());
                 let insert =
                     "INSERT INTO ledger (id, client, seq) VALUES ($1, $2, nextval('ledger_seq')) RETURNING seq";
                 let inserted = client
