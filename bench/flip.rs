@@ -137,7 +137,7 @@ async fn main() -> Outcome<()> {
     }
     drop(noises);
     let report = before.join(ledger.stop().await);
-    let active = if done % 2 == 0 { &blue } else { &green };
+    let active = if done.is_multiple_of(2) { &blue } else { &green };
     let verdict = report.verify(&active.connect("app").await?).await?;
     println!("the ledger after them: {verdict}");
     if !verdict.is_perfect() {
@@ -239,7 +239,7 @@ async fn flip(sidecar: &Sidecar, ledger: &Ledger, what: &str, flips: usize, done
     let (mut held, mut whole, mut windows) = (Vec::new(), Vec::new(), Vec::new());
     let (mut answered, mut stalls) = (Vec::new(), Vec::new());
     for n in 0..flips {
-        let direction = if *done % 2 == 0 { "cutover" } else { "rollback" };
+        let direction = if done.is_multiple_of(2) { "cutover" } else { "rollback" };
         ledger.lap();
         let said = sidecar.run(&[direction]).await?;
         let result = said.result();
