@@ -137,12 +137,20 @@ async fn a_late_pivot(blue: u32, green: u32) {
     scene.rig.sidecar.signal(libc::SIGCONT);
     scene.hanging().await;
     assert_eq!(code(asked).await, Some(6), "in doubt");
-    let status = scene.rig.status().await;
-    assert_eq!(
-        (&status["phase"], &status["held"]),
-        (&"in_doubt".into(), &true.into()),
-        "{status}"
-    );
+    // Between two looks at the target it says that it recovers.
+    let until = Instant::now() + LIMIT;
+    loop {
+        let status = scene.rig.status().await;
+        assert_eq!(status["held"], true, "{status}");
+        if status["phase"] == "in_doubt" {
+            break;
+        }
+        assert!(
+            status["phase"] == "recovering" && Instant::now() < until,
+            "it does not say that it is in doubt: {status}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     scene.nobody_writes().await;
     scene.let_commits_through().await;
     let target = scene.source.other();
