@@ -17,13 +17,13 @@ async fn writers_are_slowed_down_until_the_standby_keeps_up_and_none_sees_an_err
     };
     let rig = Rig::new(16, 18).shape(shape).start().await;
     let owner = rig.client().await;
-    // In an apply worker a row takes 3 ms.
+    // In an apply worker a row takes 2.5 ms.
     owner
         .batch_execute(
             "create function slow_to_apply() returns bool language plpgsql as $$
              begin
                  if current_setting('session_replication_role') = 'replica' then
-                     perform pg_sleep(0.003);
+                     perform pg_sleep(0.0025);
                  end if;
                  return true;
              end $$;
@@ -35,14 +35,14 @@ async fn writers_are_slowed_down_until_the_standby_keeps_up_and_none_sees_an_err
     let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let mut writers = Vec::new();
     // More than the worker can do even on a machine that is busy, and less when they may go on for an eighth of the time.
-    for _ in 0..20 {
+    for _ in 0..30 {
         let (client, stop, written) = (rig.client().await, stop.clone(), written.clone());
         writers.push(tokio::spawn(async move {
             let insert = "insert into busy (filler) values (repeat('x', 2000))";
             while !stop.load(Ordering::SeqCst) {
                 client.batch_execute(insert).await.expect("no error reaches a client");
                 written.fetch_add(1, Ordering::SeqCst);
-                tokio::time::sleep(Duration::from_millis(12)).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }));
     }
