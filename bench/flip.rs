@@ -67,7 +67,7 @@ async fn main() -> Outcome<()> {
         let mut options = Options::named(name).setting("wal_retrieve_retry_interval", "200ms");
         // One for each session, and one more of each in a flip.
         let connections = 100 + 2 * (clients + idle);
-        options = options.setting("max_connections", &connections.to_string());
+        options = options.setting("max_connections", connections.to_string());
         if noise {
             for (name, value) in EAGER_AUTOVACUUM {
                 options = options.setting(name, value);
