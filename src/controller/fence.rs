@@ -70,6 +70,16 @@ pub struct Holder {
     pub who: String,
 }
 
+impl From<&tokio_postgres::Row> for Holder {
+    /// Of its process and of who it is.
+    fn from(row: &tokio_postgres::Row) -> Holder {
+        Holder {
+            pid: row.get(0),
+            who: row.get(1),
+        }
+    }
+}
+
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "server process {} {}", self.pid, self.who)
@@ -361,13 +371,7 @@ pub(super) async fn holders(client: &Client, tables: &[u32]) -> Vec<Holder> {
             .await
     };
     match tokio::time::timeout(Duration::from_secs(2), asked).await {
-        Ok(Ok(rows)) => {
-            let holder = |row: &tokio_postgres::Row| Holder {
-                pid: row.get(0),
-                who: row.get(1),
-            };
-            rows.iter().map(holder).collect()
-        }
+        Ok(Ok(rows)) => rows.iter().map(Holder::from).collect(),
         _ => Vec::new(),
     }
 }

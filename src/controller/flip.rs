@@ -880,7 +880,7 @@ impl Flip {
             .query(include_str!("../pg/sql/open_xids.sql"), &[&seconds, &clients, &ended])
             .await?;
         if !open.is_empty() {
-            let open: Vec<String> = open.iter().map(|row| self.named(&holder(row))).collect();
+            let open: Vec<String> = open.iter().map(|row| self.named(&Holder::from(row))).collect();
             return other(format!(
                 "transactions that have been open for longer than everybody could be held for them: {}",
                 open.join(", ")
@@ -1086,7 +1086,7 @@ impl Flip {
             let Ok(open) = database.source.query(statement, &[&seconds, &clients, &false]).await else {
                 continue;
             };
-            let open: Vec<String> = open.iter().map(|row| self.named(&holder(row))).collect();
+            let open: Vec<String> = open.iter().map(|row| self.named(&Holder::from(row))).collect();
             if !open.is_empty() {
                 let message = format!(
                     "database {}: everybody will wait for open transactions, for {:?} at most: {}",
@@ -1966,14 +1966,6 @@ impl Flip {
             "sidecars": self.sidecars,
             "left_undone": self.left_undone,
         })
-    }
-}
-
-/// A row of a pid and of who it is.
-fn holder(row: &tokio_postgres::Row) -> Holder {
-    Holder {
-        pid: row.get(0),
-        who: row.get(1),
     }
 }
 

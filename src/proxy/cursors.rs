@@ -137,17 +137,17 @@ impl Cursor {
             )));
         }
         *max -= bytes;
-        let names = answer.rows.iter().skip(1).map(|row| message::columns(row));
+        // The first is that of the settings.
+        let of_types = answer.rows.iter().skip(1).map(|row| message::columns(row));
         let columns: Option<Vec<Column>> = types
             .into_iter()
-            .zip(names)
-            .map(|((name, ..), of_type)| {
-                let of_type = of_type?;
+            .zip(of_types)
+            .map(|((name, ..), said)| {
+                let said = said?;
+                let of_type = said.first().copied().flatten()?.to_vec();
+                let column = Column { name, of_type };
                 // An array's values go through text.
-                let array = of_type.first()?.is_some_and(|name| name.ends_with(b"[]"));
-                let safe = !array || *of_type.get(1)? == Some(b"f");
-                let of_type = of_type.first().copied().flatten().filter(|_| safe)?.to_vec();
-                Some(Column { name, of_type })
+                (!column.is_array() || *said.get(1)? == Some(b"f")).then_some(column)
             })
             .collect();
         let columns = columns.filter(|columns| !columns.is_empty()).ok_or_else(|| {

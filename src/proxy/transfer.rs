@@ -327,9 +327,20 @@ impl Answer {
     fn shapes(&self) -> usize {
         self.described.iter().filter(|d| d.shape != Shape::Unknown).count()
     }
+
+    /// SQLSTATE of its error, or nothing.
+    fn code(&self) -> &[u8] {
+        self.error.as_deref().map_or(&[], |body| ErrorFields(body).code())
+    }
+
+    /// Its error, for people.
+    fn why(&self) -> String {
+        let error = self.error.as_deref();
+        error.map_or(String::new(), |body| ErrorFields(body).describe())
+    }
 }
 
-pub(super) async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<Vec<Answer>> {
+async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> io::Result<Vec<Answer>> {
     if !bytes.is_empty() {
         conn.send(bytes).await?;
     }
@@ -350,19 +361,17 @@ pub(super) async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> 
                         .collect(),
                     shape: Shape::Unknown,
                 }),
-                b'T' | b'n' => {
-                    let columns = match kind {
-                        b'T' => described_columns(&body),
-                        _ => Some(Vec::new()),
-                    };
+                b'T' => {
+                    let columns = described_columns(&body);
                     if let Some(described) = answer.described.last_mut() {
-                        described.shape = match &columns {
-                            Some(columns) if kind == b'T' => Shape::of(columns),
-                            Some(_) => Shape::NoRows,
-                            None => Shape::Unknown,
-                        };
+                        described.shape = columns.as_deref().map(Shape::of).unwrap_or_default();
                     }
                     answer.columns = columns.unwrap_or_default();
+                }
+                b'n' => {
+                    if let Some(described) = answer.described.last_mut() {
+                        described.shape = Shape::NoRows;
+                    }
                 }
                 b'D' => answer.rows.push(body),
                 b'C' => answer.tags.push(body),
@@ -388,7 +397,7 @@ pub(super) async fn ask(conn: &mut ServerConn, bytes: &[u8], batches: usize) -> 
 const BEGIN: &[u8] = b"pgflip:begin";
 const LIMITS: &[u8] = b"pgflip:limits";
 pub(super) const STATE: &[u8] = b"pgflip:state";
-pub(super) const END: &[u8] = b"pgflip:end";
+const END: &[u8] = b"pgflip:end";
 pub(super) const PORTAL: &[u8] = b"pgflip:portal";
 /// To describe a statement, or a view, takes the locks of its tables, for which somebody may have queued who waits for long.
 pub(super) const LOCK_LIMIT: &[u8] = b"select pg_catalog.set_config('lock_timeout', '200ms', true)";
@@ -416,10 +425,7 @@ pub(super) async fn harvest(
         put_begin(&mut out);
         message::put_parse(&mut out, STATE, include_bytes!("../pg/sql/session_state.sql"), &[25]);
         message::put_run(&mut out, PORTAL, STATE, &[names.as_bytes()]);
-        message::put_parse(&mut out, END, b"rollback", &[]);
-        message::put_run(&mut out, PORTAL, END, &[]);
-        close_own(&mut out);
-        message::put_sync(&mut out);
+        put_end(&mut out, b"rollback");
         let mut answers = ask(conn, &out, 2).await?;
         let state = answers.pop().expect("two were asked for");
         let described = answers.pop().expect("two were asked for");
@@ -485,11 +491,7 @@ async fn describe(
     statements: &mut [Statement],
     before: Option<&State>,
 ) -> Result<(), TransferError> {
-    let known: HashMap<&[u8], &Statement> = before
-        .iter()
-        .flat_map(|before| &before.statements)
-        .map(|statement| (statement.name.as_slice(), statement))
-        .collect();
+    let known = by_name(before);
     for statement in statements.iter_mut().filter(|s| s.shape == Shape::Unknown) {
         if let Some(known) = known.get(statement.name.as_slice())
             && known.text == statement.text
@@ -506,38 +508,31 @@ async fn describe(
         }
         let mut out = Vec::new();
         put_begin(&mut out);
-        message::put_parse(&mut out, STATE, LOCK_LIMIT, &[]);
-        message::put_run(&mut out, PORTAL, STATE, &[]);
+        put_statement(&mut out, LOCK_LIMIT);
         for statement in &left {
             message::put_describe_statement(&mut out, &statement.name);
         }
         put_end(&mut out, b"rollback");
-        let answer = ask(conn, &out, 1).await?.pop().expect("one was asked for");
+        let answer = attempt(conn, &out).await?.unwrap_or_else(|failed| failed);
         let done = answer.shapes();
-        for (statement, described) in left.iter_mut().zip(answer.described) {
-            statement.shape = described.shape;
+        for (statement, described) in left.iter_mut().zip(&answer.described) {
+            statement.shape = described.shape.clone();
         }
-        let Some(error) = &answer.error else {
+        if answer.error.is_none() {
             return match left.iter().any(|statement| statement.shape == Shape::Unknown) {
                 false => Ok(()),
                 true => Err(TransferError::Unmovable(
                     "its prepared statements can't be described: a malformed answer".into(),
                 )),
             };
-        };
-        undo(conn, answer.status).await?;
-        let refused = |what: &str| {
-            Err(TransferError::Unmovable(format!(
-                "{what}: {}",
-                ErrorFields(error).describe()
-            )))
-        };
+        }
+        let refused = |what: &str| Err(TransferError::Unmovable(format!("{what}: {}", answer.why())));
         // Before the first of them.
         if answer.binds < 3 {
             return refused("its prepared statements can't be described");
         }
         let Some(statement) = left.get_mut(done) else { continue };
-        match ErrorFields(error).code() {
+        match answer.code() {
             b"57014" if interrupted < TRIES => interrupted += 1,
             b"57014" | b"55P03" | b"40P01" => {
                 let name = String::from_utf8_lossy(&statement.name);
@@ -546,6 +541,13 @@ async fn describe(
             _ => statement.shape = Shape::Unusable,
         }
     }
+}
+
+fn by_name(state: Option<&State>) -> HashMap<&[u8], &Statement> {
+    let statements = state.into_iter().flat_map(|state| &state.statements);
+    statements
+        .map(|statement| (statement.name.as_slice(), statement))
+        .collect()
 }
 
 /// Begins a transaction that changes nothing, without the session's time limits; its first row says what they were.
@@ -609,31 +611,38 @@ pub(super) fn put_end(out: &mut Vec<u8>, how: &[u8]) {
     message::put_sync(out);
 }
 
-/// Runs one such transaction. An error is undone and named.
-pub(super) async fn transact_once(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
+/// Runs one such transaction. `Err` within: it has failed, and is undone. The row of the limits is not among its rows, unless
+/// it has failed.
+async fn attempt(conn: &mut ServerConn, batch: &[u8]) -> io::Result<Result<Answer, Answer>> {
     let mut answer = ask(conn, batch, 1).await?.pop().expect("one was asked for");
-    let Some(error) = &answer.error else {
-        // The first is that of the limits.
+    if answer.error.is_none() {
         answer.rows.drain(..answer.rows.len().min(1));
-        return Ok(answer);
-    };
+        return Ok(Ok(answer));
+    }
     undo(conn, answer.status).await?;
-    let (side, why) = (conn.side, ErrorFields(error).describe());
-    Err(TransferError::Unmovable(format!("{what} on {side}: {why}")))
+    Ok(Err(answer))
+}
+
+/// The same. An error is named.
+pub(super) async fn transact_once(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
+    let side = conn.side;
+    let failed = |failed: Answer| TransferError::Unmovable(format!("{what} on {side}: {}", failed.why()));
+    attempt(conn, batch).await?.map_err(failed)
 }
 
 /// The same, again if it was interrupted. What it does must not show when it is undone.
 pub(super) async fn transact(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
-    let mut done = transact_once(conn, batch, what).await;
     for _ in 1..TRIES {
-        match &done {
-            Err(TransferError::Unmovable(why)) if why.ends_with("(57014)") => {
-                done = transact_once(conn, batch, what).await;
+        match attempt(conn, batch).await? {
+            Ok(answer) => return Ok(answer),
+            Err(failed) if failed.code() == b"57014" => {}
+            Err(failed) => {
+                let (side, why) = (conn.side, failed.why());
+                return Err(TransferError::Unmovable(format!("{what} on {side}: {why}")));
             }
-            _ => break,
         }
     }
-    done
+    transact_once(conn, batch, what).await
 }
 
 fn close_own(out: &mut Vec<u8>) {
@@ -805,9 +814,7 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
     };
     // Before the session's own limits are set.
     if has.is_none() {
-        set_encoding(conn, state).await?;
-        state.temporary.make(conn).await?;
-        Cursor::declare(&state.cursors, conn).await?;
+        begin_anew(conn, state).await?;
     }
     listen(conn, &state.channels).await?;
     take_locks(conn, &state.locks).await?;
@@ -816,10 +823,15 @@ pub(super) async fn replay(conn: &mut ServerConn, state: &State, has: Option<&St
 
 /// The same before the drain, without what others may see.
 pub(super) async fn replay_ahead(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
+    begin_anew(conn, state).await?;
+    replay_own(conn, state, None).await
+}
+
+/// What comes first on a connection that has nothing of the session yet.
+async fn begin_anew(conn: &mut ServerConn, state: &State) -> Result<(), TransferError> {
     set_encoding(conn, state).await?;
     state.temporary.make(conn).await?;
-    Cursor::declare(&state.cursors, conn).await?;
-    replay_own(conn, state, None).await
+    Cursor::declare(&state.cursors, conn).await
 }
 
 /// Back to what the connection was after its login.
@@ -844,11 +856,7 @@ async fn discard(conn: &mut ServerConn) -> Result<(), TransferError> {
 /// What is the session's alone: settings, unless it `has` them, and statements that it has not.
 async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -> Result<(), TransferError> {
     let side = conn.side;
-    let had: HashMap<&[u8], &Statement> = has
-        .iter()
-        .flat_map(|has| &has.statements)
-        .map(|statement| (statement.name.as_slice(), statement))
-        .collect();
+    let had = by_name(has);
     let missing: Vec<&Statement> = state
         .statements
         .iter()
@@ -978,8 +986,7 @@ async fn put_stand_ins(conn: &mut ServerConn, stand_ins: &[StandIn<'_>]) -> Resu
     }
     let mut out = Vec::new();
     put_begin(&mut out);
-    message::put_parse(&mut out, STATE, STAND_IN_PATH, &[]);
-    message::put_run(&mut out, PORTAL, STATE, &[]);
+    put_statement(&mut out, STAND_IN_PATH);
     for stand_in in stand_ins {
         message::put_close_statement(&mut out, stand_in.name);
         message::put_parse(&mut out, stand_in.name, &stand_in.text, &stand_in.types);
@@ -1058,33 +1065,27 @@ async fn set_encoding(conn: &mut ServerConn, state: &State) -> Result<(), Transf
 /// its text, its parameters' types, and how often it runs with which values. Again if a time limit has hit it before the
 /// first of them. Their rows; those of `session_limits.sql` are not among them.
 async fn run_unlimited(conn: &mut ServerConn, statements: &[Own<'_>]) -> Result<Vec<Vec<u8>>, TransferError> {
-    const COMMIT: &[u8] = b"commit";
+    let mut out = Vec::new();
+    put_begin(&mut out);
+    for own in statements {
+        message::put_parse(&mut out, STATE, own.text, own.types);
+        for values in &own.runs {
+            message::put_run(&mut out, PORTAL, STATE, values);
+        }
+        message::put_close_statement(&mut out, STATE);
+    }
+    put_end(&mut out, b"commit");
     let side = conn.side;
     let mut why = String::new();
     for _ in 0..TRIES {
-        let mut out = Vec::new();
-        put_begin(&mut out);
-        for own in statements {
-            message::put_parse(&mut out, STATE, own.text, own.types);
-            for values in &own.runs {
-                message::put_run(&mut out, PORTAL, STATE, values);
+        match attempt(conn, &out).await? {
+            Ok(answer) => return Ok(answer.rows),
+            Err(failed) => {
+                why = failed.why();
+                if failed.code() != b"57014" || !failed.rows.is_empty() {
+                    break;
+                }
             }
-            message::put_close_statement(&mut out, STATE);
-        }
-        message::put_parse(&mut out, END, COMMIT, &[]);
-        message::put_run(&mut out, PORTAL, END, &[]);
-        close_own(&mut out);
-        message::put_sync(&mut out);
-        let mut answer = ask(conn, &out, 1).await?.pop().expect("one was asked for");
-        let Some(error) = &answer.error else {
-            // The first is that of the limits.
-            answer.rows.drain(..answer.rows.len().min(1));
-            return Ok(answer.rows);
-        };
-        why = ErrorFields(error).describe();
-        undo(conn, answer.status).await?;
-        if ErrorFields(error).code() != b"57014" || !answer.rows.is_empty() {
-            break;
         }
     }
     Err(TransferError::Unmovable(format!("on {side}: {why}")))
