@@ -1,8 +1,8 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
-//! `listener (here) → handshake → session ⇄ server`; `transfer` moves a session's state to the other side, `cancel`
-//! passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain whom others
-//! wait for.
+//! `listener (here) → handshake → session ⇄ server`; `transfer` moves a session's state to the other side, with `temporary`
+//! objects and `cursors` WITH HOLD, `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns`
+//! lets those through in a drain whom others wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
 //! its sockets and never leaves its thread.
