@@ -1,6 +1,6 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
-//! `listener (here) → handshake → session ⇄ server`; `transfer` moves a session's state to the other side, with `temporary`
+//! `listener (here) → handshake → session ⇄ server`; the `reactor` calls a session when its sockets are ready; `transfer` moves a session's state to the other side, with `temporary`
 //! objects and `cursors` WITH HOLD, `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns`
 //! lets those through in a drain whom others wait for.
 //!
@@ -12,6 +12,7 @@ mod client;
 mod cursors;
 pub mod gate;
 mod handshake;
+mod reactor;
 mod server;
 mod session;
 mod temporary;
@@ -145,8 +146,15 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         });
         let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let poller = reactor::Poller::new()?;
         let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(move || {
             runtime.block_on(async {
+                let driving = poller.start();
+                tokio::spawn(async move {
+                    let error = driving.await;
+                    tracing::error!(%error, "a worker's sockets can't be waited for any more: pgflip ends");
+                    std::process::abort();
+                });
                 // Ends with the thread.
                 if n == 0 {
                     tokio::spawn(turns::watch(worker.env.clone()));

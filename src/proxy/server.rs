@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use crate::config::Server;
 use crate::pg::{ConnectError, Side, Stream};
+use crate::proxy::client::ServerStream;
 use crate::wire::error::ClientError;
 use crate::wire::message::{self, ErrorFields, Pair};
 use crate::wire::scan;
@@ -31,8 +32,10 @@ pub(super) struct Login {
 }
 
 /// A logged-in server connection at its boundary.
+#[repr(C)]
 pub(super) struct ServerConn {
-    pub stream: Stream,
+    /// First, beside what a session needs for every query.
+    pub stream: ServerStream,
     pub side: Side,
     pub pid: u32,
     pub key: Vec<u8>,
@@ -97,7 +100,7 @@ pub(super) async fn open(server: &Server, login: &Login, limit: Duration) -> Res
 
 async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<ServerConn, LoginError> {
     let mut conn = ServerConn {
-        stream,
+        stream: ServerStream::new(stream)?,
         side: server.side,
         pid: 0,
         key: Vec::new(),

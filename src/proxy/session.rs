@@ -24,6 +24,7 @@ use crate::proxy::gate::{
     Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
 };
 use crate::proxy::handshake::Client;
+use crate::proxy::reactor::{self, Socket};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, Pins, State, TransferError};
 use crate::proxy::{Env, Worker, cancel};
@@ -52,6 +53,8 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take to read its last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const SCRATCH: usize = 64 << 10;
+/// How often a session may read, from each side, before others have their turn.
+const ROUNDS: usize = 32;
 const IN_THE_WAY: &str = "It was in the way of a flip, or pgflip was stopping.";
 
 thread_local! {
@@ -75,7 +78,7 @@ enum End {
 }
 
 /// What the relay stops for.
-enum Event {
+pub(super) enum Event {
     ClientGone,
     ServerGone,
     /// See [`signal`].
@@ -203,41 +206,43 @@ enum Question {
     Over,
 }
 
-struct Session {
-    env: Arc<Env>,
-    worker: Arc<Worker>,
+/// In this order: what a query needs comes first and lies together (see [`reactor`]).
+#[repr(C, align(64))]
+pub(super) struct Session {
     shared: Arc<Shared>,
-    login: Login,
+    env: Arc<Env>,
+    phase: Phase,
+    /// Nothing is sent to the server: the gate is closed, or the session goes over.
+    parked: bool,
+    /// A canceled batch: everything up to the next Sync is dropped.
+    dropping_batch: bool,
     client: crate::proxy::client::ClientStream,
-    server: ServerConn,
+    quiet: Option<Pin<Box<Sleep>>>,
     to_client: Outbox,
     to_server: Outbox,
-    requests: Requests,
-    replies: Replies,
     /// From the client, not yet sent to a server. Begins with a message's first byte.
     held: Vec<u8>,
     /// Of a message that was canceled before it had come whole: bytes still to be dropped.
     dropping: usize,
-    /// A canceled batch: everything up to the next Sync is dropped.
-    dropping_batch: bool,
-    phase: Phase,
-    /// Nothing is sent to the server: the gate is closed, or the session goes over.
-    parked: bool,
-    /// The connection made ahead of a flip.
-    ahead: Option<Opening>,
+    /// The first bytes of a notification's pid, read and not passed on.
+    cut: Vec<u8>,
     /// At the next boundary the state is read and told: see [`Session::read_ahead`].
     asked: Option<oneshot::Sender<Arc<State>>>,
+    replies: Replies,
+    requests: Requests,
+    server: ServerConn,
+    worker: Arc<Worker>,
+    login: Login,
+    /// The connection made ahead of a flip.
+    ahead: Option<Opening>,
     /// The state as it was read last, and how many requests had been sent by then: without another one it is the same.
     read: Option<(u64, Arc<State>)>,
     /// The connection with the state replayed.
     ready: Option<Ready>,
     /// One that had locks and was not used is being closed: until it is gone they are taken.
     closing: Option<JoinHandle<()>>,
-    /// The first bytes of a notification's pid, read and not passed on.
-    cut: Vec<u8>,
     /// The last hold whose drain has been answered.
     answered_hold: u64,
-    quiet: Option<Pin<Box<Sleep>>>,
     full: Option<Pin<Box<Sleep>>>,
     /// Since when the client has waited for an answer to what is held.
     waiting_since: Option<Instant>,
@@ -291,7 +296,10 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         Poll::Ready(())
     })
     .await;
-    let mut client = stream;
+    let mut client = match stream.into_ours() {
+        Ok(stream) => stream,
+        Err(error) => return tracing::warn!(%error, "a client's socket can't be waited for"),
+    };
     let mut held = Vec::new();
     let server = match first_server(&env, &shared, &mut client, &mut held, &login).await {
         Ok(server) => server,
@@ -308,7 +316,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         }
     };
     metrics::counter!("pgflip_logins_total", "result" => "ok").increment(1);
-    let mut session = Session {
+    let mut session = Box::new(Session {
         requests: Requests::new(env.config.limits.unnamed_statement_max),
         env,
         worker,
@@ -337,9 +345,9 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         idle: IdleLimit::Unknown,
         touch_at: None,
         source_gone: false,
-    };
+    });
     session.greet();
-    let end = session.relay().await;
+    let (session, end) = session.relay().await;
     registered.not_moved = matches!(end, End::NotMoved(_));
     tracing::debug!(session = session.shared.id.0, ?end, "a session ended");
     session.finish(end).await;
@@ -498,27 +506,37 @@ impl Session {
         end
     }
 
-    async fn relay(&mut self) -> End {
-        match self.relay_to_end().await {
-            Ok(never) => match never {},
-            Err(end) => end,
-        }
-    }
-
-    async fn relay_to_end(&mut self) -> Result<std::convert::Infallible, End> {
+    /// Passes bytes, and does what else there is to do, to the session's end.
+    async fn relay(mut self: Box<Self>) -> (Box<Self>, End) {
         // The first boundary.
         self.phase = Phase::Boundary;
         self.env.gate.arrived(&self.shared);
-        self.on_signals(signal::LOOK).await?;
+        if let Err(end) = self.on_signals(signal::LOOK).await {
+            return (self, end);
+        }
         loop {
-            match poll_fn(|cx| self.poll_relay(cx)).await {
-                Event::ClientGone => return Err(End::Client),
-                Event::ServerGone => return Err(End::Server),
-                Event::Protocol(what) => return Err(End::Tell(ClientError::protocol(what))),
-                Event::Signals(bits) => self.on_signals(bits).await?,
-                Event::Attention => self.park().await?,
-                Event::Settle => self.settle().await?,
+            let event;
+            (self, event) = reactor::relay(self).await;
+            let done = match event {
+                Event::ClientGone => Err(End::Client),
+                Event::ServerGone => Err(End::Server),
+                Event::Protocol(what) => Err(End::Tell(ClientError::protocol(what))),
+                Event::Signals(bits) => self.on_signals(bits).await,
+                Event::Attention => self.park().await,
+                Event::Settle => self.settle().await,
+            };
+            if let Err(end) = done {
+                return (self, end);
             }
+        }
+    }
+
+    /// One of its sockets, if it is the reactor's.
+    #[inline]
+    pub fn socket(&mut self, end: reactor::End) -> Option<&mut Socket> {
+        match end {
+            reactor::End::Client => self.client.ours(),
+            reactor::End::Server => self.server.stream.ours(),
         }
     }
 
@@ -528,8 +546,8 @@ impl Session {
     }
 
     /// Passes bytes until there is something else to do.
-    fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
-        loop {
+    pub fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        for _ in 0..ROUNDS {
             let mut progress = false;
 
             // Server to client.
@@ -585,11 +603,17 @@ impl Session {
             }
             return Poll::Pending;
         }
+        // Others have their turn.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// One read from the server. `Ok(false)`: at the boundary, and the gate wants attention.
     #[inline]
     fn poll_server(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
+        if self.server.stream.is_quiet() {
+            return Poll::Pending;
+        }
         SCRATCH_BUFFER.with_borrow_mut(|scratch| {
             let cut = self.cut.len();
             scratch[..cut].copy_from_slice(&self.cut);
@@ -653,6 +677,9 @@ impl Session {
     #[inline]
     fn poll_client(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
         if self.holds_back() {
+            return Poll::Pending;
+        }
+        if self.client.is_quiet() && self.held.is_empty() {
             return Poll::Pending;
         }
         if !self.held.is_empty() || self.dropping > 0 || self.dropping_batch {
@@ -1579,7 +1606,7 @@ impl Session {
     }
 
     /// Tells the client, ends the server's backend, and returns when that is gone.
-    async fn finish(mut self, end: End) {
+    async fn finish(mut self: Box<Self>, end: End) {
         if let Some(ahead) = self.ahead.take() {
             ahead.task.abort();
         }
@@ -1610,7 +1637,7 @@ impl Session {
             env,
             shared,
             ..
-        } = self;
+        } = *self;
         let last_words = timeout(LAST_WORDS, async move {
             let _ = poll_fn(|cx| to_client.poll_empty(cx, &mut client)).await;
             let _ = client.shutdown().await;

@@ -114,17 +114,15 @@ pub struct Unnamed {
     place: Option<(u64, u32)>,
 }
 
-/// What goes from the client to the server.
+/// What goes from the client to the server. What every request needs comes first and lies together.
+#[repr(C)]
 pub struct Requests {
     frames: Frames,
     /// Query, Sync and FunctionCall: each is answered by one ReadyForQuery (but see [`Replies::uncertain`]).
     pub sent: u64,
+    parses_in_batch: u32,
     /// Extended messages have been sent since the last Sync.
     pub batch_open: bool,
-    parses_in_batch: u32,
-    /// The last unnamed Parse.
-    pub unnamed: Unnamed,
-    unnamed_max: usize,
     capturing: bool,
     /// The client has said Terminate.
     pub goodbye: bool,
@@ -134,6 +132,9 @@ pub struct Requests {
     pub settings: SettingNames,
     /// A Parse whose header ended a read: the first byte of its body says whether it has a name. Its length.
     undecided: Option<usize>,
+    /// The last unnamed Parse.
+    pub unnamed: Unnamed,
+    unnamed_max: usize,
 }
 
 impl Requests {
@@ -233,11 +234,20 @@ impl Requests {
     }
 }
 
-/// What comes from the server.
+/// What comes from the server. What every answer needs comes first and lies together.
+#[repr(C)]
 pub struct Replies {
     frames: Frames,
     /// ReadyForQuery seen.
     pub answered: u64,
+    /// Requests that had been sent when the last ReadyForQuery came.
+    pub sent_at_ready: u64,
+    /// Of the bytes scanned last: so many at their end begin a pid that the read has cut. They are to be scanned again,
+    /// with what follows, and not to be passed on before that.
+    pub held_back: usize,
+    /// In the bytes scanned last: where the pids of NotificationResponses begin. Four bytes each.
+    pub pids: Vec<usize>,
+    parses_done: u32,
     /// The last one's status: `I`, `T` or `E`.
     pub status: u8,
     /// Between CopyInResponse and the end of that command: what the client sends is data.
@@ -245,23 +255,15 @@ pub struct Replies {
     /// Fewer answers than requests may be due: a Sync sent within COPY IN is swallowed, a Query behind a failed batch is
     /// skipped. Never more.
     pub uncertain: bool,
-    /// Requests that had been sent when the last ReadyForQuery came.
-    pub sent_at_ready: u64,
-    parses_done: u32,
-    capture: Vec<u8>,
-    /// What the client has been told by ParameterStatus.
-    pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
     /// The last message was an ErrorResponse.
     pub error_last: bool,
-    /// In the bytes scanned last: where the pids of NotificationResponses begin. Four bytes each.
-    pub pids: Vec<usize>,
-    /// Of the bytes scanned last: so many at their end begin a pid that the read has cut. They are to be scanned again,
-    /// with what follows, and not to be passed on before that.
-    pub held_back: usize,
     /// Of the NotificationResponse under way the pid is still to come.
     pid_due: bool,
     /// A LISTEN has been answered, as far as its answer was seen whole; DISCARD ALL has not been since.
     pub listens: bool,
+    /// What the client has been told by ParameterStatus.
+    pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
+    capture: Vec<u8>,
 }
 
 impl Default for Replies {

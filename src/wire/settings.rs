@@ -16,14 +16,15 @@ const NAME_MAX: usize = OVERLAP / 2;
 /// the parameters of Bind is kept, such as the name of a host or a file.
 const MAX_NAMES: usize = 10_000;
 
-/// The names one session has used.
+/// The names one session has used. What every statement needs comes first.
 #[derive(Default)]
+#[repr(C)]
 pub struct SettingNames {
-    names: BTreeSet<String>,
-    tail: Vec<u8>,
     bound: bool,
-    bind_tail: Vec<u8>,
     computed: bool,
+    tail: Vec<u8>,
+    names: BTreeSet<String>,
+    bind_tail: Vec<u8>,
 }
 
 /// What `set_config(` or SET begins.

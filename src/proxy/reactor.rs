@@ -1,0 +1,489 @@
+//! The sockets of a worker's sessions, and which of them are ready.
+//!
+//! A query passes here four times: two reads, two writes. A runtime's own way, in which readiness wakes a task that is
+//! queued, polled and asks the socket again, costs more than all that pgflip does with the bytes (`bench/README.md`). So
+//! each worker has an epoll instance of its own, hung into its runtime's, and while a session does nothing but pass bytes
+//! on ([`relay`]), it lies here, and what is ready for it calls it without a detour. For everything else, a login, a
+//! flip, an end, the session is back in its task, and its sockets wake that as any other's would.
+//!
+//! What decides is how many cache lines a query touches that the servers' own work has pushed out since the last one. So
+//! the tables here are dense, and what an event needs of a session lies together at its beginning.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::net::Shutdown;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use mio::event::Event as Ready;
+use mio::{Events, Interest, Registry, Token};
+use rustix::net::{RecvFlags, SendFlags};
+use slab::Slab;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::session::{Event, Session};
+
+/// What one `epoll_wait` takes at most.
+const EVENTS: usize = 256;
+
+const READABLE: u8 = 1;
+const WRITABLE: u8 = 2;
+/// The peer sends no more. Bytes may still be unread.
+const READ_CLOSED: u8 = 4;
+
+thread_local! {
+    static HERE: RefCell<Option<Reactor>> = const { RefCell::new(None) };
+}
+
+struct Reactor {
+    registry: Registry,
+    /// By a socket's number.
+    users: Slab<User>,
+    /// By the same number: the tasks that wait to read and to write.
+    waiting: Vec<[Option<Waker>; 2]>,
+    relays: Slab<Relay>,
+}
+
+/// Whose a socket is.
+#[derive(Clone, Copy)]
+enum User {
+    /// A task's. What the kernel has said of it and the socket not seen.
+    Task(u8),
+    /// Of the session that lies in this place.
+    Session(u32, End),
+}
+
+/// Which of a session's two sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Client,
+    Server,
+}
+
+/// A place for a session.
+enum Relay {
+    /// It lies here, with its task's waker.
+    Lies(Box<Session>, Waker),
+    /// It has been called.
+    Runs,
+    /// Its task has something to do, and until that has seen it, the session is not called.
+    Stopped(Box<(Box<Session>, Why)>),
+}
+
+enum Why {
+    Event(Event),
+    /// A defect. It is the session's alone: its task ends with it.
+    Panic(Box<dyn Any + Send>),
+}
+
+enum Io {
+    Tcp(mio::net::TcpStream),
+    Unix(mio::net::UnixStream),
+}
+
+/// A socket of a session. To be used on the thread that made it.
+pub(super) struct Socket {
+    io: Io,
+    number: u32,
+    /// What it is ready for, as far as is known.
+    ready: u8,
+    /// Its session lies in the reactor, and is called when it is ready.
+    called: bool,
+}
+
+impl Socket {
+    /// Takes over a socket from the runtime.
+    pub fn tcp(stream: TcpStream) -> io::Result<Socket> {
+        Socket::new(Io::Tcp(mio::net::TcpStream::from_std(stream.into_std()?)))
+    }
+
+    /// The same.
+    pub fn unix(stream: UnixStream) -> io::Result<Socket> {
+        Socket::new(Io::Unix(mio::net::UnixStream::from_std(stream.into_std()?)))
+    }
+
+    fn new(mut io: Io) -> io::Result<Socket> {
+        HERE.with_borrow_mut(|here| {
+            let here = here
+                .as_mut()
+                .ok_or_else(|| io::Error::other("not on a worker's thread"))?;
+            let entry = here.users.vacant_entry();
+            let (number, both) = (entry.key(), Interest::READABLE | Interest::WRITABLE);
+            match &mut io {
+                Io::Tcp(socket) => here.registry.register(socket, Token(number), both)?,
+                Io::Unix(socket) => here.registry.register(socket, Token(number), both)?,
+            }
+            entry.insert(User::Task(0));
+            if here.waiting.len() <= number {
+                here.waiting.resize_with(number + 1, Default::default);
+            }
+            Ok(Socket {
+                io,
+                number: number as u32,
+                // Until the kernel says otherwise.
+                ready: READABLE | WRITABLE,
+                called: false,
+            })
+        })
+    }
+
+    /// True once the peer has closed its side, even if unread bytes come before that, as far as is known.
+    pub fn is_read_closed(&mut self) -> bool {
+        self.hear();
+        self.ready & READ_CLOSED != 0
+    }
+
+    /// True if there is nothing to read, and the session will be called when there is.
+    #[inline]
+    pub fn is_quiet(&self) -> bool {
+        self.called && self.ready & (READABLE | READ_CLOSED) == 0
+    }
+
+    /// Takes what the kernel has said since it was looked at last.
+    fn hear(&mut self) {
+        if self.called {
+            return;
+        }
+        HERE.with_borrow_mut(|here| {
+            let user = here.as_mut().and_then(|here| here.users.get_mut(self.number as usize));
+            if let Some(User::Task(said)) = user {
+                self.ready |= std::mem::take(said);
+            }
+        });
+    }
+
+    /// Whether it is ready for one of these. If not, the task is woken when it is.
+    #[inline]
+    fn poll_ready(&mut self, any: u8, cx: &Context<'_>) -> bool {
+        self.ready & any != 0 || (!self.called && self.poll_heard(any, cx))
+    }
+
+    #[cold]
+    fn poll_heard(&mut self, any: u8, cx: &Context<'_>) -> bool {
+        self.hear();
+        if self.ready & any != 0 {
+            return true;
+        }
+        HERE.with_borrow_mut(|here| {
+            let waiting = here
+                .as_mut()
+                .and_then(|here| here.waiting.get_mut(self.number as usize));
+            let slot = &mut waiting.expect("a socket is used on its own thread")[usize::from(any & WRITABLE != 0)];
+            if !slot.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+                *slot = Some(cx.waker().clone());
+            }
+        });
+        false
+    }
+
+    // The system calls themselves: libc's wrappers look for pthread_cancel before and after each, which costs as much as
+    // all that is done with the bytes.
+    #[inline]
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let (read, _) = match &self.io {
+            Io::Tcp(socket) => rustix::net::recv(socket, into, RecvFlags::empty()),
+            Io::Unix(socket) => rustix::net::recv(socket, into, RecvFlags::empty()),
+        }?;
+        Ok(read)
+    }
+
+    #[inline]
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(match &self.io {
+            Io::Tcp(socket) => rustix::net::send(socket, bytes, SendFlags::NOSIGNAL),
+            Io::Unix(socket) => rustix::net::send(socket, bytes, SendFlags::NOSIGNAL),
+        }?)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // The descriptor is closed next, and with that leaves epoll. At the thread's end there is nothing to tidy.
+        let _ = HERE.try_with(|here| {
+            if let Ok(mut here) = here.try_borrow_mut()
+                && let Some(here) = here.as_mut()
+                && here.users.try_remove(self.number as usize).is_some()
+            {
+                here.waiting[self.number as usize] = [None, None];
+            }
+        });
+    }
+}
+
+impl AsyncRead for Socket {
+    #[inline]
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let socket = self.get_mut();
+        while socket.poll_ready(READABLE | READ_CLOSED, cx) {
+            let room = into.initialize_unfilled();
+            match socket.receive(room) {
+                Ok(read) => {
+                    // Less than there was room for: the next bytes are news, unless the end has been announced already.
+                    if read < room.len() {
+                        socket.ready &= !READABLE;
+                    }
+                    into.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.ready &= !(READABLE | READ_CLOSED),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl AsyncWrite for Socket {
+    #[inline]
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let socket = self.get_mut();
+        while socket.poll_ready(WRITABLE, cx) {
+            match socket.send(bytes) {
+                Ok(written) => {
+                    if written < bytes.len() {
+                        socket.ready &= !WRITABLE;
+                    }
+                    return Poll::Ready(Ok(written));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.ready &= !WRITABLE,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Pending
+    }
+
+    #[inline]
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(match &self.io {
+            Io::Tcp(socket) => socket.shutdown(Shutdown::Write),
+            Io::Unix(socket) => socket.shutdown(Shutdown::Write),
+        })
+    }
+}
+
+/// A worker's epoll instance, to be given to its thread.
+pub(super) struct Poller {
+    poll: mio::Poll,
+    registry: Registry,
+}
+
+impl Poller {
+    pub fn new() -> io::Result<Poller> {
+        let poll = mio::Poll::new()?;
+        let registry = poll.registry().try_clone()?;
+        Ok(Poller { poll, registry })
+    }
+
+    /// From now on this thread can have [`Socket`]s. The future returned finds what is ready and calls whom it is for. It has
+    /// to run on this thread's runtime for as long as there are any, and returns only with an error, which none recovers from.
+    pub fn start(self) -> impl Future<Output = io::Error> {
+        HERE.set(Some(Reactor {
+            registry: self.registry,
+            users: Slab::new(),
+            waiting: Vec::new(),
+            relays: Slab::new(),
+        }));
+        async move {
+            match drive(self.poll).await {
+                Ok(never) => match never {},
+                Err(error) => error,
+            }
+        }
+    }
+}
+
+async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
+    // SAFETY: `poll` owns its descriptor and never changes it; it is not taken out of the AsyncFd.
+    let mut poll = unsafe { AsyncFd::register_with_interest(poll, tokio::io::Interest::READABLE) }?;
+    let mut events = Events::with_capacity(EVENTS);
+    loop {
+        // Before it is asked: what comes after that makes it ready anew.
+        poll.readable_mut().await?.clear_ready();
+        loop {
+            match poll.get_mut().poll(&mut events, Some(Duration::ZERO)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            let mut taken = 0;
+            for ready in &events {
+                deliver(ready);
+                taken += 1;
+            }
+            if taken < EVENTS {
+                break;
+            }
+        }
+    }
+}
+
+/// Notes what is ready, and calls or wakes whom it is for.
+#[inline]
+fn deliver(ready: &Ready) {
+    let mut bits = 0;
+    if ready.is_readable() || ready.is_error() {
+        bits |= READABLE;
+    }
+    if ready.is_read_closed() {
+        bits |= READABLE | READ_CLOSED;
+    }
+    if ready.is_writable() || ready.is_write_closed() || ready.is_error() {
+        bits |= WRITABLE;
+    }
+    let called = HERE.with_borrow_mut(|here| {
+        let here = here.as_mut()?;
+        let number = ready.token().0;
+        match here.users.get_mut(number)? {
+            User::Session(place, end) => {
+                let relay = here.relays.get_mut(*place as usize)?;
+                match std::mem::replace(relay, Relay::Runs) {
+                    Relay::Lies(session, waker) => return Some((*place, *end, session, waker)),
+                    Relay::Stopped(mut stopped) => {
+                        hear(&mut stopped.0, *end, bits);
+                        *relay = Relay::Stopped(stopped);
+                    }
+                    Relay::Runs => {}
+                }
+            }
+            User::Task(said) => {
+                *said |= bits;
+                for (bit, slot) in [READABLE, WRITABLE].iter().zip(&mut here.waiting[number]) {
+                    if bits & bit != 0
+                        && let Some(waker) = slot.take()
+                    {
+                        waker.wake();
+                    }
+                }
+            }
+        }
+        None
+    });
+    let Some((place, end, mut session, waker)) = called else {
+        return;
+    };
+    hear(&mut session, end, bits);
+    // A session that panics takes no other with it.
+    let mut cx = Context::from_waker(&waker);
+    let why = match catch_unwind(AssertUnwindSafe(|| session.poll_relay(&mut cx))) {
+        Ok(Poll::Pending) => None,
+        Ok(Poll::Ready(event)) => Some(Why::Event(event)),
+        Err(panic) => Some(Why::Panic(panic)),
+    };
+    let after = match why {
+        None => Relay::Lies(session, waker),
+        Some(why) => {
+            waker.wake();
+            Relay::Stopped(Box::new((session, why)))
+        }
+    };
+    HERE.with_borrow_mut(|here| {
+        let relay = here.as_mut().and_then(|here| here.relays.get_mut(place as usize));
+        *relay.expect("only its task takes it away, and that does not run now") = after;
+    });
+}
+
+#[inline]
+fn hear(session: &mut Session, end: End, bits: u8) {
+    if let Some(socket) = session.socket(end) {
+        socket.ready |= bits;
+    }
+}
+
+/// Has the session pass bytes until there is something else to do. If the future is dropped, the session is.
+pub(super) fn relay(session: Box<Session>) -> Relaying {
+    Relaying(Place::Task(session))
+}
+
+/// See [`relay`].
+pub(super) struct Relaying(Place);
+
+/// Where a session is.
+enum Place {
+    /// Not in the reactor.
+    Task(Box<Session>),
+    Reactor(u32),
+    /// With whoever asked for it.
+    Nowhere,
+}
+
+impl Relaying {
+    fn take(&mut self) -> Option<(Box<Session>, Option<Why>)> {
+        let place = match std::mem::replace(&mut self.0, Place::Nowhere) {
+            Place::Task(session) => return Some((session, None)),
+            Place::Reactor(place) => place,
+            Place::Nowhere => return None,
+        };
+        let relay = HERE.try_with(|here| here.borrow_mut().as_mut()?.relays.try_remove(place as usize));
+        let (mut session, why) = match relay.ok()?? {
+            Relay::Lies(session, _) => (session, None),
+            Relay::Stopped(stopped) => (stopped.0, Some(stopped.1)),
+            Relay::Runs => return None,
+        };
+        give_to(&mut session, None);
+        Some((session, why))
+    }
+}
+
+impl Future for Relaying {
+    type Output = (Box<Session>, Event);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let (mut session, why) = self.take().expect("not polled after its end");
+        match why {
+            Some(Why::Event(event)) => return Poll::Ready((session, event)),
+            Some(Why::Panic(panic)) => resume_unwind(panic),
+            None => {}
+        }
+        if let Poll::Ready(event) = session.poll_relay(cx) {
+            return Poll::Ready((session, event));
+        }
+        let place = HERE.with_borrow_mut(|here| {
+            let here = here.as_mut().expect("sessions run on workers' threads");
+            here.relays.insert(Relay::Runs) as u32
+        });
+        give_to(&mut session, Some(place));
+        HERE.with_borrow_mut(|here| {
+            let relay = here.as_mut().and_then(|here| here.relays.get_mut(place as usize));
+            *relay.expect("just inserted") = Relay::Lies(session, cx.waker().clone());
+        });
+        self.0 = Place::Reactor(place);
+        Poll::Pending
+    }
+}
+
+impl Drop for Relaying {
+    fn drop(&mut self) {
+        // Outside of any borrow: its sockets take themselves off the list.
+        drop(self.take());
+    }
+}
+
+/// From now on the session's sockets call it, in this place, or its task.
+fn give_to(session: &mut Session, place: Option<u32>) {
+    for end in [End::Client, End::Server] {
+        let Some(socket) = session.socket(end) else { continue };
+        socket.hear();
+        socket.called = place.is_some();
+        HERE.with_borrow_mut(|here| {
+            let user = here
+                .as_mut()
+                .and_then(|here| here.users.get_mut(socket.number as usize));
+            *user.expect("listed for as long as it exists") = match place {
+                Some(place) => User::Session(place, end),
+                None => User::Task(0),
+            };
+        });
+    }
+}
