@@ -1,8 +1,9 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
-//! `listener (here) → handshake → session ⇄ server`; the `reactor` calls a session when its sockets are ready; `transfer` moves a session's state to the other side, with `temporary`
-//! objects and `cursors` WITH HOLD, `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns`
-//! lets those through in a drain whom others wait for.
+//! `listener (here) → handshake → session ⇄ server`; the `reactor` calls a session when its sockets are ready; `transfer`
+//! moves a session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers
+//! bear; `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain
+//! whom others wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
 //! its sockets and never leaves its thread.
@@ -12,6 +13,7 @@ mod client;
 mod cursors;
 pub mod gate;
 mod handshake;
+mod pace;
 mod reactor;
 mod server;
 mod session;
@@ -31,7 +33,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::{ClientTls, Config};
@@ -40,9 +42,6 @@ use crate::wire::scram;
 use gate::Gate;
 use handshake::{Arrival, Failed};
 
-/// Connections that are made ahead at once, a worker, at most: a fleet of sessions must not stampede. Each costs the servers
-/// some tens of milliseconds of CPU time, which clients feel and nobody waits for.
-const OPENING_AT_ONCE: u32 = 8;
 /// Connections the kernel keeps for us, a worker.
 const BACKLOG: i32 = 1024;
 
@@ -66,44 +65,8 @@ struct Tls {
 /// What the sessions of one thread share.
 struct Worker {
     env: Arc<Env>,
-    opening: Opening,
-}
-
-/// Whose turn it is to make a connection ahead.
-struct Opening {
-    permits: Semaphore,
-    waiting: AtomicUsize,
-}
-
-impl Default for Opening {
-    fn default() -> Opening {
-        Opening {
-            permits: Semaphore::new(OPENING_AT_ONCE as usize),
-            waiting: AtomicUsize::new(0),
-        }
-    }
-}
-
-impl Opening {
-    /// Waits for a turn. May be cancelled.
-    async fn turn(&self) -> SemaphorePermit<'_> {
-        struct Waits<'a>(&'a AtomicUsize);
-        impl Drop for Waits<'_> {
-            fn drop(&mut self) {
-                self.0.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-        // The fewer there are, the less need anybody notice.
-        let at_once = match self.waiting.fetch_add(1, Ordering::Relaxed) {
-            0..8 => 1,
-            8..32 => 2,
-            32..128 => 4,
-            _ => OPENING_AT_ONCE,
-        };
-        let _waits = Waits(&self.waiting);
-        let share = OPENING_AT_ONCE / at_once;
-        self.permits.acquire_many(share).await.expect("never closed")
-    }
+    opening: pace::Opening,
+    left: Arc<pace::Left>,
 }
 
 /// The running data plane.
@@ -142,7 +105,8 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     for (n, listener) in listeners.into_iter().enumerate() {
         let worker = Arc::new(Worker {
             env: env.clone(),
-            opening: Opening::default(),
+            opening: pace::Opening::default(),
+            left: Arc::default(),
         });
         let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

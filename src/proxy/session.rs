@@ -24,6 +24,7 @@ use crate::proxy::gate::{
     Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
 };
 use crate::proxy::handshake::Client;
+use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::reactor::{self, Socket};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, Pins, State, TransferError};
@@ -48,8 +49,6 @@ const FULL_LOOK: Duration = Duration::from_millis(250);
 const QUIET: Duration = Duration::from_millis(20);
 /// How long the rest of a message that has come in part may take.
 const REST_OF_MESSAGE: Duration = Duration::from_millis(250);
-/// How long a server may take to close a connection that was told to end, before it is dropped.
-const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client may take to read its last words.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 const SCRATCH: usize = 64 << 10;
@@ -1488,7 +1487,7 @@ impl Session {
         self.cut.clear();
         let old = std::mem::replace(&mut self.server, conn);
         self.read = None;
-        tokio::spawn(old.close(CLOSE_LIMIT, true));
+        self.worker.left.close(old);
         // Only what differs in the end, before the first answer of the new server.
         for (name, value) in &self.server.parameters {
             if self.replies.parameters.get(name) != Some(value) {
@@ -1698,6 +1697,7 @@ async fn make_ahead(
     let limit = env.config.limits.server_connect_timeout;
     let open = async || server::open(env.config.server(to), &login, limit).await;
     let made = async {
+        worker.left.gone().await;
         let mut turn = Some(worker.opening.turn().await);
         let mut conn = open().await?;
         // Read ahead as well, so that the drain finds them.

@@ -1,0 +1,111 @@
+//! Server connections of a whole fleet of sessions are not made and not closed all at once: each costs the servers
+//! milliseconds of CPU time, which clients would feel and nobody waits for.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
+use tokio::time::{sleep, timeout};
+
+use crate::proxy::server::ServerConn;
+
+/// Connections that are made ahead at once, a worker, at most.
+const OPENING_AT_ONCE: u32 = 8;
+/// How long a connection that a flip has left stays open: until then its server has first answers to give.
+const LINGER: Duration = Duration::from_millis(500);
+/// Those left together close so far apart.
+const APART: Duration = Duration::from_millis(4);
+/// How long a server may take to close a connection that was told to end, before it is dropped.
+pub(super) const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+/// How long those that are to be made wait for those that were left to be gone.
+const GONE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Whose turn it is to make a connection ahead.
+pub(super) struct Opening {
+    permits: Semaphore,
+    waiting: AtomicUsize,
+}
+
+impl Default for Opening {
+    fn default() -> Opening {
+        Opening {
+            permits: Semaphore::new(OPENING_AT_ONCE as usize),
+            waiting: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl Opening {
+    /// Waits for a turn. May be cancelled.
+    pub async fn turn(&self) -> SemaphorePermit<'_> {
+        struct Waits<'a>(&'a AtomicUsize);
+        impl Drop for Waits<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        // The fewer there are, the less need anybody notice.
+        let at_once = match self.waiting.fetch_add(1, Ordering::Relaxed) {
+            0..8 => 1,
+            8..32 => 2,
+            32..128 => 4,
+            _ => OPENING_AT_ONCE,
+        };
+        let _waits = Waits(&self.waiting);
+        let share = OPENING_AT_ONCE / at_once;
+        self.permits.acquire_many(share).await.expect("never closed")
+    }
+}
+
+/// Connections that a flip has left.
+pub(super) struct Left {
+    open: watch::Sender<usize>,
+    /// Somebody wants their places.
+    hurry: Arc<Notify>,
+}
+
+impl Default for Left {
+    fn default() -> Left {
+        Left {
+            open: watch::Sender::new(0),
+            hurry: Arc::default(),
+        }
+    }
+}
+
+impl Left {
+    /// Closes a connection whose session has gone over, when clients don't feel it any more.
+    pub fn close(self: &Arc<Left>, conn: ServerConn) {
+        struct Open(Arc<Left>);
+        impl Drop for Open {
+            fn drop(&mut self) {
+                self.0.open.send_modify(|open| *open -= 1);
+            }
+        }
+        let mut before = 0;
+        self.open.send_modify(|open| {
+            before = *open;
+            *open += 1;
+        });
+        let open = Open(self.clone());
+        let hurry = self.hurry.clone().notified_owned();
+        tokio::spawn(async move {
+            let linger = LINGER + APART * u32::try_from(before).unwrap_or(u32::MAX);
+            tokio::select! {
+                () = sleep(linger) => {}
+                () = hurry => {}
+            }
+            conn.close(CLOSE_LIMIT, true).await;
+            drop(open);
+        });
+    }
+
+    /// Has them closed now, and waits until they are, but not for long: who makes connections for the next flip needs their
+    /// places in `max_connections`.
+    pub async fn gone(&self) {
+        self.hurry.notify_waiters();
+        let mut open = self.open.subscribe();
+        let _ = timeout(GONE_LIMIT, open.wait_for(|open| *open == 0)).await;
+    }
+}
