@@ -95,6 +95,18 @@ impl Stop {
             findings: Vec::new(),
         }
     }
+
+    /// The same, with something else to do about it.
+    fn with_next(self, next: &str) -> Stop {
+        match self {
+            Stop::NoGo { what, findings, .. } => Stop::NoGo {
+                what,
+                next: next.to_owned(),
+                findings,
+            },
+            other => other,
+        }
+    }
 }
 
 impl From<StateError> for Stop {
@@ -109,6 +121,10 @@ impl From<StateError> for Stop {
 /// What to do about tables that can't be locked.
 const LOCKED_NEXT: &str = "Let those transactions end, or flip with `--stragglers terminate`, which ends who keeps a table locked \
                            for flip.drain_timeout (57P01). flip.arm_timeout says for how long it is tried.";
+
+/// What to do where somebody is in the way of a rehearsal whom the flip would end.
+const SPARED: &str = "Nothing, if they may be ended: a rehearsal ends nobody, the flip itself ends them with 57P01 and goes on. To \
+                      rehearse the rest as well, let them end what they do.";
 
 impl From<FenceError> for Stop {
     fn from(error: FenceError) -> Stop {
@@ -947,8 +963,13 @@ impl Flip {
     async fn arm(&mut self) -> Result<(), Stop> {
         self.armed = true;
         let (source, regime, epoch) = (self.source, self.regime, self.attempt.epoch);
+        let (end_holders, locked_next) = match self.stragglers {
+            Stragglers::Unwind => (None, LOCKED_NEXT),
+            Stragglers::Terminate if self.rehearse => (None, SPARED),
+            Stragglers::Terminate => (Some(self.config.flip.drain_timeout), LOCKED_NEXT),
+        };
         let limits = fence::Limits {
-            end_holders: (self.stragglers == Stragglers::Terminate).then_some(self.config.flip.drain_timeout),
+            end_holders,
             ..fence::Limits::from(&self.config.flip)
         };
         let this = &*self;
@@ -970,7 +991,7 @@ impl Flip {
                             database.name,
                             locked.named(|holder| this.named(holder))
                         ),
-                        LOCKED_NEXT,
+                        locked_next,
                     ),
                     other => other.into(),
                 })?;
@@ -1116,15 +1137,19 @@ impl Flip {
         let mine: Vec<Obstacle> = drained.stragglers.into_iter().chain(drained.unmovable).collect();
         let in_the_way: Vec<Obstacle> = mine.iter().cloned().chain(theirs).collect();
         if !in_the_way.is_empty() {
+            let stop = obstructed(
+                (
+                    "does not reach its boundary or can't be moved",
+                    "do not reach their boundary or can't be moved",
+                ),
+                &in_the_way,
+            );
             match self.stragglers {
-                Stragglers::Unwind => {
-                    return Err(obstructed(
-                        (
-                            "does not reach its boundary or can't be moved",
-                            "do not reach their boundary or can't be moved",
-                        ),
-                        &in_the_way,
-                    ));
+                Stragglers::Unwind => return Err(stop),
+                Stragglers::Terminate if self.rehearse => {
+                    let message = format!("sessions that the flip itself would end: {}", in_the_way.len());
+                    self.operation.event("drain", "info", message, json!(in_the_way));
+                    return Err(stop.with_next(SPARED));
                 }
                 Stragglers::Terminate => self.terminate(&mine, &in_the_way).await?,
             }

@@ -94,7 +94,7 @@ pub struct Force;
 pub struct FlipRequest {
     /// Which way.
     pub direction: Direction,
-    /// Run to the pivot, then unwind.
+    /// Run to the pivot, then unwind. Ends no session, whatever is said of stragglers.
     pub rehearse: bool,
     /// The source is dead (or the target of an attempt in doubt is): go on without it.
     pub force: Option<Force>,
