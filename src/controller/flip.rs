@@ -1804,18 +1804,10 @@ impl Flip {
                 self.operation.event(name, state, message, took);
             }
         }
-        let completed = json!({ "from": self.source, "to": self.target });
-        let carrier = &self.databases[0].target;
-        if let Err(error) = state::history(
-            &**carrier,
-            self.attempt.epoch + 1,
-            self.attempt.id,
-            "flipped",
-            completed,
-        )
-        .await
+        if let Err(Stop::Broken(why) | Stop::Superseded(why) | Stop::NoGo { what: why, .. }) =
+            self.note_completed().await
         {
-            tracing::debug!(%error, "the history could not be written");
+            tracing::debug!(why, "the history could not be written");
         }
         let result = self.result("completed");
         Ended {
@@ -1823,6 +1815,13 @@ impl Flip {
             result,
             traffic: self.traffic.clone(),
         }
+    }
+
+    async fn note_completed(&mut self) -> Result<(), Stop> {
+        let (epoch, attempt) = (self.attempt.epoch + 1, self.attempt.id);
+        let completed = json!({ "from": self.source, "to": self.target });
+        self.renew_carrier().await?;
+        Ok(state::history(&*self.databases[0].target, epoch, attempt, "flipped", completed).await?)
     }
 
     /// Nobody read along while clients waited for pgflip alone.
@@ -1853,7 +1852,13 @@ impl Flip {
             Forward::Release => {
                 self.released();
                 self.let_others_go().await;
-                let _ = timeout(TELL_LIMIT, fleet::tell(&self.databases[0].target)).await;
+                // Who has not heard looks by itself.
+                let tell = async {
+                    self.renew_carrier().await?;
+                    fleet::tell(&self.databases[0].target).await;
+                    Ok::<_, Stop>(())
+                };
+                let _ = timeout(TELL_LIMIT, tell).await;
                 Ok(())
             }
             Forward::EnableReverse => match self.regime {
@@ -1882,6 +1887,7 @@ impl Flip {
                 self.sessions.moved = moved.moved;
                 self.sessions.ended = self.sessions.ended.max(moved.ended);
                 self.sessions.left = moved.left;
+                self.renew_carrier().await?;
                 if let Some(caller) = &self.fleet {
                     let deadline = Instant::now() + Duration::from_secs(10);
                     self.sidecars = caller.settled(&self.databases[0].target, epoch, deadline).await?;
@@ -1893,6 +1899,17 @@ impl Flip {
                 Ok(())
             }
         }
+    }
+
+    /// Another session with the target's carrier if the flip's own was ended, at the pivot for instance: what comes after
+    /// it needs the server, not that session.
+    async fn renew_carrier(&mut self) -> Result<(), Stop> {
+        let carrier = &mut self.databases[0];
+        if carrier.target.is_closed() {
+            let limit = self.config.limits.server_connect_timeout;
+            carrier.target = connect(self.config.server(self.target), &carrier.name, PURPOSE, limit).await?;
+        }
+        Ok(())
     }
 
     async fn done(&mut self) -> Result<(), Stop> {
