@@ -100,15 +100,21 @@ impl Locked {
     /// The whole of it, with holders as `name` calls them.
     pub fn named(&self, name: impl Fn(&Holder) -> String) -> String {
         let holders: Vec<String> = self.holders.iter().map(name).collect();
-        let by = match holders.is_empty() {
-            true => String::new(),
-            false => format!("; held by {}", holders.join(", ")),
-        };
         format!(
-            "{} could not be locked within {:.1} s{by}",
+            "{} could not be locked within {:.1} s{}",
             self.tables(),
-            self.after.as_secs_f64()
+            self.after.as_secs_f64(),
+            held_by(&holders)
         )
+    }
+}
+
+/// What is said of them behind the tables that they keep locked.
+pub fn held_by(holders: &[String]) -> String {
+    match holders {
+        // They have ended since, or could not be read.
+        [] => String::new(),
+        holders => format!("; held by {}", holders.join(", ")),
     }
 }
 

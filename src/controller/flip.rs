@@ -789,13 +789,22 @@ impl Flip {
             }
         }
         self.easing = Some(Easing::new(self.gate.clone(), self.config.limits.hold_timeout / 2));
+        self.until_settled("settle", deadline, |database| self.unsettled(database).boxed())
+            .await
+    }
+
+    /// Looks at every database until nothing speaks against holding clients any more.
+    async fn until_settled<'a, F>(&'a self, step: &str, deadline: Instant, look: F) -> Result<(), Stop>
+    where
+        F: Fn(&'a Database) -> BoxFuture<'a, Result<Option<Unsettled>, Stop>>,
+    {
         loop {
-            let readings = try_join_all(self.databases.iter().map(|database| self.unsettled(database))).await?;
+            let readings = try_join_all(self.databases.iter().map(&look)).await?;
             let lag = readings.iter().flatten().map(|unsettled| unsettled.lag_bytes).sum();
             let Some(unsettled) = readings.into_iter().flatten().next() else {
                 return Ok(());
             };
-            self.wait_for_the_link("settle", unsettled.what, lag, deadline).await?;
+            self.wait_for_the_link(step, unsettled.what, lag, deadline).await?;
         }
     }
 
@@ -831,17 +840,15 @@ impl Flip {
     /// Arming and preparing take their time, in which the link may have fallen behind again: clients would be held for it.
     async fn still_close_behind(&self) -> Result<(), Stop> {
         let deadline = Instant::now() + self.config.flip.settle_timeout;
-        loop {
-            let close = async |database| match self.behind(database).await? {
-                None => self.marker_behind(database).await,
-                behind => Ok(behind),
-            };
-            let readings = try_join_all(self.databases.iter().map(close)).await?;
-            let lag = readings.iter().flatten().map(|unsettled| unsettled.lag_bytes).sum();
-            let Some(unsettled) = readings.into_iter().flatten().next() else {
-                return Ok(());
-            };
-            self.wait_for_the_link("prepare", unsettled.what, lag, deadline).await?;
+        self.until_settled("prepare", deadline, |database| self.not_close(database).boxed())
+            .await
+    }
+
+    /// What speaks against its being close behind.
+    async fn not_close(&self, database: &Database) -> Result<Option<Unsettled>, Stop> {
+        match self.behind(database).await? {
+            None => self.marker_behind(database).await,
+            behind => Ok(behind),
         }
     }
 
@@ -948,14 +955,11 @@ impl Flip {
     /// Says in the operation's story for whom arming waits.
     fn waits_for(&self, database: &str, locked: &Locked) {
         let holders: Vec<String> = locked.holders.iter().map(|holder| self.named(holder)).collect();
-        let message = match holders.is_empty() {
-            true => format!("database {database}: waiting for {}", locked.tables()),
-            false => format!(
-                "database {database}: waiting for {}, held by {}",
-                locked.tables(),
-                holders.join(", ")
-            ),
-        };
+        let message = format!(
+            "database {database}: waiting for {}{}",
+            locked.tables(),
+            fence::held_by(&holders)
+        );
         let data = json!({ "database": database, "tables": locked.tables, "holders": holders });
         self.operation.event("arm", "progress", message, data);
     }
