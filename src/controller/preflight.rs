@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::origin::{self, connect_with_origin};
-use crate::pg::{Client, ConnectError, Literal, Purpose, Side, borrow};
+use crate::pg::{Client, ConnectError, Ident, Literal, Purpose, Side, borrow};
 
 /// How bad a [`Finding`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -325,7 +325,15 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 let server = there.or(on(source.other()).map(|(_, client)| client));
                 let mut of_this = Vec::new();
                 contents(config, source, database, client, &mut of_this).await;
-                carried(source, client, regime, Some(true), &mut of_this).await;
+                carried(
+                    config,
+                    source,
+                    client,
+                    (regime, features[&Side::Green]),
+                    true,
+                    &mut of_this,
+                )
+                .await;
                 if let Some(server) = server {
                     target_database(source, database, client, there, server, &mut of_this).await;
                 }
@@ -564,7 +572,7 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
     if may("superuser") {
         return;
     }
-    let user = crate::pg::Ident::new(config.server(side).user.as_str());
+    let user = Ident::new(config.server(side).user.as_str());
     if !facts.create_subscription_role() {
         found.push(Finding::blocker(
             "not_superuser",
@@ -575,7 +583,7 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
         return;
     }
     let database = row.get::<_, &str>("database");
-    let here = crate::pg::Ident::new(database);
+    let here = Ident::new(database);
     if !config.databases.iter().any(|one| one == database) {
         found.push(Finding::blocker(
             "permission",
@@ -651,8 +659,16 @@ fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgre
 }
 
 /// One database of the source, apart from what only matters once: its tables' replica identities and what no link
-/// carries. `starting`: before `replication start` rather than before a flip.
-async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<bool>, found: &mut Vec<Finding>) {
+/// carries. `green`: its version. `starting`: before `replication start` rather than before a flip.
+async fn carried(
+    config: &Config,
+    side: Side,
+    client: &Client,
+    (regime, green): (Regime, Features),
+    starting: bool,
+    found: &mut Vec<Finding>,
+) {
+    row_level_security(config, side, client, green, starting, found).await;
     let statement = include_str!("../pg/sql/preflight_tables.sql");
     for row in rows(&**client, statement, &[], &format!("The tables of {side}"), found).await {
         let table = links::TableName {
@@ -695,7 +711,6 @@ async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<b
     for row in rows(&**client, statement, &[], &format!("What database {side} holds"), found).await {
         kinds.entry(row.get("kind")).or_default().push(row.get("name"));
     }
-    let starting = starting.unwrap_or(false);
     for (kind, names) in &kinds {
         let named = list(names);
         match kind.as_str() {
@@ -775,7 +790,54 @@ async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<b
     }
 }
 
-/// What matters once, before the schema is copied.
+/// Tables that row level security keeps a link from carrying.
+async fn row_level_security(
+    config: &Config,
+    side: Side,
+    client: &Client,
+    green: Features,
+    starting: bool,
+    found: &mut Vec<Finding>,
+) {
+    let statement = include_str!("../pg/sql/preflight_rls.sql");
+    for row in rows(
+        &**client,
+        statement,
+        &[],
+        &format!("Row level security on {side}"),
+        found,
+    )
+    .await
+    {
+        let table = links::TableName {
+            schema: row.get("schema"),
+            name: row.get("name"),
+        };
+        let owner = Ident::new(row.get::<_, String>("owner"));
+        if row.get("forced") && green.links_write_as_owner() {
+            found.push(Finding::blocker(
+                "forced_row_security",
+                format!("Table {table} has FORCE ROW LEVEL SECURITY, and its owner {owner} is subject to it."),
+                "From PostgreSQL 16 on a link writes as the table's owner, and the server refuses that here: the link would stop.",
+                format!(
+                    "Give it to a role that bypasses policies and that no client logs in as: CREATE ROLE … BYPASSRLS; ALTER TABLE \
+                     {table} OWNER TO …; with what {owner} may do there granted to it. Or ALTER ROLE {owner} BYPASSRLS; if \
+                     {owner} need not obey them."
+                ),
+            ));
+        }
+        if starting && row.get("hidden") {
+            let user = Ident::new(config.server(side).user.as_str());
+            found.push(Finding::blocker(
+                "hidden_rows",
+                format!("Policies of table {table} hide rows from {user} on {side}."),
+                "They would not be copied.",
+                format!("On {side}: ALTER ROLE {user} BYPASSRLS;"),
+            ));
+        }
+    }
+}
+
 /// True unless every table of the source is known to be on the target: then nothing has to be dumped.
 async fn tables_missing(source: Option<&Client>, target: Option<&Client>) -> bool {
     let (Some(source), Some(target)) = (source, target) else {
@@ -787,6 +849,7 @@ async fn tables_missing(source: Option<&Client>, target: Option<&Client>) -> boo
     }
 }
 
+/// What matters once, before the schema is copied.
 async fn contents(config: &Config, side: Side, database: &str, client: &Client, found: &mut Vec<Finding>) {
     // A migration that pgflip knows nothing of: its objects without its schema.
     let installed = match state::read(&**client).await {
@@ -877,7 +940,7 @@ async fn target_database(
                 "The schema can't be made there.",
                 format!(
                     "On {target}: CREATE TABLESPACE {} LOCATION '…';",
-                    crate::pg::Ident::new(name.as_str())
+                    Ident::new(name.as_str())
                 ),
             ));
         }
@@ -1081,8 +1144,9 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
             }
         };
         standing(source, &from, &to, &mut of_this).await;
-        match Regime::read(&*from, &*to).await {
-            Ok(regime) => {
+        let on_green = if source == Side::Green { &from } else { &to };
+        match (Regime::read(&*from, &*to).await, Features::read(&**on_green).await) {
+            (Ok(regime), Ok(green)) => {
                 let ends = Ends {
                     source: &from,
                     target: &to,
@@ -1093,9 +1157,10 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
                     Ok(obstacles) => of_this.extend(obstacles),
                     Err(error) => of_this.push(unread("The links", error)),
                 }
-                carried(source, &from, regime, None, &mut of_this).await;
+                carried(config, source, &from, (regime, green), false, &mut of_this).await;
             }
-            Err(error) => of_this.push(unread("The servers' versions", error)),
+            (Err(error), _) => of_this.push(unread("The servers' versions", error)),
+            (_, Err(error)) => of_this.push(unread("The servers' versions", describe(&error))),
         }
         drifted(source, &from, &to, &mut of_this).await;
         types(target, &from, &to, &mut of_this).await;
