@@ -322,12 +322,15 @@ async fn make(
         }
         if let Some(patience) = end_holders.take_if(|patience| began.elapsed() >= *patience) {
             let oids: Vec<u32> = left.keys().copied().collect();
-            let ended = client
-                .query(
-                    include_str!("../pg/sql/fence_end_holders.sql"),
-                    &[&oids, &patience.as_secs_f64()],
-                )
-                .await?;
+            let statement = include_str!("../pg/sql/fence_end_holders.sql");
+            let ended = match client.query(statement, &[&oids, &patience.as_secs_f64()]).await {
+                Ok(ended) => ended,
+                // A superuser's session, and pgflip is none: who it is says more than the server's refusal.
+                Err(e) if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                    return Err(FenceError::Locked(locked(client, &left, began).await));
+                }
+                Err(e) => return Err(e.into()),
+            };
             for session in &ended {
                 let session: &str = session.get(0);
                 tracing::warn!(

@@ -20,6 +20,7 @@ pub mod operation;
 pub mod preflight;
 pub mod recovery;
 pub mod replication;
+mod rights;
 pub mod roles;
 pub mod schema;
 pub mod sequences;

@@ -11,7 +11,7 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{drift, finalized, oids, replication, roles, schema};
+use super::{drift, finalized, oids, replication, rights, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -145,7 +145,7 @@ const PURPOSE: Purpose = Purpose("preflight");
 /// How long one server may take to reach the other.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(20);
 
-fn unread(what: &str, error: impl fmt::Display) -> Finding {
+pub(super) fn unread(what: &str, error: impl fmt::Display) -> Finding {
     Finding::blocker(
         "unreadable",
         format!("{what} could not be read: {error}."),
@@ -154,7 +154,7 @@ fn unread(what: &str, error: impl fmt::Display) -> Finding {
     )
 }
 
-async fn rows<C: GenericClient>(
+pub(super) async fn rows<C: GenericClient>(
     client: &C,
     statement: &str,
     values: &[&(dyn tokio_postgres::types::ToSql + Sync)],
@@ -295,10 +295,39 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
             ));
         }
         let regime = Regime::of(*blue, *green);
+        let mut rights = BTreeMap::new();
         for side in Side::BOTH {
             let Some((_, client)) = on(side) else { continue };
-            server(config, side, source, client, features[&side], regime, &mut found).await;
+            let databases: Vec<&Client> = config
+                .databases
+                .iter()
+                .filter_map(|database| clients.get(&(side, database.as_str()))?.as_ref())
+                .collect();
+            let has = rights::look(config, side, features[&side], &databases, client, &mut found).await;
+            let known = (features[&side], regime, has.origins);
+            server(config, side, source, client, known, &mut found).await;
+            rights.insert(side, has);
         }
+        if let (Some(here), Some(there)) = (rights.get(&source), rights.get(&source.other())) {
+            let on = |side: Side| {
+                config
+                    .databases
+                    .iter()
+                    .filter_map(|database| {
+                        Some((database.as_str(), clients.get(&(side, database.as_str()))?.as_ref()?))
+                    })
+                    .collect::<Vec<_>>()
+            };
+            rights::of_roles(
+                config,
+                source,
+                (&on(source), here),
+                (&on(source.other()), there),
+                &mut found,
+            )
+            .await;
+        }
+        let may = |side: Side, what: fn(&rights::Rights) -> bool| rights.get(&side).is_none_or(what);
         let (from, to) = (features[&source], features[&source.other()]);
         let mut to_copy = false;
         for database in &config.databases {
@@ -369,15 +398,20 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 ));
                 continue;
             }
+            // Who may not subscribe is told so as of a right.
             if let (Some((here, client)), Some((there, _))) = (on(to), on(publisher))
+                && may(to, |rights| rights.subscribe)
+                && may(publisher, |rights| rights.replication)
                 && let Some(finding) = probe(config, to, here, client, there).await
             {
                 found.push(finding);
             }
         }
-    }
-    if let Some((_, client)) = on(source) {
-        credentials(source, client, &mut found).await;
+        if let Some((_, client)) = on(source)
+            && may(source, |rights| rights.verifiers)
+        {
+            credentials(source, client, &mut found).await;
+        }
     }
     found.sort_by_key(|finding| finding.severity);
     found
@@ -413,14 +447,13 @@ fn alter_system(name: &str, value: impl fmt::Display) -> String {
     format!("ALTER SYSTEM SET {name} = {value}; then restart the server.")
 }
 
-/// What one server has to offer: settings, room, rights.
+/// What one server has to offer: settings, room.
 async fn server(
     config: &Config,
     side: Side,
     source: Side,
     client: &Client,
-    facts: Features,
-    regime: Regime,
+    (facts, regime, may_see_origins): (Features, Regime, bool),
     found: &mut Vec<Finding>,
 ) {
     let statement = include_str!("../pg/sql/preflight_server.sql");
@@ -433,16 +466,11 @@ async fn server(
         found,
     )
     .await;
-    let statement = include_str!("../pg/sql/preflight_rights.sql");
-    let rights = rows(&**client, statement, &[], &format!("pgflip's rights on {side}"), found).await;
     // Who may not see the origins is told so as of a right.
     let mut origins = Vec::new();
-    if let Some(rights) = rights.first() {
-        permissions(config, side, facts, rights, found);
-        if rights.get::<_, bool>("superuser") || rights.get::<_, bool>("origins") {
-            let statement = include_str!("../pg/sql/preflight_origins.sql");
-            origins = rows(&**client, statement, &[&config.databases], &what, found).await;
-        }
+    if may_see_origins {
+        let statement = include_str!("../pg/sql/preflight_origins.sql");
+        origins = rows(&**client, statement, &[&config.databases], &what, found).await;
     }
     let Some(row) = read.first() else { return };
     if row.get::<_, bool>("in_recovery") {
@@ -564,97 +592,6 @@ async fn server(
             "Who reads them (change data capture, another subscriber) is not moved by a flip.",
             "Plan how they go over to the other side.",
         ));
-    }
-}
-
-fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgres::Row, found: &mut Vec<Finding>) {
-    let may = |name: &str| row.get::<_, bool>(name);
-    if may("superuser") {
-        return;
-    }
-    let user = Ident::new(config.server(side).user.as_str());
-    if !facts.create_subscription_role() {
-        found.push(Finding::blocker(
-            "not_superuser",
-            format!("{user} is no superuser on {side}."),
-            "Before PostgreSQL 16 only superusers create subscriptions.",
-            format!("On {side}: ALTER ROLE {user} SUPERUSER;"),
-        ));
-        return;
-    }
-    let database = row.get::<_, &str>("database");
-    let here = Ident::new(database);
-    if !config.databases.iter().any(|one| one == database) {
-        found.push(Finding::blocker(
-            "permission",
-            format!("{user} is no superuser on {side}, and database {} does not exist there.", config.carrier()),
-            "Rights on catalogs and their functions are granted in each database: in one that pgflip makes it would have none.",
-            format!(
-                "On {side}, as a superuser: create each database of the config, with the encoding and locale that it has on {}, \
-                 owned by {user}; then run `pgflip check` again: it names what has to be granted there.",
-                side.other()
-            ),
-        ));
-    }
-    let origins: Vec<String> = [
-        "pg_replication_origin_create(text)",
-        "pg_replication_origin_drop(text)",
-        "pg_replication_origin_session_setup(text)",
-        "pg_replication_origin_session_is_setup()",
-        "pg_replication_origin_advance(text, pg_lsn)",
-        "pg_replication_origin_oid(text)",
-        "pg_show_replication_origin_status()",
-    ]
-    .iter()
-    .map(|function| format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO {user};"))
-    .collect();
-    for (right, what, mend) in [
-        (
-            "create_subscription",
-            "create subscriptions",
-            format!("GRANT pg_create_subscription TO {user};"),
-        ),
-        (
-            "replication",
-            "use replication slots",
-            format!("ALTER ROLE {user} REPLICATION;"),
-        ),
-        ("createrole", "create roles", format!("ALTER ROLE {user} CREATEROLE;")),
-        ("createdb", "create databases", format!("ALTER ROLE {user} CREATEDB;")),
-        (
-            "create_in_database",
-            "create schema pgflip and a publication",
-            format!("GRANT CREATE ON DATABASE {here} TO {user}; and the same for each database of the config."),
-        ),
-        (
-            "read_verifiers",
-            "read the roles' verifiers",
-            format!("in each database of the config: GRANT SELECT ON pg_catalog.pg_authid TO {user};"),
-        ),
-        (
-            "origins",
-            "use replication origins",
-            format!("in each database of the config: {}", origins.join(" ")),
-        ),
-        (
-            "signal",
-            "end replication's workers",
-            format!("GRANT pg_signal_backend TO {user};"),
-        ),
-        (
-            "owns_tables",
-            "publish and fence every table",
-            format!("GRANT every table owner's role TO {user};"),
-        ),
-    ] {
-        if !may(right) {
-            found.push(Finding::blocker(
-                "permission",
-                format!("{user} may not {what} on {side}."),
-                "pgflip needs it, or has to be a superuser.",
-                format!("On {side}: {mend}"),
-            ));
-        }
     }
 }
 
