@@ -122,6 +122,10 @@ impl From<StateError> for Stop {
 const LOCKED_NEXT: &str = "Let those transactions end, or flip with `--stragglers terminate`, which ends who keeps a table locked \
                            for flip.drain_timeout (57P01). flip.arm_timeout says for how long it is tried.";
 
+/// The same, where who kept them locked was to be ended.
+const NOT_ENDED: &str = "Let those transactions end. Whoever has begun after flip.drain_timeout is not ended any more; and sessions of \
+                         superusers only a superuser can end.";
+
 /// What to do where somebody is in the way of a rehearsal whom the flip would end.
 const SPARED: &str = "Nothing, if they may be ended: a rehearsal ends nobody, the flip itself ends them with 57P01 and goes on. To \
                       rehearse the rest as well, let them end what they do.";
@@ -970,7 +974,7 @@ impl Flip {
         let (end_holders, locked_next) = match self.stragglers {
             Stragglers::Unwind => (None, LOCKED_NEXT),
             Stragglers::Terminate if self.rehearse => (None, SPARED),
-            Stragglers::Terminate => (Some(self.config.flip.drain_timeout), LOCKED_NEXT),
+            Stragglers::Terminate => (Some(self.config.flip.drain_timeout), NOT_ENDED),
         };
         let limits = fence::Limits {
             end_holders,
