@@ -14,8 +14,8 @@
 //!                   copy … each usable alone; steps of a flip are thin. state: the rows that say who is right;
 //!                   recovery: what to do from them alone; guard and upkeep: doing it, for ever; fleet: the other
 //!                   sidecars; force: going on without a dead side; sessions: what binds clients to a server;
-//!                   easing: writers slowed down until the target keeps up; oids: the same OIDs for types; finalized:
-//!                   that a migration has ended
+//!                   easing: writers slowed down until the target keeps up; oids: the same OIDs for types; rights: what
+//!                   pgflip's own role lacks; finalized: that a migration has ended
 //! 2  proxy/         what a client goes through: listener, handshake, session, boundary, gate, cancel; transfer, temporary
 //!                   and cursors: what a session takes along; turns: who is let through in a drain because others wait
 //!                   for it

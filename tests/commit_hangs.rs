@@ -213,6 +213,14 @@ async fn a_pivot_whose_wait_is_ended(how: &str) {
     // Without this, what clients commit there hangs as well, as it would with any application.
     scene.let_commits_through().await;
     assert_eq!(code(asked).await, Some(0), "it has been committed");
+    // What comes after the pivot takes another session where this one is gone.
+    let (_, begun) = scene.rig.sidecar.get("/v1/operations").await.expect("an answer");
+    let result = &begun["operations"][0]["result"];
+    assert_eq!(result["outcome"], "completed", "{begun}");
+    assert_eq!(result["left_undone"], serde_json::json!([]), "{result}");
+    let noted = "select count(*) from pgflip.history where event = 'flipped'";
+    let noted = scene.there.query_one(noted, &[]).await.expect("an answer");
+    assert_eq!(noted.get::<_, i64>(0), 1, "the database tells of it");
     let target = scene.source.other();
     scene.ends_on(target).await;
 }

@@ -604,6 +604,7 @@ async fn preflight_names_all_that_is_wrong_and_nothing_is_changed() {
         "prepared_transaction",
         "locale_differs",
         "md5_password",
+        "forced_row_security",
         "unlogged_table",
         "materialized_view",
     ] {

@@ -1,10 +1,12 @@
 //! Roles after `replication start`: what is taken away on the active side is taken away on the standby, within seconds and
 //! before a flip; what pgflip does with verifiers is told to nobody.
 
+use std::collections::BTreeSet;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::common::{LIMIT, Rig};
+use pgflip::config::Secret;
 use pgflip::demo::cluster::{self, Cluster};
 use pgflip::demo::ledger::Shape;
 use pgflip::demo::sidecar::Sidecar;
@@ -291,4 +293,122 @@ async fn a_membership_that_another_role_granted_is_taken_away_as_well() {
         .expect("it is revoked");
     until(&rig.green, "select not pg_has_role('member', 'team', 'member')").await;
     assert_eq!(findings(&rig, &ROLES).await, Vec::<String>::new());
+}
+
+/// The statements of a mend, apart from words around them.
+fn statements(mend: &str) -> Vec<&str> {
+    let begins = |part: &str| {
+        ["GRANT ", "ALTER ROLE "]
+            .iter()
+            .filter_map(|word| part.find(word))
+            .min()
+    };
+    let parts = mend.split_inclusive(';').filter(|part| part.ends_with(';'));
+    parts.filter_map(|part| Some(&part[begins(part)?..])).collect()
+}
+
+#[tokio::test]
+async fn who_is_no_superuser_is_told_all_that_it_lacks_and_with_that_goes_there_and_back() {
+    let mut rig = Rig::new(16, 18).shape(small()).start().await;
+    let blue = rig.admin(Side::Blue).await;
+    let mut green = rig.green.connect("postgres").await.expect("a superuser's login");
+    for client in [&blue, &green] {
+        client
+            .batch_execute("create role mover login password 'secret'")
+            .await
+            .expect("a role");
+    }
+    blue.batch_execute(
+        "create role team; grant team to ledger_app; create role by login bypassrls; grant pg_monitor to by",
+    )
+    .await
+    .expect("roles");
+    green.batch_execute("create role team").await.expect("a role");
+    rig.sidecar.kill();
+    rig.setup.urls = [&rig.blue, &rig.green].map(|cluster| {
+        let port = cluster.port();
+        Secret::new(format!("postgresql://mover:secret@127.0.0.1:{port}?sslmode=disable"))
+    });
+    rig.sidecar = Sidecar::start(rig.setup.clone()).expect("pgflip starts");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
+    // What it says is done, and nothing else: then nothing is missing.
+    let mut seen = BTreeSet::new();
+    for round in 0.. {
+        let found = rig.run(&["check"]).await.result()["findings"].clone();
+        let found = found.as_array().expect("findings");
+        if !found.iter().any(|finding| finding["severity"] == "blocker") {
+            break;
+        }
+        assert!(round < 4, "{found:#?}");
+        for finding in found {
+            let of = |key: &str| finding[key].as_str().unwrap_or_default();
+            let (code, mend) = (of("code"), of("mend"));
+            seen.insert(code.to_owned());
+            let on = if mend.starts_with("On blue") { &blue } else { &green };
+            match code {
+                "permission" if mend.contains("create each database") => {
+                    let create = "create database app owner mover template template0";
+                    on.batch_execute(create).await.expect("a database");
+                    green = rig.green.connect("app").await.expect("a superuser's login");
+                }
+                "permission" | "roles_fixed" | "verifiers_logged" => {
+                    let statements = statements(mend);
+                    assert!(!statements.is_empty(), "{finding}");
+                    for statement in statements {
+                        on.batch_execute(statement)
+                            .await
+                            .unwrap_or_else(|e| panic!("{statement}: {e:?}"));
+                    }
+                }
+                "superuser_owns" => {
+                    assert!(of("what").contains("owns database app on blue"), "{finding}");
+                    blue.batch_execute("alter database app owner to ledger_app")
+                        .await
+                        .expect("another owner");
+                }
+                "superuser_differs" => {
+                    let verifier = "select format('alter role %I password %L', rolname, rolpassword) from pg_authid
+                                    where oid = 10";
+                    let same: String = blue.query_one(verifier, &[]).await.expect("a verifier").get(0);
+                    on.batch_execute(&same).await.expect("the same");
+                }
+                "ddl_not_refused" | "way_untried" => {}
+                _ => panic!("{finding}"),
+            }
+        }
+    }
+    for code in [
+        "permission",
+        "roles_fixed",
+        "verifiers_logged",
+        "superuser_owns",
+        "ddl_not_refused",
+    ] {
+        assert!(seen.contains(code), "{code}: {seen:?}");
+    }
+    rig.replicate().await;
+    rig.cutover().await;
+    let client = rig.client().await;
+    client
+        .batch_execute("alter role ledger_app password 'new'; insert into attack_truncated values (1)")
+        .await
+        .expect("a write on green");
+    // With the key that it has logged in with it could not be moved.
+    drop(client);
+    let end = Instant::now() + LIMIT;
+    while rig.sidecar.get("/v1/sessions").await.expect("an answer").1["sessions"] != serde_json::json!([]) {
+        assert!(Instant::now() < end, "its session does not end");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    rig.rollback().await;
+    assert!(opens(&rig.blue, "ledger_app", "new").await);
+    let count = blue.query_one("select count(*) from attack_truncated", &[]).await;
+    assert_eq!(count.expect("a count").get::<_, i64>(0), 1);
+    let said = rig.run(&["replication", "stop", "--yes"]).await;
+    assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+    for client in [&blue, &green] {
+        let left = "select to_regnamespace('pgflip') is null and not exists (select from pg_subscription)
+                           and not exists (select from pg_replication_slots where slot_name ~ '^pgflip')";
+        assert!(client.query_one(left, &[]).await.expect("an answer").get::<_, bool>(0));
+    }
 }

@@ -74,6 +74,20 @@ async fn a_flip_unwinds_for_a_transaction_that_stays_open_and_ends_it_when_told_
     for ledger in &ledgers {
         assert!(ledger.progress(50, LIMIT).await);
     }
+    // Whom the flip itself would end, a rehearsal only names.
+    let said = rig.run(&["cutover", "--rehearse", "--stragglers", "terminate"]).await;
+    let result = said.result();
+    assert_eq!(said.code, Some(3), "{}{}", said.out, said.err);
+    assert_eq!(result["failed_step"], "drain", "{result}");
+    assert_eq!(result["sessions"]["ended"], 0, "{result}");
+    let (why, next) = (result["why"].to_string(), result["next"].to_string());
+    assert!(
+        why.contains("idle in transaction") && next.contains("a rehearsal ends nobody"),
+        "{result}"
+    );
+    idle.batch_execute("select 1; commit; begin")
+        .await
+        .expect("the transaction goes on");
     let said = rig.run(&["cutover", "--stragglers", "terminate"]).await;
     assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
     assert_eq!(rig.serving().await, Side::Green);
@@ -231,10 +245,23 @@ async fn a_copy_into_a_table_stops_a_flip_before_anybody_is_held_and_is_not_touc
         copies.value("select count(*) from attack where kind = 'copied'").await,
         "2"
     );
-    // Back, with another one: it may be ended.
+    // Back, with another one: it may be ended, but not by a rehearsal.
     copies.send(&raw::query("copy attack from stdin")).await;
     assert_eq!(copies.message().await.0, b'G');
     copies.send(&raw::plain(b'd', b"9\tcopied\n")).await;
+    let said = rig.run(&["rollback", "--rehearse", "--stragglers", "terminate"]).await;
+    let result = said.result();
+    assert_eq!(said.code, Some(3), "{}{}", said.out, said.err);
+    assert_eq!(result["failed_step"], "arm", "{result}");
+    assert!(
+        result["next"].to_string().contains("a rehearsal ends nobody"),
+        "{result}"
+    );
+    copies.send(&raw::plain(b'c', b"")).await;
+    assert_eq!(raw::kinds(&copies.until_ready().await), "CZ", "it was not ended");
+    copies.send(&raw::query("copy attack from stdin")).await;
+    assert_eq!(copies.message().await.0, b'G');
+    copies.send(&raw::plain(b'd', b"10\tcopied\n")).await;
     let said = rig.run(&["rollback", "--stragglers", "terminate"]).await;
     assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
     let mut last = copies.next().await;
@@ -246,7 +273,7 @@ async fn a_copy_into_a_table_stops_a_flip_before_anybody_is_held_and_is_not_touc
     let mut after = login(&rig).await;
     assert_eq!(
         after.value("select count(*) from attack where kind = 'copied'").await,
-        "2"
+        "3"
     );
     rig.perfect(ledgers).await;
 }

@@ -13,7 +13,8 @@ use super::{Common, StragglersChoice, consent, exit, fail, lag, outcome, print, 
 pub struct Flip {
     /// Do everything up to the last step, then undo it: how long it takes, and what would stop it.
     ///
-    /// Clients are held as in a real flip, for the drain and for the window; then they go on where they were.
+    /// Clients are held as in a real flip, for the drain and for the window; then they go on where they were. Nobody is ended,
+    /// whatever --stragglers says: whom the flip would end is named.
     #[arg(long, conflicts_with = "force")]
     pub rehearse: bool,
     /// What happens to sessions that don't reach the end of their transaction in time, or can't be moved.

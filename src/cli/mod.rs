@@ -219,7 +219,8 @@ pub enum Command {
 pub enum StragglersChoice {
     /// Unwind the flip if a session does not reach the end of its transaction in time.
     Unwind,
-    /// End such sessions (57P01) and go on; also whoever keeps a table locked against its fence.
+    /// End such sessions (57P01) and go on; also whoever keeps a table locked against its fence. A rehearsal ends nobody: it
+    /// is unwound and says whom the flip would have ended.
     Terminate,
 }
 

@@ -100,15 +100,21 @@ impl Locked {
     /// The whole of it, with holders as `name` calls them.
     pub fn named(&self, name: impl Fn(&Holder) -> String) -> String {
         let holders: Vec<String> = self.holders.iter().map(name).collect();
-        let by = match holders.is_empty() {
-            true => String::new(),
-            false => format!("; held by {}", holders.join(", ")),
-        };
         format!(
-            "{} could not be locked within {:.1} s{by}",
+            "{} could not be locked within {:.1} s{}",
             self.tables(),
-            self.after.as_secs_f64()
+            self.after.as_secs_f64(),
+            held_by(&holders)
         )
+    }
+}
+
+/// What is said of them behind the tables that they keep locked.
+pub fn held_by(holders: &[String]) -> String {
+    match holders {
+        // They have ended since, or could not be read.
+        [] => String::new(),
+        holders => format!("; held by {}", holders.join(", ")),
     }
 }
 
@@ -316,12 +322,15 @@ async fn make(
         }
         if let Some(patience) = end_holders.take_if(|patience| began.elapsed() >= *patience) {
             let oids: Vec<u32> = left.keys().copied().collect();
-            let ended = client
-                .query(
-                    include_str!("../pg/sql/fence_end_holders.sql"),
-                    &[&oids, &patience.as_secs_f64()],
-                )
-                .await?;
+            let statement = include_str!("../pg/sql/fence_end_holders.sql");
+            let ended = match client.query(statement, &[&oids, &patience.as_secs_f64()]).await {
+                Ok(ended) => ended,
+                // A superuser's session, and pgflip is none: who it is says more than the server's refusal.
+                Err(e) if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                    return Err(FenceError::Locked(locked(client, &left, began).await));
+                }
+                Err(e) => return Err(e.into()),
+            };
             for session in &ended {
                 let session: &str = session.get(0);
                 tracing::warn!(

@@ -95,6 +95,18 @@ impl Stop {
             findings: Vec::new(),
         }
     }
+
+    /// The same, with something else to do about it.
+    fn with_next(self, next: &str) -> Stop {
+        match self {
+            Stop::NoGo { what, findings, .. } => Stop::NoGo {
+                what,
+                next: next.to_owned(),
+                findings,
+            },
+            other => other,
+        }
+    }
 }
 
 impl From<StateError> for Stop {
@@ -109,6 +121,14 @@ impl From<StateError> for Stop {
 /// What to do about tables that can't be locked.
 const LOCKED_NEXT: &str = "Let those transactions end, or flip with `--stragglers terminate`, which ends who keeps a table locked \
                            for flip.drain_timeout (57P01). flip.arm_timeout says for how long it is tried.";
+
+/// The same, where who kept them locked was to be ended.
+const NOT_ENDED: &str = "Let those transactions end. Whoever has begun after flip.drain_timeout is not ended any more; and sessions of \
+                         superusers only a superuser can end.";
+
+/// What to do where somebody is in the way of a rehearsal whom the flip would end.
+const SPARED: &str = "Nothing, if they may be ended: a rehearsal ends nobody, the flip itself ends them with 57P01 and goes on. To \
+                      rehearse the rest as well, let them end what they do.";
 
 impl From<FenceError> for Stop {
     fn from(error: FenceError) -> Stop {
@@ -773,13 +793,22 @@ impl Flip {
             }
         }
         self.easing = Some(Easing::new(self.gate.clone(), self.config.limits.hold_timeout / 2));
+        self.until_settled("settle", deadline, |database| self.unsettled(database).boxed())
+            .await
+    }
+
+    /// Looks at every database until nothing speaks against holding clients any more.
+    async fn until_settled<'a, F>(&'a self, step: &str, deadline: Instant, look: F) -> Result<(), Stop>
+    where
+        F: Fn(&'a Database) -> BoxFuture<'a, Result<Option<Unsettled>, Stop>>,
+    {
         loop {
-            let readings = try_join_all(self.databases.iter().map(|database| self.unsettled(database))).await?;
+            let readings = try_join_all(self.databases.iter().map(&look)).await?;
             let lag = readings.iter().flatten().map(|unsettled| unsettled.lag_bytes).sum();
             let Some(unsettled) = readings.into_iter().flatten().next() else {
                 return Ok(());
             };
-            self.wait_for_the_link("settle", unsettled.what, lag, deadline).await?;
+            self.wait_for_the_link(step, unsettled.what, lag, deadline).await?;
         }
     }
 
@@ -815,17 +844,15 @@ impl Flip {
     /// Arming and preparing take their time, in which the link may have fallen behind again: clients would be held for it.
     async fn still_close_behind(&self) -> Result<(), Stop> {
         let deadline = Instant::now() + self.config.flip.settle_timeout;
-        loop {
-            let close = async |database| match self.behind(database).await? {
-                None => self.marker_behind(database).await,
-                behind => Ok(behind),
-            };
-            let readings = try_join_all(self.databases.iter().map(close)).await?;
-            let lag = readings.iter().flatten().map(|unsettled| unsettled.lag_bytes).sum();
-            let Some(unsettled) = readings.into_iter().flatten().next() else {
-                return Ok(());
-            };
-            self.wait_for_the_link("prepare", unsettled.what, lag, deadline).await?;
+        self.until_settled("prepare", deadline, |database| self.not_close(database).boxed())
+            .await
+    }
+
+    /// What speaks against its being close behind.
+    async fn not_close(&self, database: &Database) -> Result<Option<Unsettled>, Stop> {
+        match self.behind(database).await? {
+            None => self.marker_behind(database).await,
+            behind => Ok(behind),
         }
     }
 
@@ -932,14 +959,11 @@ impl Flip {
     /// Says in the operation's story for whom arming waits.
     fn waits_for(&self, database: &str, locked: &Locked) {
         let holders: Vec<String> = locked.holders.iter().map(|holder| self.named(holder)).collect();
-        let message = match holders.is_empty() {
-            true => format!("database {database}: waiting for {}", locked.tables()),
-            false => format!(
-                "database {database}: waiting for {}, held by {}",
-                locked.tables(),
-                holders.join(", ")
-            ),
-        };
+        let message = format!(
+            "database {database}: waiting for {}{}",
+            locked.tables(),
+            fence::held_by(&holders)
+        );
         let data = json!({ "database": database, "tables": locked.tables, "holders": holders });
         self.operation.event("arm", "progress", message, data);
     }
@@ -947,8 +971,13 @@ impl Flip {
     async fn arm(&mut self) -> Result<(), Stop> {
         self.armed = true;
         let (source, regime, epoch) = (self.source, self.regime, self.attempt.epoch);
+        let (end_holders, locked_next) = match self.stragglers {
+            Stragglers::Unwind => (None, LOCKED_NEXT),
+            Stragglers::Terminate if self.rehearse => (None, SPARED),
+            Stragglers::Terminate => (Some(self.config.flip.drain_timeout), NOT_ENDED),
+        };
         let limits = fence::Limits {
-            end_holders: (self.stragglers == Stragglers::Terminate).then_some(self.config.flip.drain_timeout),
+            end_holders,
             ..fence::Limits::from(&self.config.flip)
         };
         let this = &*self;
@@ -970,7 +999,7 @@ impl Flip {
                             database.name,
                             locked.named(|holder| this.named(holder))
                         ),
-                        LOCKED_NEXT,
+                        locked_next,
                     ),
                     other => other.into(),
                 })?;
@@ -1116,15 +1145,19 @@ impl Flip {
         let mine: Vec<Obstacle> = drained.stragglers.into_iter().chain(drained.unmovable).collect();
         let in_the_way: Vec<Obstacle> = mine.iter().cloned().chain(theirs).collect();
         if !in_the_way.is_empty() {
+            let stop = obstructed(
+                (
+                    "does not reach its boundary or can't be moved",
+                    "do not reach their boundary or can't be moved",
+                ),
+                &in_the_way,
+            );
             match self.stragglers {
-                Stragglers::Unwind => {
-                    return Err(obstructed(
-                        (
-                            "does not reach its boundary or can't be moved",
-                            "do not reach their boundary or can't be moved",
-                        ),
-                        &in_the_way,
-                    ));
+                Stragglers::Unwind => return Err(stop),
+                Stragglers::Terminate if self.rehearse => {
+                    let message = format!("sessions that the flip itself would end: {}", in_the_way.len());
+                    self.operation.event("drain", "info", message, json!(in_the_way));
+                    return Err(stop.with_next(SPARED));
                 }
                 Stragglers::Terminate => self.terminate(&mine, &in_the_way).await?,
             }
@@ -1779,18 +1812,10 @@ impl Flip {
                 self.operation.event(name, state, message, took);
             }
         }
-        let completed = json!({ "from": self.source, "to": self.target });
-        let carrier = &self.databases[0].target;
-        if let Err(error) = state::history(
-            &**carrier,
-            self.attempt.epoch + 1,
-            self.attempt.id,
-            "flipped",
-            completed,
-        )
-        .await
+        if let Err(Stop::Broken(why) | Stop::Superseded(why) | Stop::NoGo { what: why, .. }) =
+            self.note_completed().await
         {
-            tracing::debug!(%error, "the history could not be written");
+            tracing::debug!(why, "the history could not be written");
         }
         let result = self.result("completed");
         Ended {
@@ -1798,6 +1823,13 @@ impl Flip {
             result,
             traffic: self.traffic.clone(),
         }
+    }
+
+    async fn note_completed(&mut self) -> Result<(), Stop> {
+        let (epoch, attempt) = (self.attempt.epoch + 1, self.attempt.id);
+        let completed = json!({ "from": self.source, "to": self.target });
+        self.renew_carrier().await?;
+        Ok(state::history(&*self.databases[0].target, epoch, attempt, "flipped", completed).await?)
     }
 
     /// Nobody read along while clients waited for pgflip alone.
@@ -1828,7 +1860,13 @@ impl Flip {
             Forward::Release => {
                 self.released();
                 self.let_others_go().await;
-                let _ = timeout(TELL_LIMIT, fleet::tell(&self.databases[0].target)).await;
+                // Who has not heard looks by itself.
+                let tell = async {
+                    self.renew_carrier().await?;
+                    fleet::tell(&self.databases[0].target).await;
+                    Ok::<_, Stop>(())
+                };
+                let _ = timeout(TELL_LIMIT, tell).await;
                 Ok(())
             }
             Forward::EnableReverse => match self.regime {
@@ -1857,6 +1895,7 @@ impl Flip {
                 self.sessions.moved = moved.moved;
                 self.sessions.ended = self.sessions.ended.max(moved.ended);
                 self.sessions.left = moved.left;
+                self.renew_carrier().await?;
                 if let Some(caller) = &self.fleet {
                     let deadline = Instant::now() + Duration::from_secs(10);
                     self.sidecars = caller.settled(&self.databases[0].target, epoch, deadline).await?;
@@ -1868,6 +1907,17 @@ impl Flip {
                 Ok(())
             }
         }
+    }
+
+    /// Another session with the target's carrier if the flip's own was ended, at the pivot for instance: what comes after
+    /// it needs the server, not that session.
+    async fn renew_carrier(&mut self) -> Result<(), Stop> {
+        let carrier = &mut self.databases[0];
+        if carrier.target.is_closed() {
+            let limit = self.config.limits.server_connect_timeout;
+            carrier.target = connect(self.config.server(self.target), &carrier.name, PURPOSE, limit).await?;
+        }
+        Ok(())
     }
 
     async fn done(&mut self) -> Result<(), Stop> {

@@ -20,6 +20,7 @@ pub mod operation;
 pub mod preflight;
 pub mod recovery;
 pub mod replication;
+mod rights;
 pub mod roles;
 pub mod schema;
 pub mod sequences;
@@ -94,7 +95,7 @@ pub struct Force;
 pub struct FlipRequest {
     /// Which way.
     pub direction: Direction,
-    /// Run to the pivot, then unwind.
+    /// Run to the pivot, then unwind. Ends no session, whatever is said of stragglers.
     pub rehearse: bool,
     /// The source is dead (or the target of an attempt in doubt is): go on without it.
     pub force: Option<Force>,

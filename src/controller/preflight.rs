@@ -11,12 +11,12 @@ use tokio_postgres::GenericClient;
 
 use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
-use super::{drift, finalized, oids, replication, roles, schema};
+use super::{drift, finalized, oids, replication, rights, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::origin::{self, connect_with_origin};
-use crate::pg::{Client, ConnectError, Literal, Purpose, Side, borrow};
+use crate::pg::{Client, ConnectError, Ident, Literal, Purpose, Side, borrow};
 
 /// How bad a [`Finding`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -145,7 +145,7 @@ const PURPOSE: Purpose = Purpose("preflight");
 /// How long one server may take to reach the other.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(20);
 
-fn unread(what: &str, error: impl fmt::Display) -> Finding {
+pub(super) fn unread(what: &str, error: impl fmt::Display) -> Finding {
     Finding::blocker(
         "unreadable",
         format!("{what} could not be read: {error}."),
@@ -154,7 +154,7 @@ fn unread(what: &str, error: impl fmt::Display) -> Finding {
     )
 }
 
-async fn rows<C: GenericClient>(
+pub(super) async fn rows<C: GenericClient>(
     client: &C,
     statement: &str,
     values: &[&(dyn tokio_postgres::types::ToSql + Sync)],
@@ -295,10 +295,39 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
             ));
         }
         let regime = Regime::of(*blue, *green);
+        let mut rights = BTreeMap::new();
         for side in Side::BOTH {
             let Some((_, client)) = on(side) else { continue };
-            server(config, side, source, client, features[&side], regime, &mut found).await;
+            let databases: Vec<&Client> = config
+                .databases
+                .iter()
+                .filter_map(|database| clients.get(&(side, database.as_str()))?.as_ref())
+                .collect();
+            let has = rights::look(config, side, features[&side], &databases, client, &mut found).await;
+            let known = (features[&side], regime, has.origins);
+            server(config, side, source, client, known, &mut found).await;
+            rights.insert(side, has);
         }
+        if let (Some(here), Some(there)) = (rights.get(&source), rights.get(&source.other())) {
+            let on = |side: Side| {
+                config
+                    .databases
+                    .iter()
+                    .filter_map(|database| {
+                        Some((database.as_str(), clients.get(&(side, database.as_str()))?.as_ref()?))
+                    })
+                    .collect::<Vec<_>>()
+            };
+            rights::of_roles(
+                config,
+                source,
+                (&on(source), here),
+                (&on(source.other()), there),
+                &mut found,
+            )
+            .await;
+        }
+        let may = |side: Side, what: fn(&rights::Rights) -> bool| rights.get(&side).is_none_or(what);
         let (from, to) = (features[&source], features[&source.other()]);
         let mut to_copy = false;
         for database in &config.databases {
@@ -325,7 +354,15 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 let server = there.or(on(source.other()).map(|(_, client)| client));
                 let mut of_this = Vec::new();
                 contents(config, source, database, client, &mut of_this).await;
-                carried(source, client, regime, Some(true), &mut of_this).await;
+                carried(
+                    config,
+                    source,
+                    client,
+                    (regime, features[&Side::Green]),
+                    true,
+                    &mut of_this,
+                )
+                .await;
                 if let Some(server) = server {
                     target_database(source, database, client, there, server, &mut of_this).await;
                 }
@@ -361,15 +398,20 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
                 ));
                 continue;
             }
+            // Who may not subscribe is told so as of a right.
             if let (Some((here, client)), Some((there, _))) = (on(to), on(publisher))
+                && may(to, |rights| rights.subscribe)
+                && may(publisher, |rights| rights.replication)
                 && let Some(finding) = probe(config, to, here, client, there).await
             {
                 found.push(finding);
             }
         }
-    }
-    if let Some((_, client)) = on(source) {
-        credentials(source, client, &mut found).await;
+        if let Some((_, client)) = on(source)
+            && may(source, |rights| rights.verifiers)
+        {
+            credentials(source, client, &mut found).await;
+        }
     }
     found.sort_by_key(|finding| finding.severity);
     found
@@ -405,14 +447,13 @@ fn alter_system(name: &str, value: impl fmt::Display) -> String {
     format!("ALTER SYSTEM SET {name} = {value}; then restart the server.")
 }
 
-/// What one server has to offer: settings, room, rights.
+/// What one server has to offer: settings, room.
 async fn server(
     config: &Config,
     side: Side,
     source: Side,
     client: &Client,
-    facts: Features,
-    regime: Regime,
+    (facts, regime, may_see_origins): (Features, Regime, bool),
     found: &mut Vec<Finding>,
 ) {
     let statement = include_str!("../pg/sql/preflight_server.sql");
@@ -425,16 +466,11 @@ async fn server(
         found,
     )
     .await;
-    let statement = include_str!("../pg/sql/preflight_rights.sql");
-    let rights = rows(&**client, statement, &[], &format!("pgflip's rights on {side}"), found).await;
     // Who may not see the origins is told so as of a right.
     let mut origins = Vec::new();
-    if let Some(rights) = rights.first() {
-        permissions(config, side, facts, rights, found);
-        if rights.get::<_, bool>("superuser") || rights.get::<_, bool>("origins") {
-            let statement = include_str!("../pg/sql/preflight_origins.sql");
-            origins = rows(&**client, statement, &[&config.databases], &what, found).await;
-        }
+    if may_see_origins {
+        let statement = include_str!("../pg/sql/preflight_origins.sql");
+        origins = rows(&**client, statement, &[&config.databases], &what, found).await;
     }
     let Some(row) = read.first() else { return };
     if row.get::<_, bool>("in_recovery") {
@@ -559,100 +595,17 @@ async fn server(
     }
 }
 
-fn permissions(config: &Config, side: Side, facts: Features, row: &tokio_postgres::Row, found: &mut Vec<Finding>) {
-    let may = |name: &str| row.get::<_, bool>(name);
-    if may("superuser") {
-        return;
-    }
-    let user = crate::pg::Ident::new(config.server(side).user.as_str());
-    if !facts.create_subscription_role() {
-        found.push(Finding::blocker(
-            "not_superuser",
-            format!("{user} is no superuser on {side}."),
-            "Before PostgreSQL 16 only superusers create subscriptions.",
-            format!("On {side}: ALTER ROLE {user} SUPERUSER;"),
-        ));
-        return;
-    }
-    let database = row.get::<_, &str>("database");
-    let here = crate::pg::Ident::new(database);
-    if !config.databases.iter().any(|one| one == database) {
-        found.push(Finding::blocker(
-            "permission",
-            format!("{user} is no superuser on {side}, and database {} does not exist there.", config.carrier()),
-            "Rights on catalogs and their functions are granted in each database: in one that pgflip makes it would have none.",
-            format!(
-                "On {side}, as a superuser: create each database of the config, with the encoding and locale that it has on {}, \
-                 owned by {user}; then run `pgflip check` again: it names what has to be granted there.",
-                side.other()
-            ),
-        ));
-    }
-    let origins: Vec<String> = [
-        "pg_replication_origin_create(text)",
-        "pg_replication_origin_drop(text)",
-        "pg_replication_origin_session_setup(text)",
-        "pg_replication_origin_session_is_setup()",
-        "pg_replication_origin_advance(text, pg_lsn)",
-        "pg_replication_origin_oid(text)",
-        "pg_show_replication_origin_status()",
-    ]
-    .iter()
-    .map(|function| format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO {user};"))
-    .collect();
-    for (right, what, mend) in [
-        (
-            "create_subscription",
-            "create subscriptions",
-            format!("GRANT pg_create_subscription TO {user};"),
-        ),
-        (
-            "replication",
-            "use replication slots",
-            format!("ALTER ROLE {user} REPLICATION;"),
-        ),
-        ("createrole", "create roles", format!("ALTER ROLE {user} CREATEROLE;")),
-        ("createdb", "create databases", format!("ALTER ROLE {user} CREATEDB;")),
-        (
-            "create_in_database",
-            "create schema pgflip and a publication",
-            format!("GRANT CREATE ON DATABASE {here} TO {user}; and the same for each database of the config."),
-        ),
-        (
-            "read_verifiers",
-            "read the roles' verifiers",
-            format!("in each database of the config: GRANT SELECT ON pg_catalog.pg_authid TO {user};"),
-        ),
-        (
-            "origins",
-            "use replication origins",
-            format!("in each database of the config: {}", origins.join(" ")),
-        ),
-        (
-            "signal",
-            "end replication's workers",
-            format!("GRANT pg_signal_backend TO {user};"),
-        ),
-        (
-            "owns_tables",
-            "publish and fence every table",
-            format!("GRANT every table owner's role TO {user};"),
-        ),
-    ] {
-        if !may(right) {
-            found.push(Finding::blocker(
-                "permission",
-                format!("{user} may not {what} on {side}."),
-                "pgflip needs it, or has to be a superuser.",
-                format!("On {side}: {mend}"),
-            ));
-        }
-    }
-}
-
 /// One database of the source, apart from what only matters once: its tables' replica identities and what no link
-/// carries. `starting`: before `replication start` rather than before a flip.
-async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<bool>, found: &mut Vec<Finding>) {
+/// carries. `green`: its version. `starting`: before `replication start` rather than before a flip.
+async fn carried(
+    config: &Config,
+    side: Side,
+    client: &Client,
+    (regime, green): (Regime, Features),
+    starting: bool,
+    found: &mut Vec<Finding>,
+) {
+    row_level_security(config, side, client, green, starting, found).await;
     let statement = include_str!("../pg/sql/preflight_tables.sql");
     for row in rows(&**client, statement, &[], &format!("The tables of {side}"), found).await {
         let table = links::TableName {
@@ -695,7 +648,6 @@ async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<b
     for row in rows(&**client, statement, &[], &format!("What database {side} holds"), found).await {
         kinds.entry(row.get("kind")).or_default().push(row.get("name"));
     }
-    let starting = starting.unwrap_or(false);
     for (kind, names) in &kinds {
         let named = list(names);
         match kind.as_str() {
@@ -775,7 +727,54 @@ async fn carried(side: Side, client: &Client, regime: Regime, starting: Option<b
     }
 }
 
-/// What matters once, before the schema is copied.
+/// Tables that row level security keeps a link from carrying.
+async fn row_level_security(
+    config: &Config,
+    side: Side,
+    client: &Client,
+    green: Features,
+    starting: bool,
+    found: &mut Vec<Finding>,
+) {
+    let statement = include_str!("../pg/sql/preflight_rls.sql");
+    for row in rows(
+        &**client,
+        statement,
+        &[],
+        &format!("Row level security on {side}"),
+        found,
+    )
+    .await
+    {
+        let table = links::TableName {
+            schema: row.get("schema"),
+            name: row.get("name"),
+        };
+        let owner = Ident::new(row.get::<_, String>("owner"));
+        if row.get("forced") && green.links_write_as_owner() {
+            found.push(Finding::blocker(
+                "forced_row_security",
+                format!("Table {table} has FORCE ROW LEVEL SECURITY, and its owner {owner} is subject to it."),
+                "From PostgreSQL 16 on a link writes as the table's owner, and the server refuses that here: the link would stop.",
+                format!(
+                    "Give it to a role that bypasses policies and that no client logs in as: CREATE ROLE … BYPASSRLS; ALTER TABLE \
+                     {table} OWNER TO …; with what {owner} may do there granted to it. Or ALTER ROLE {owner} BYPASSRLS; if \
+                     {owner} need not obey them."
+                ),
+            ));
+        }
+        if starting && row.get("hidden") {
+            let user = Ident::new(config.server(side).user.as_str());
+            found.push(Finding::blocker(
+                "hidden_rows",
+                format!("Policies of table {table} hide rows from {user} on {side}."),
+                "They would not be copied.",
+                format!("On {side}: ALTER ROLE {user} BYPASSRLS;"),
+            ));
+        }
+    }
+}
+
 /// True unless every table of the source is known to be on the target: then nothing has to be dumped.
 async fn tables_missing(source: Option<&Client>, target: Option<&Client>) -> bool {
     let (Some(source), Some(target)) = (source, target) else {
@@ -787,6 +786,7 @@ async fn tables_missing(source: Option<&Client>, target: Option<&Client>) -> boo
     }
 }
 
+/// What matters once, before the schema is copied.
 async fn contents(config: &Config, side: Side, database: &str, client: &Client, found: &mut Vec<Finding>) {
     // A migration that pgflip knows nothing of: its objects without its schema.
     let installed = match state::read(&**client).await {
@@ -877,7 +877,7 @@ async fn target_database(
                 "The schema can't be made there.",
                 format!(
                     "On {target}: CREATE TABLESPACE {} LOCATION '…';",
-                    crate::pg::Ident::new(name.as_str())
+                    Ident::new(name.as_str())
                 ),
             ));
         }
@@ -1081,8 +1081,9 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
             }
         };
         standing(source, &from, &to, &mut of_this).await;
-        match Regime::read(&*from, &*to).await {
-            Ok(regime) => {
+        let on_green = if source == Side::Green { &from } else { &to };
+        match (Regime::read(&*from, &*to).await, Features::read(&**on_green).await) {
+            (Ok(regime), Ok(green)) => {
                 let ends = Ends {
                     source: &from,
                     target: &to,
@@ -1093,9 +1094,10 @@ pub async fn for_flip(config: &Config, source: Side) -> Vec<Finding> {
                     Ok(obstacles) => of_this.extend(obstacles),
                     Err(error) => of_this.push(unread("The links", error)),
                 }
-                carried(source, &from, regime, None, &mut of_this).await;
+                carried(config, source, &from, (regime, green), false, &mut of_this).await;
             }
-            Err(error) => of_this.push(unread("The servers' versions", error)),
+            (Err(error), _) => of_this.push(unread("The servers' versions", error)),
+            (_, Err(error)) => of_this.push(unread("The servers' versions", describe(&error))),
         }
         drifted(source, &from, &to, &mut of_this).await;
         types(target, &from, &to, &mut of_this).await;

@@ -589,13 +589,9 @@ async fn fences(run: &Run, database: &str) -> Result<(), Failure> {
     let tell = |locked: fence::Locked| {
         let holders: Vec<String> = locked.holders.iter().map(ToString::to_string).collect();
         let message = format!(
-            "Database {database}: waiting for {}, held by {}",
+            "Database {database}: waiting for {}{}",
             locked.tables(),
-            if holders.is_empty() {
-                "somebody unknown".to_owned()
-            } else {
-                holders.join(", ")
-            }
+            fence::held_by(&holders)
         );
         let data = json!({"database": database, "tables": locked.tables, "holders": holders});
         run.op.event("fence", "progress", message, data);

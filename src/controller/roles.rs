@@ -19,6 +19,7 @@ use tokio_postgres::error::SqlState;
 
 use super::links::{hush, list};
 use super::preflight::Finding;
+use super::rights::joined;
 use super::schema;
 use super::state::{self, Expect, State, StateError};
 use crate::config::{Config, Secret, Server};
@@ -515,6 +516,13 @@ async fn carry(
         .map_err(there)?;
     state::lock(&txn, expect).await?;
     let found = read(&txn, server.side, databases).await?;
+    if found.features.membership_options() {
+        // Who is no superuser needs it of the roles that it makes: what is theirs is given to them next, and a link writes as
+        // they.
+        txn.batch_execute("set local createrole_self_grant = 'set, inherit'")
+            .await
+            .map_err(there)?;
+    }
     let target_memory = remembered(&txn).await.map_err(there)?;
     let mut pair = Pair::new(wanted, found, (&target_memory, &source_memory), expect.epoch, server);
     let mut done = Mirrored {
@@ -939,6 +947,123 @@ fn split_names(list: &str) -> Vec<String> {
     names
 }
 
+/// What the target's server would refuse to a pgflip that is no superuser there, when it carries the roles over.
+pub(super) async fn refused(
+    source: &Client,
+    source_side: Side,
+    target: &Client,
+    server: &Server,
+    databases: &[String],
+) -> Result<Vec<Finding>, RolesError> {
+    let side = server.side;
+    let there = |source| RolesError::Read { side, source };
+    let wanted = read(&**source, source_side, databases).await?;
+    let found = read(&**target, side, databases).await?;
+    let statement = "select rolname::text from pg_roles
+                     where not rolsuper and pg_has_role(oid, 'MEMBER WITH ADMIN OPTION')";
+    let rows = target.query(statement, &[]).await.map_err(there)?;
+    let administered: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    let memory = remembered(&**target).await.map_err(there)?;
+    let pair = Pair::new(wanted, found, (&memory, &BTreeMap::new()), 0, server);
+    let mut superusers = Vec::new();
+    let mut bypass = Vec::new();
+    // Those that it makes it may change.
+    let mut fixed: BTreeSet<&str> = BTreeSet::new();
+    let change = |role: &str| pair.found.roles.contains_key(role) && !administered.contains(role);
+    let may_bypass = pair.found.roles.get(&server.user).is_some_and(|own| own.bypassrls);
+    for role in pair.wanted.roles.values() {
+        let now = pair.found.roles.get(&role.name);
+        if plan(role, now).is_empty() {
+            continue;
+        }
+        match now {
+            Some(now) if role.superuser || now.superuser => superusers.push(format!(
+                "{} ({})",
+                Ident::new(role.name.as_str()),
+                attributes_that_differ(role, now, side).join(", ")
+            )),
+            None if role.superuser => superusers.push(format!("{} (missing there)", Ident::new(role.name.as_str()))),
+            now => {
+                if role.bypassrls != now.is_some_and(|now| now.bypassrls) && !may_bypass {
+                    bypass.push(Ident::new(role.name.as_str()));
+                }
+                if change(&role.name) {
+                    fixed.insert(&role.name);
+                }
+            }
+        }
+    }
+    let other = pair
+        .wanted
+        .memberships
+        .iter()
+        .filter(|(key, options)| pair.found.memberships.get(*key) != Some(options))
+        .map(|(key, _)| key);
+    let surplus = pair
+        .found
+        .memberships
+        .keys()
+        .filter(|(role, member)| pair.is_surplus(role, member));
+    for (role, _) in other.chain(surplus) {
+        // One of the server's own is there as well.
+        if change(role) || (role.starts_with("pg_") && !administered.contains(role)) {
+            fixed.insert(role);
+        }
+    }
+    let mut of_all = false;
+    for (database, role) in pair.settings_that_differ() {
+        of_all |= database.is_empty() && role.is_empty();
+        if *role != server.user && change(role) {
+            fixed.insert(role);
+        }
+    }
+    let user = Ident::new(server.user.as_str());
+    let mut findings = Vec::new();
+    if !superusers.is_empty() {
+        findings.push(Finding::blocker(
+            "superuser_differs",
+            format!("Superusers are not the same on {side}: {}.", list(&superusers)),
+            format!("Only a superuser may make or change one, and {user} is none there."),
+            format!(
+                "On {side}, as a superuser, make them as they are on {source_side}; a password by the verifier that pg_authid has there: \
+                 ALTER ROLE … PASSWORD '…';"
+            ),
+        ));
+    }
+    if of_all {
+        findings.push(Finding::blocker(
+            "settings_of_all_roles",
+            format!("Settings of ALTER ROLE ALL are not the same on {side}."),
+            format!("Only a superuser may change them, and {user} is none there."),
+            format!("On {side}, as a superuser, make them as they are on {source_side}."),
+        ));
+    }
+    if !bypass.is_empty() {
+        findings.push(Finding::blocker(
+            "permission",
+            format!(
+                "{user} may not make roles bypass row level security on {side}: {}.",
+                list(&bypass)
+            ),
+            "They do on the other side. pgflip needs BYPASSRLS itself for that, or has to be a superuser.",
+            format!("On {side}: ALTER ROLE {user} BYPASSRLS;"),
+        ));
+    }
+    if !fixed.is_empty() {
+        let fixed: Vec<Ident> = fixed.into_iter().map(Ident::new).collect();
+        findings.push(Finding::blocker(
+            "permission",
+            format!(
+                "{user} may not change roles, or who is a member of them, on {side}, where they are not as on {source_side}: {}.",
+                list(&fixed)
+            ),
+            "Roles are made the same on both sides.",
+            format!("On {side}: GRANT {} TO {user} WITH ADMIN TRUE;", joined(&fixed)),
+        ));
+    }
+    Ok(findings)
+}
+
 /// What differs between the two sides, by name, for preflight: who could log in on one side and not on the other, or do
 /// there what is not allowed here. What the guard mends by itself within seconds is a blocker all the same: a flip
 /// mirrors first, and what then remains stays.
@@ -966,7 +1091,13 @@ pub async fn differences(
     let own = |name: &str| name == server.user;
     let pair = Pair::new(wanted, found, (&memory.0, &memory.1), epoch, server);
     let mut findings = Vec::new();
-    let mirrored = "pgflip mirrors roles within seconds: wait, and look again. If it stays, pgflip's log says why.";
+    let mirrored = match pair.found.roles.get(&server.user) {
+        Some(own) if !own.superuser => {
+            "pgflip mirrors roles within seconds: wait, and look again. If it stays, pgflip's log says why: its own role is no \
+             superuser there, and may need ADMIN OPTION on this one."
+        }
+        _ => "pgflip mirrors roles within seconds: wait, and look again. If it stays, pgflip's log says why.",
+    };
 
     for role in pair.wanted.roles.values() {
         if !pair.found.roles.contains_key(&role.name) {

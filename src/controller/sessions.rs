@@ -276,7 +276,7 @@ pub async fn findings(config: &Config, gate: &Gate, source: Side, stragglers: St
     }
     let finding = |code, what: String, means: &str, mend: &str| match stragglers {
         Stragglers::Unwind => Finding::blocker(code, what, means, mend),
-        Stragglers::Terminate => Finding::warning(code, what, "They will be ended with 57P01.", mend),
+        Stragglers::Terminate => Finding::warning(code, what, "The flip ends them with 57P01.", mend),
     };
     let clients = sessions
         .iter()

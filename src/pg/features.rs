@@ -88,6 +88,10 @@ impl Features {
     pub fn create_subscription_role(self) -> bool {
         self.from(16)
     }
+    /// A link writes as the owner of each table; before, as the subscription's.
+    pub fn links_write_as_owner(self) -> bool {
+        self.from(16)
+    }
     /// Memberships know INHERIT and SET.
     pub fn membership_options(self) -> bool {
         self.from(16)

@@ -10,3 +10,5 @@ alter table by_index enable always trigger always_noted;
 select lo_create(0);
 set password_encryption = 'md5';
 create role old_style login password 'secret';
+create table forced (id int primary key);
+alter table forced enable row level security, force row level security, owner to old_style;

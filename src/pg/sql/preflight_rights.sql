@@ -5,7 +5,7 @@ select current_database()::text as database,
        r.rolreplication as replication,
        r.rolcreaterole as createrole,
        r.rolcreatedb as createdb,
-       coalesce((select pg_has_role(p.oid, 'MEMBER') from pg_roles p where p.rolname = 'pg_create_subscription'), false)
+       coalesce((select pg_has_role(p.oid, 'USAGE') from pg_roles p where p.rolname = 'pg_create_subscription'), false)
            as create_subscription,
        has_database_privilege(current_database(), 'CREATE') as create_in_database,
        has_table_privilege('pg_authid', 'SELECT') as read_verifiers,
@@ -16,9 +16,7 @@ select current_database()::text as database,
            and has_function_privilege('pg_replication_origin_session_is_setup()', 'EXECUTE')
            and has_function_privilege('pg_replication_origin_oid(text)', 'EXECUTE')
            and has_function_privilege('pg_show_replication_origin_status()', 'EXECUTE') as origins,
-       pg_has_role('pg_signal_backend', 'MEMBER') as signal,
-       not exists (select from pg_class c
-                   where c.relkind in ('r', 'p') and c.oid >= 16384 and c.relpersistence = 'p'
-                     and not pg_has_role(c.relowner, 'MEMBER')) as owns_tables
+       pg_has_role('pg_signal_backend', 'USAGE') as signal,
+       pg_has_role('pg_read_all_stats', 'USAGE') as read_stats
 from pg_roles r
 where r.rolname = current_user

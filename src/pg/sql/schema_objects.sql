@@ -21,6 +21,9 @@ with extensions as materialized (
     join spaces n on n.oid = p.pronamespace
     where p.oid >= 16384
       and not exists (select from extensions e where e.classid = 'pg_proc'::regclass and e.objid = p.oid)
+      -- What the server makes along with a range: more from 14 on, because of multiranges. pg_dump leaves it out as well.
+      and not exists (select from pg_depend d
+                      where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'i')
 ), types as materialized (
     select format('%I.%I', n.nspname, t.typname) as name, t.*
     from pg_type t
