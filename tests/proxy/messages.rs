@@ -267,6 +267,7 @@ async fn cancels_reach_the_session_wherever_it_is_and_nobody_elses() {
     for _ in 0..3 {
         // What a flip has told is read before there can be silence.
         assert_eq!(raw.value("select 1").await, "1");
+        front.sessions("idle", 2).await;
         raw.send(&query("select pg_sleep(60)")).await;
         front.sessions("active", 1).await;
         // A wrong key, another's key, a pid that nobody has, keys of other lengths: nothing.

@@ -456,6 +456,8 @@ async fn who_waits_for_a_lock_that_is_kept_is_in_the_way_and_the_holder_is_named
     let front = servers.serve("sslmode=disable", "");
     let (mut leader, mut follower) = (front.raw().await, front.raw().await);
     leader.query("select pg_advisory_lock(11)").await;
+    // A client has its answer a moment before its session counts as idle.
+    front.sessions("idle", 2).await;
     follower.send(&query("select pg_advisory_lock(11)")).await;
     front.sessions("active", 1).await;
     front.gate.hold();
