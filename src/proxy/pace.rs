@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use crate::proxy::server::ServerConn;
 
 /// Connections that are made ahead at once, a worker, at most.
-const OPENING_AT_ONCE: u32 = 8;
+const OPENING_AT_ONCE: u32 = 4;
 /// How long a connection that a flip has left stays open: until then its server has first answers to give.
 const LINGER: Duration = Duration::from_millis(500);
 /// Those left together close so far apart.
@@ -45,11 +45,10 @@ impl Opening {
                 self.0.fetch_sub(1, Ordering::Relaxed);
             }
         }
-        // The fewer there are, the less need anybody notice.
+        // As long as it does not take minutes, nobody need notice.
         let at_once = match self.waiting.fetch_add(1, Ordering::Relaxed) {
-            0..8 => 1,
-            8..32 => 2,
-            32..128 => 4,
+            0..256 => 1,
+            256..1024 => 2,
             _ => OPENING_AT_ONCE,
         };
         let _waits = Waits(&self.waiting);

@@ -67,6 +67,7 @@ impl Temporary {
         put_begin(&mut out);
         put_statement(&mut out, SETTINGS);
         put_statement(&mut out, LOCK_LIMIT);
+        put_statement(&mut out, include_bytes!("../pg/sql/session_temporary.sql"));
         let objects = query(Sizes::Own, include_str!("../pg/sql/temporary_objects.sql"));
         message::put_parse(&mut out, STATE, objects.as_bytes(), &[OIDS]);
         message::put_run(&mut out, PORTAL, STATE, &[&[b"{", schema, b"}"].concat()]);
@@ -74,11 +75,20 @@ impl Temporary {
         let answer = transact(conn, &out, "its temporary objects can't be read").await?;
         let mut temporary = Temporary::default();
         let (mut bytes, mut obstacles) = (0u64, Vec::new());
+        let mut others: Vec<(String, Vec<String>)> = Vec::new();
         // The first two are those of the settings.
         for row in answer.rows.iter().skip(2) {
-            let columns = message::columns(row).filter(|columns| columns.len() == 9);
+            let columns = message::columns(row).filter(|columns| matches!(columns.len(), 2 | 9));
             let columns = columns.ok_or_else(|| unreadable("a malformed row"))?;
             let text = |n: usize| columns[n].unwrap_or_default().to_vec();
+            if columns.len() == 2 {
+                let [what, which] = [0, 1].map(|n| String::from_utf8_lossy(&text(n)).into_owned());
+                match others.iter_mut().find(|(seen, _)| *seen == what) {
+                    Some((_, all)) => all.push(which),
+                    None => others.push((what, vec![which])),
+                }
+                continue;
+            }
             if let Some(why) = columns[8] {
                 let (name, why) = (
                     String::from_utf8_lossy(&text(2)).into_owned(),
@@ -110,6 +120,13 @@ impl Temporary {
                 statement: text(5),
                 holds,
             });
+        }
+        if !others.is_empty() {
+            let others: Vec<String> = others
+                .iter()
+                .map(|(what, which)| format!("{what}: {}", which.join(", ")))
+                .collect();
+            return Err(TransferError::Unmovable(others.join("; ")));
         }
         if !obstacles.is_empty() {
             return Err(TransferError::Unmovable(format!(

@@ -423,7 +423,11 @@ pub(super) async fn harvest(
         }
         message::put_sync(&mut out);
         put_begin(&mut out);
-        message::put_parse(&mut out, STATE, include_bytes!("../pg/sql/session_state.sql"), &[25]);
+        let mut text = include_str!("../pg/sql/session_state.sql").to_owned();
+        if !names.is_empty() {
+            text.push_str(include_str!("../pg/sql/session_custom.sql"));
+        }
+        message::put_parse(&mut out, STATE, text.as_bytes(), &[25]);
         message::put_run(&mut out, PORTAL, STATE, &[names.as_bytes()]);
         put_end(&mut out, b"rollback");
         let mut answers = ask(conn, &out, 2).await?;
@@ -654,7 +658,7 @@ fn close_own(out: &mut Vec<u8>) {
 /// What is still to be read.
 #[derive(Default)]
 struct ToRead {
-    /// Its OID, if there is something in it.
+    /// Its OID, if it has one.
     temporary_schema: Option<Vec<u8>>,
     cursors: Vec<cursors::Found>,
 }
@@ -677,7 +681,6 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
         locks: Vec::new(),
         kept: Vec::new(),
     };
-    let mut obstacles: Vec<(String, Vec<String>)> = Vec::new();
     for row in rows {
         let columns = message::columns(row).ok_or_else(unreadable)?;
         let column = |n: usize| columns.get(n).copied().flatten();
@@ -700,9 +703,10 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
             b"setting" if column(1) == Some(b"client_encoding") => state.settings.insert(0, (text(1), text(2))),
             b"setting" => state.settings.push((text(1), text(2))),
             b"default" => state.defaults.push((text(1), text(2))),
-            b"session_user" => state.session_user = text(1),
-            b"role" => state.role = text(1),
-            b"temporary" => to_read.temporary_schema = Some(text(1)),
+            b"own" => {
+                (state.session_user, state.role) = (text(1), text(2));
+                to_read.temporary_schema = Some(text(3)).filter(|oid| oid != b"0");
+            }
             b"cursor" => to_read.cursors.push(cursors::Found {
                 name: text(1),
                 binary: column(2) == Some(b"true"),
@@ -738,25 +742,8 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
                     shape,
                 });
             }
-            b"obstacle" => {
-                let (what, which) = (
-                    String::from_utf8_lossy(&text(1)).into_owned(),
-                    String::from_utf8_lossy(&text(2)).into_owned(),
-                );
-                match obstacles.iter_mut().find(|(seen, _)| *seen == what) {
-                    Some((_, all)) => all.push(which),
-                    None => obstacles.push((what, vec![which])),
-                }
-            }
             _ => return Err(unreadable()),
         }
-    }
-    if !obstacles.is_empty() {
-        let parts: Vec<String> = obstacles
-            .into_iter()
-            .map(|(what, which)| format!("{what}: {}", which.join(", ")))
-            .collect();
-        return Err(TransferError::Unmovable(parts.join("; ")));
     }
     Ok((state, to_read))
 }
