@@ -34,6 +34,8 @@ const STATEMENTS: [&str; 4] = [
     "INSERT INTO history (kind, ledger, delta) VALUES ($1, $2, $3)",
 ];
 
+/// As long as a flip with all its steps: the longest of many waits depends on how many there are.
+const SPAN: Duration = Duration::from_secs(4);
 /// Between two flips.
 const PAUSE: Duration = Duration::from_millis(1_500);
 
@@ -83,6 +85,7 @@ async fn main() -> Outcome<()> {
     let app = App::setup(&blue.url(), "app", shape.clone()).await?;
     let load = Load {
         clients,
+        think: Duration::from_millis(argument("think", 0)?),
         styles: vec![Style::Transaction],
         ..Load::default()
     };
@@ -123,14 +126,15 @@ async fn main() -> Outcome<()> {
         false => Vec::new(),
     };
     let mut done = 0;
-    flip(&sidecar, &ledger, "pgflip, flips", flips, &mut done).await?;
+    flip(&sidecar, &ledger, "pgflip, rehearsals", flips, &mut done, true).await?;
+    flip(&sidecar, &ledger, "pgflip, flips", flips, &mut done, false).await?;
     if idle > 0 {
         let mut sessions = Vec::new();
         for _ in 0..idle {
             sessions.push(Idle::new(&app.url(sidecar.port())).await?);
         }
         let what = format!("pgflip, {idle} idle sessions beside");
-        flip(&sidecar, &ledger, &what, flips, &mut done).await?;
+        flip(&sidecar, &ledger, &what, flips, &mut done, false).await?;
         for session in &sessions {
             session.verify().await?;
         }
@@ -156,18 +160,21 @@ async fn main() -> Outcome<()> {
     let ledger = Ledger::start(&app, bouncer.port(), &load);
     let stalls = spans(&ledger, flips).await?;
     line("PgBouncer (transaction mode), no pause", &[], &stalls);
-    let (mut held, mut stalls) = (Vec::new(), Vec::new());
+    let (mut held, mut stalls, mut around) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..flips {
         ledger.lap();
-        let since = std::time::Instant::now();
+        let since = Instant::now();
         console.simple_query("PAUSE").await?;
         console.simple_query("RESUME").await?;
-        held.push(since.elapsed().as_secs_f64() * 1_000.0);
+        let resumed = Instant::now();
+        held.push((resumed - since).as_secs_f64() * 1_000.0);
         progress(&ledger).await?;
+        around.push(ledger.longest_between(since, resumed).as_secs_f64() * 1_000.0);
+        tokio::time::sleep(SPAN.saturating_sub(since.elapsed())).await;
         stalls.push(ledger.lap().longest_ms);
-        tokio::time::sleep(PAUSE).await;
     }
     line("PgBouncer (transaction mode), PAUSE + RESUME", &held, &stalls);
+    line("  of it: of transactions in the pause", &[], &around);
     told(&ledger.stop().await, "PgBouncer's clients");
     drop((console, bouncer, server));
 
@@ -234,19 +241,35 @@ impl Drop for Noise {
     }
 }
 
+/// A flip is shorter.
+const LONG: Duration = Duration::from_secs(60);
+
 /// So many flips, there and back; what clients felt of them is printed. `done`: flips so far.
-async fn flip(sidecar: &Sidecar, ledger: &Ledger, what: &str, flips: usize, done: &mut usize) -> Outcome<()> {
+async fn flip(
+    sidecar: &Sidecar,
+    ledger: &Ledger,
+    what: &str,
+    flips: usize,
+    done: &mut usize,
+    rehearse: bool,
+) -> Outcome<()> {
     let (mut held, mut whole, mut windows) = (Vec::new(), Vec::new(), Vec::new());
     let (mut answered, mut stalls) = (Vec::new(), Vec::new());
+    let (mut before, mut around, mut after) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..flips {
         let direction = if done.is_multiple_of(2) { "cutover" } else { "rollback" };
         ledger.lap();
-        let said = sidecar.run(&[direction]).await?;
+        let arguments: &[&str] = if rehearse {
+            &[direction, "--rehearse"]
+        } else {
+            &[direction]
+        };
+        let said = sidecar.run(arguments).await?;
         let result = said.result();
         if said.code != Some(0) {
             return Err(format!("{direction} {n}: {}{}\n{}", said.out, said.err, sidecar.log_tail(40)).into());
         }
-        *done += 1;
+        *done += usize::from(!rehearse);
         let (Some(held_ms), Some(drain_ms)) = (result["held_ms"].as_f64(), result["drain_ms"].as_f64()) else {
             return Err(format!("{direction} {n} does not say how long it held: {result}").into());
         };
@@ -254,7 +277,12 @@ async fn flip(sidecar: &Sidecar, ledger: &Ledger, what: &str, flips: usize, done
         whole.push(held_ms);
         windows.push(result["window_ms"].as_f64().unwrap_or(f64::NAN));
         progress(ledger).await?;
-        let opened = closed_at(&said.out)? + Duration::from_secs_f64(held_ms / 1_000.0);
+        let closed = closed_at(&said.out)?;
+        let opened = closed + Duration::from_secs_f64(held_ms / 1_000.0);
+        let longest = |from, until| ledger.longest_between(from, until).as_secs_f64() * 1_000.0;
+        before.push(longest(closed - LONG, closed));
+        around.push(longest(closed, opened));
+        after.push(longest(opened, opened + LONG));
         let all = ledger.all_answered(opened);
         answered.push(all.map_or(f64::NAN, |all| all.as_secs_f64() * 1_000.0));
         stalls.push(ledger.lap().longest_ms);
@@ -264,6 +292,9 @@ async fn flip(sidecar: &Sidecar, ledger: &Ledger, what: &str, flips: usize, done
     line(&format!("{what}: held with the drain"), &whole, &stalls);
     line(&format!("{what}: the window"), &windows, &stalls);
     line(&format!("{what}: opening to last first answer"), &answered, &stalls);
+    line("  of it: of transactions before the hold", &[], &before);
+    line("  in the hold", &[], &around);
+    line("  after it", &[], &after);
     Ok(())
 }
 
@@ -346,7 +377,7 @@ async fn spans(ledger: &Ledger, many: usize) -> Outcome<Vec<f64>> {
     let mut stalls = Vec::new();
     for _ in 0..many {
         ledger.lap();
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(SPAN).await;
         stalls.push(ledger.lap().longest_ms);
     }
     Ok(stalls)

@@ -340,8 +340,15 @@ struct Shared {
     measured: Mutex<(Measured, Measured, Instant)>,
     /// When each client began what it does now, in microseconds from `started` + 1; 0 while it thinks.
     busy: Vec<AtomicU64>,
-    /// When each client of [`Style::Transaction`] had the first answer of each transaction since the last [`Ledger::lap`].
-    answered: Vec<Mutex<Vec<Instant>>>,
+    /// Of each client of [`Style::Transaction`]: its transactions since the last [`Ledger::lap`].
+    waits: Vec<Mutex<Vec<Wait>>>,
+}
+
+/// How long a client waited for a transaction.
+struct Wait {
+    begun: Instant,
+    first_answer: Instant,
+    end: Option<Instant>,
 }
 
 impl Shared {
@@ -389,7 +396,7 @@ impl Ledger {
             started: now,
             measured: Mutex::new((Measured::default(), Measured::default(), now)),
             busy: (0..load.clients).map(|_| AtomicU64::new(0)).collect(),
-            answered: (0..load.clients).map(|_| Mutex::default()).collect(),
+            waits: (0..load.clients).map(|_| Mutex::default()).collect(),
         });
         let clients = (0..load.clients).map(|n| {
             let worker = Worker {
@@ -421,7 +428,7 @@ impl Ledger {
     pub fn lap(&self) -> Stats {
         let mut measured = self.shared.measured.lock();
         let lap = std::mem::take(&mut measured.1);
-        self.shared.answered.iter().for_each(|of_one| of_one.lock().clear());
+        self.shared.waits.iter().for_each(|of_one| of_one.lock().clear());
         let seconds = std::mem::replace(&mut measured.2, Instant::now())
             .elapsed()
             .as_secs_f64();
@@ -429,12 +436,31 @@ impl Ledger {
         lap.stats(seconds, self.shared.waiting())
     }
 
-    /// How long after `from` the last client had its first answer. `None`: some have had none yet, or not all are of
-    /// [`Style::Transaction`]. From the last [`Ledger::lap`] on.
+    /// How long after `from` the last of the clients that waited then had its first answer. `None`: nobody waited. From the
+    /// last [`Ledger::lap`] on; of clients of [`Style::Transaction`].
     pub fn all_answered(&self, from: Instant) -> Option<Duration> {
-        let first = |of_one: &Mutex<Vec<Instant>>| of_one.lock().iter().find(|at| **at >= from).copied();
-        let firsts: Option<Vec<Instant>> = self.shared.answered.iter().map(first).collect();
-        Some(firsts?.into_iter().max()?.duration_since(from))
+        let last = |waits: &Mutex<Vec<Wait>>| {
+            let waits = waits.lock();
+            let waited = waits
+                .iter()
+                .find(|wait| wait.begun <= from && wait.first_answer > from)?;
+            Some(waited.first_answer - from)
+        };
+        self.shared.waits.iter().filter_map(last).max()
+    }
+
+    /// The longest transaction that ran at some moment between the two. From the last [`Ledger::lap`] on; of clients of
+    /// [`Style::Transaction`].
+    pub fn longest_between(&self, from: Instant, until: Instant) -> Duration {
+        let longest = |waits: &Mutex<Vec<Wait>>| {
+            let waits = waits.lock();
+            let there = waits
+                .iter()
+                .filter_map(|wait| Some((wait.begun, wait.end?)))
+                .filter(|(begun, end)| *begun < until && *end > from);
+            there.map(|(begun, end)| end - begun).max()
+        };
+        self.shared.waits.iter().filter_map(longest).max().unwrap_or_default()
     }
 
     /// Waits until `more` transactions have been acknowledged from now on; false if that takes longer than `limit`.
@@ -814,8 +840,13 @@ impl Worker {
                 let branch = (teller - 1) / 10 + 1;
                 let delta = amount - 500;
                 let kind = if delta < 0 { "withdrawal" } else { "deposit" };
+                let begun = Instant::now();
                 client.batch_execute("BEGIN").await?;
-                self.shared.answered[self.number].lock().push(Instant::now());
+                self.shared.waits[self.number].lock().push(Wait {
+                    begun,
+                    first_answer: Instant::now(),
+                    end: None,
+                });
                 let insert =
                     "INSERT INTO ledger (id, client, seq) VALUES ($1, $2, nextval('ledger_seq')) RETURNING seq";
                 let inserted = client
@@ -837,6 +868,9 @@ impl Worker {
                 let counter = format!("UPDATE counter_{table} SET n = n + 1 WHERE id = $1");
                 client.execute_typed(&counter, &[(&row, Type::INT4)]).await?;
                 client.batch_execute("COMMIT").await?;
+                if let Some(wait) = self.shared.waits[self.number].lock().last_mut() {
+                    wait.end = Some(Instant::now());
+                }
                 done.sequence.extend(inserted.first().map(|row| row.get::<_, i64>(0)));
             }
             Style::Prepared => {
