@@ -5,13 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
-use tokio::time::{sleep, timeout};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::proxy::server::ServerConn;
 
 /// Connections that are made ahead at once, a worker, at most.
 const OPENING_AT_ONCE: u32 = 4;
+/// So many that wait, a worker, are many.
+const MANY: usize = 128;
+/// The longest rest between two of them.
+const REST_MAX: Duration = Duration::from_millis(20);
 /// How long a connection that a flip has left stays open: until then its server has first answers to give.
 const LINGER: Duration = Duration::from_millis(500);
 /// Those left together close so far apart.
@@ -23,14 +28,14 @@ const GONE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Whose turn it is to make a connection ahead.
 pub(super) struct Opening {
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
     waiting: AtomicUsize,
 }
 
 impl Default for Opening {
     fn default() -> Opening {
         Opening {
-            permits: Semaphore::new(OPENING_AT_ONCE as usize),
+            permits: Arc::new(Semaphore::new(OPENING_AT_ONCE as usize)),
             waiting: AtomicUsize::new(0),
         }
     }
@@ -38,22 +43,51 @@ impl Default for Opening {
 
 impl Opening {
     /// Waits for a turn. May be cancelled.
-    pub async fn turn(&self) -> SemaphorePermit<'_> {
+    pub async fn turn(&self) -> Turn {
         struct Waits<'a>(&'a AtomicUsize);
         impl Drop for Waits<'_> {
             fn drop(&mut self) {
                 self.0.fetch_sub(1, Ordering::Relaxed);
             }
         }
-        // As long as it does not take minutes, nobody need notice.
-        let at_once = match self.waiting.fetch_add(1, Ordering::Relaxed) {
-            0..256 => 1,
-            256..1024 => 2,
+        // As long as all have their turn before the flip has waited long enough for them, nobody need notice.
+        let waiting = self.waiting.fetch_add(1, Ordering::Relaxed);
+        let at_once = match waiting {
+            0..MANY => 1,
+            MANY..512 => 2,
             _ => OPENING_AT_ONCE,
         };
         let _waits = Waits(&self.waiting);
         let share = OPENING_AT_ONCE / at_once;
-        self.permits.acquire_many(share).await.expect("never closed")
+        let permit = self.permits.clone().acquire_many_owned(share).await;
+        Turn {
+            since: Instant::now(),
+            permit: Some(permit.expect("never closed")),
+            rests: waiting < MANY,
+        }
+    }
+}
+
+/// A turn to make a connection. When it is over, the servers get a rest as long as it was, before the next one begins,
+/// unless there are many.
+pub(super) struct Turn {
+    since: Instant,
+    rests: bool,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let (permit, rest) = (self.permit.take(), self.since.elapsed().min(REST_MAX));
+        // No runtime: the thread ends.
+        if self.rests
+            && let Ok(runtime) = Handle::try_current()
+        {
+            runtime.spawn(async move {
+                sleep(rest).await;
+                drop(permit);
+            });
+        }
     }
 }
 
