@@ -629,24 +629,31 @@ async fn attempt(conn: &mut ServerConn, batch: &[u8]) -> io::Result<Result<Answe
 
 /// The same. An error is named.
 pub(super) async fn transact_once(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
-    let side = conn.side;
-    let failed = |failed: Answer| TransferError::Unmovable(format!("{what} on {side}: {}", failed.why()));
-    attempt(conn, batch).await?.map_err(failed)
+    transact_at_most(1, conn, batch, what).await
 }
 
 /// The same, again if it was interrupted. What it does must not show when it is undone.
 pub(super) async fn transact(conn: &mut ServerConn, batch: &[u8], what: &str) -> Result<Answer, TransferError> {
-    for _ in 1..TRIES {
+    transact_at_most(TRIES, conn, batch, what).await
+}
+
+async fn transact_at_most(
+    tries: usize,
+    conn: &mut ServerConn,
+    batch: &[u8],
+    what: &str,
+) -> Result<Answer, TransferError> {
+    let mut tried = 1;
+    loop {
         match attempt(conn, batch).await? {
             Ok(answer) => return Ok(answer),
-            Err(failed) if failed.code() == b"57014" => {}
+            Err(failed) if tried < tries && failed.code() == b"57014" => tried += 1,
             Err(failed) => {
                 let (side, why) = (conn.side, failed.why());
                 return Err(TransferError::Unmovable(format!("{what} on {side}: {why}")));
             }
         }
     }
-    transact_once(conn, batch, what).await
 }
 
 fn close_own(out: &mut Vec<u8>) {
