@@ -111,6 +111,22 @@ impl ClientError {
             .hint("Try again. Logins wait while clients are held, and not for a server that is down: `pgflip status` says which.")
     }
 
+    /// `pool.query_wait_timeout`: every server of the pool was busy for so long.
+    pub fn no_server_free(after: std::time::Duration) -> ClientError {
+        ClientError::fatal(
+            "57014",
+            format!("no server connection became free within {after:?} (pool.query_wait_timeout)"),
+        )
+        .hint(
+            "Nothing of this request was run. Raise pool.pool_size, or look for long transactions: `pgflip sessions`.",
+        )
+    }
+
+    /// What a client has set can't be set on the server that it was to get.
+    pub fn settings(why: &str) -> ClientError {
+        ClientError::fatal("08006", "pgflip can't give a server connection this session's settings").detail(why)
+    }
+
     /// Nobody knows yet which side is active, or a flip takes longer than new clients are to wait.
     pub fn not_now(known: bool) -> ClientError {
         let message = if known {

@@ -10,3 +10,4 @@ pub mod message;
 pub mod scan;
 pub mod scram;
 pub mod settings;
+pub mod statements;

@@ -7,6 +7,9 @@ use std::collections::BTreeMap;
 use crate::wire::message::{self, cstr};
 use crate::wire::settings::SettingNames;
 
+/// The longest error that is looked into.
+const ERROR_MAX: usize = 8 << 10;
+
 /// A length below four: the peer does not speak the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("invalid message length")]
@@ -234,6 +237,19 @@ impl Requests {
     }
 }
 
+/// A ParseComplete, a CloseComplete or an ErrorResponse in bytes that were scanned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Where it begins.
+    pub at: usize,
+    /// Its length, its header's five bytes included.
+    pub length: usize,
+    /// An ErrorResponse.
+    pub error: bool,
+    /// ReadyForQuery seen before it.
+    pub answered: u64,
+}
+
 /// What comes from the server. What every answer needs comes first and lies together.
 #[repr(C)]
 pub struct Replies {
@@ -245,6 +261,18 @@ pub struct Replies {
     /// Of the bytes scanned last: so many at their end begin a pid that the read has cut. They are to be scanned again,
     /// with what follows, and not to be passed on before that.
     pub held_back: usize,
+    /// Whether `marks` are wanted. Then a header that a read has cut is held back as well.
+    pub marking: bool,
+    /// A command or a ParameterStatus was seen that says that what the session holds beside its transaction may have changed.
+    pub state_changed: bool,
+    /// All prepared statements have been deallocated.
+    pub deallocated: bool,
+    /// The server has said that the columns of a statement have changed, as far as is known.
+    pub revalidated: bool,
+    /// One statement has been deallocated, so often.
+    pub deallocates: u32,
+    /// In the bytes scanned last, with `marking`.
+    pub marks: Vec<Mark>,
     /// In the bytes scanned last: where the pids of NotificationResponses begin. Four bytes each.
     pub pids: Vec<usize>,
     parses_done: u32,
@@ -280,6 +308,12 @@ impl Default for Replies {
             parameters: BTreeMap::new(),
             error_last: false,
             pids: Vec::new(),
+            marking: false,
+            state_changed: false,
+            deallocated: false,
+            deallocates: 0,
+            revalidated: false,
+            marks: Vec::new(),
             held_back: 0,
             pid_due: false,
             listens: false,
@@ -306,7 +340,22 @@ impl Replies {
         let mut input = bytes;
         self.pids.clear();
         self.held_back = 0;
+        self.marks.clear();
         while let Some(part) = self.frames.next(&mut input)? {
+            if self.marking && matches!(part.kind, b'1' | b'3' | b'E') && part.first {
+                if !part.last && part.length <= ERROR_MAX {
+                    // As if it had not been seen.
+                    self.held_back = part.body.len() + 5;
+                    self.frames = Frames::default();
+                    break;
+                }
+                self.marks.push(Mark {
+                    at: bytes.len() - input.len() - part.body.len() - 5,
+                    length: part.body.len() + 5,
+                    error: part.kind == b'E',
+                    answered: self.answered,
+                });
+            }
             match part.kind {
                 b'D' | b'd' => {}
                 b'Z' => {
@@ -329,6 +378,7 @@ impl Replies {
                     }
                 }
                 b'S' => {
+                    self.state_changed = true;
                     let recoded = self.parameter(&part);
                     requests.unnamed.confirmed &= !recoded || requests.unnamed.body.is_ascii();
                 }
@@ -337,16 +387,15 @@ impl Replies {
                     self.uncertain = true;
                 }
                 b'E' if part.first => {
+                    // One that is cut may be that.
+                    self.revalidated |=
+                        !part.last || memchr::memmem::find(part.body, b"RevalidateCachedQuery").is_some();
                     self.copy_in = false;
                     self.uncertain |= requests.behind_batch;
                 }
                 b'C' if part.first => {
                     self.copy_in = false;
-                    match part.body.first() {
-                        Some(b'L') if part.body == b"LISTEN\0" => self.listens = true,
-                        Some(b'D') if part.body == b"DISCARD ALL\0" => self.listens = false,
-                        _ => {}
-                    }
+                    self.command(&part);
                 }
                 b'A' => self.notification(&part, bytes.len() - input.len() - part.body.len()),
                 _ => {}
@@ -355,7 +404,40 @@ impl Replies {
                 self.error_last = part.kind == b'E';
             }
         }
+        if self.marking && self.frames.have > 0 {
+            // As if it had not been seen.
+            self.held_back = usize::from(self.frames.have);
+            self.frames.have = 0;
+        }
         Ok(())
+    }
+
+    /// A CommandComplete: by its tag, whether the session holds other things now than its transaction's.
+    #[inline]
+    fn command(&mut self, part: &Part<'_>) {
+        match part.body {
+            b"LISTEN\0" => self.listens = true,
+            b"DISCARD ALL\0" => (self.listens, self.deallocated) = (false, true),
+            b"DEALLOCATE ALL\0" => self.deallocated = true,
+            b"DEALLOCATE\0" => self.deallocates += 1,
+            _ => {}
+        }
+        // Of all others a transaction's end takes away what they have done, or it is in the database.
+        self.state_changed |= match part.body.first() {
+            Some(b'I' | b'U' | b'B' | b'F' | b'T' | b'V' | b'M' | b'E') => part.body == b"UNLISTEN\0" || !part.last,
+            Some(b'S') => {
+                !(part.body.starts_with(b"SELECT")
+                    || part.body.starts_with(b"SHOW")
+                    || part.body.starts_with(b"SA")
+                    || part.body.starts_with(b"ST"))
+            }
+            Some(b'C') => !(part.body.starts_with(b"COMMIT") || part.body.starts_with(b"COPY")),
+            Some(b'R') => !(part.body.starts_with(b"ROLLBACK") || part.body.starts_with(b"RELEASE")),
+            Some(b'D') => !part.body.starts_with(b"DELETE"),
+            Some(b'L') => !part.body.starts_with(b"LOCK"),
+            Some(b'N') => !part.body.starts_with(b"NOTIFY"),
+            _ => true,
+        };
     }
 
     #[inline]
