@@ -19,6 +19,8 @@ pub const QUERIES: &str = "pgflip_queries_total";
 pub const BYTES: &str = "pgflip_bytes_total";
 /// Counter, `result` = `ok`, `wrong_password` or `server` (a server refused): logins of clients.
 pub const LOGINS: &str = "pgflip_logins_total";
+/// Counter: clients that shared servers and have kept one, because of what they hold.
+pub const BOUND: &str = "pgflip_clients_bound_total";
 /// Counter, `direction` = `cutover` or `rollback`, `outcome`: flips that have ended.
 pub const FLIPS: &str = "pgflip_flips_total";
 /// Histogram, seconds: how long a flip held clients.
@@ -54,6 +56,11 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
         LOGINS,
         Kind::Counter,
         "Logins of clients; label result: ok, wrong_password, server (a server refused).",
+    ),
+    (
+        BOUND,
+        Kind::Counter,
+        "Clients that shared servers (pool_mode = \"transaction\") and have kept one, because of what they hold.",
     ),
     (
         FLIPS,

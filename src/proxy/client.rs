@@ -13,6 +13,8 @@ use crate::proxy::reactor::Socket;
 pub(super) enum ClientStream {
     /// Until it has logged in.
     Plain(TcpStream),
+    /// On its way from one thread to another.
+    Unsettled(std::net::TcpStream),
     /// The same, from then on.
     Ours(Socket),
     Tls(Box<tokio_rustls::server::TlsStream<TcpStream>>),
@@ -23,6 +25,22 @@ impl ClientStream {
     pub fn into_ours(self) -> io::Result<ClientStream> {
         match self {
             ClientStream::Plain(socket) => Ok(ClientStream::Ours(Socket::tcp(socket)?)),
+            other => Ok(other),
+        }
+    }
+
+    /// Leaves its thread. One with TLS stays with the runtime there, which wakes its task here.
+    pub fn unsettle(self) -> io::Result<ClientStream> {
+        match self {
+            ClientStream::Plain(socket) => Ok(ClientStream::Unsettled(socket.into_std()?)),
+            other => Ok(other),
+        }
+    }
+
+    /// Has arrived.
+    pub fn settle(self) -> io::Result<ClientStream> {
+        match self {
+            ClientStream::Unsettled(socket) => Ok(ClientStream::Plain(TcpStream::from_std(socket)?)),
             other => Ok(other),
         }
     }
@@ -47,6 +65,7 @@ impl ClientStream {
         let socket = match self {
             ClientStream::Ours(socket) => return socket.is_read_closed(),
             ClientStream::Plain(socket) => socket,
+            ClientStream::Unsettled(_) => return true,
             ClientStream::Tls(stream) => stream.get_ref().0,
         };
         match socket.ready(Interest::READABLE).await {
@@ -66,6 +85,7 @@ impl AsyncRead for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Plain(stream) => Pin::new(stream).poll_read(cx, into),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Tls(stream) => Pin::new(stream).poll_read(cx, into),
         }
     }
@@ -77,6 +97,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
@@ -85,6 +106,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
@@ -92,6 +114,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
@@ -126,6 +149,20 @@ impl ServerStream {
     #[inline]
     pub fn is_quiet(&self) -> bool {
         matches!(self, ServerStream::Ours(socket) if socket.is_quiet())
+    }
+
+    /// True if it has said nothing that was not read, and has not closed. For one that is nobody's: what it has said may be
+    /// lost.
+    pub fn is_silent(&mut self) -> bool {
+        match self {
+            ServerStream::Ours(socket) => socket.is_silent(),
+            ServerStream::Tls(stream) => {
+                let mut chunk = [0u8; 1];
+                let mut into = ReadBuf::new(&mut chunk);
+                let mut cx = Context::from_waker(std::task::Waker::noop());
+                Pin::new(stream).poll_read(&mut cx, &mut into).is_pending()
+            }
+        }
     }
 
     /// The certificate that the server has shown.

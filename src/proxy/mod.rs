@@ -2,7 +2,8 @@
 //!
 //! `listener (here) → handshake → session ⇄ server`; the `reactor` calls a session when its sockets are ready; `transfer`
 //! moves a session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers
-//! bear; `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain
+//! bear; `sharing` serves clients that borrow a server from a `pool` for each transaction (`suspects`: what may change more than
+//! that); `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain
 //! whom others wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
@@ -13,15 +14,21 @@ mod client;
 mod cursors;
 pub mod gate;
 mod handshake;
+mod held;
+mod outbox;
 mod pace;
+mod pool;
 mod reactor;
 mod server;
 mod session;
+mod sharing;
+mod suspects;
 mod temporary;
 mod transfer;
 mod turns;
 mod verifiers;
 
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -33,10 +40,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::{ClientTls, Config};
+use crate::config::{ClientTls, Config, PoolMode};
 use crate::wire::error::ClientError;
 use crate::wire::scram;
 use gate::Gate;
@@ -51,8 +58,28 @@ struct Env {
     gate: Arc<Gate>,
     verifiers: verifiers::Verifiers,
     names: transfer::SettingNamesInCatalogs,
+    suspects: suspects::Known,
+    /// Clients that share servers, on their way to the thread of their pool.
+    homes: Vec<mpsc::UnboundedSender<Newcomer>>,
     tls: Arc<ArcSwapOption<Tls>>,
     clients: AtomicUsize,
+}
+
+impl Env {
+    /// The worker on whose thread the pool of these clients lives.
+    fn home(&self, user: &str, database: &str) -> usize {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (user, database).hash(&mut hasher);
+        (hasher.finish() % self.homes.len() as u64) as usize
+    }
+}
+
+/// A client that has logged in.
+struct Newcomer {
+    client: Box<handshake::Client>,
+    peer: SocketAddr,
+    since: Instant,
+    counted: Counted,
 }
 
 /// TLS towards clients.
@@ -65,6 +92,7 @@ struct Tls {
 /// What the sessions of one thread share.
 struct Worker {
     env: Arc<Env>,
+    number: usize,
     opening: pace::Opening,
     left: Arc<pace::Left>,
 }
@@ -84,9 +112,12 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     if let Some(files) = &config.client_tls {
         tls.store(Some(Arc::new(acceptor(files)?)));
     }
+    let (homes, newcomers): (Vec<_>, Vec<_>) = (0..config.workers.max(1)).map(|_| mpsc::unbounded_channel()).unzip();
     let env = Arc::new(Env {
+        homes,
         verifiers: verifiers::Verifiers::new(config.clone(), gate.clone()),
         names: transfer::SettingNamesInCatalogs::default(),
+        suspects: suspects::Known::default(),
         gate,
         tls,
         clients: AtomicUsize::new(0),
@@ -102,9 +133,10 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     }
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
-    for (n, listener) in listeners.into_iter().enumerate() {
+    for (n, (listener, newcomers)) in listeners.into_iter().zip(newcomers).enumerate() {
         let worker = Arc::new(Worker {
             env: env.clone(),
+            number: n,
             opening: pace::Opening::default(),
             left: Arc::default(),
         });
@@ -123,6 +155,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
                 if n == 0 {
                     tokio::spawn(turns::watch(worker.env.clone()));
                 }
+                tokio::spawn(welcome(worker.clone(), newcomers));
                 work(worker, listener, shutdown, stopped).await;
             });
         })?;
@@ -234,12 +267,33 @@ async fn work(
     let _ = stopped.wait_for(|now| *now).await;
 }
 
-/// Counts a client for as long as it exists.
-struct Counted<'a>(&'a AtomicUsize);
+/// Takes over clients that other workers have let in, to share servers here.
+async fn welcome(worker: Arc<Worker>, mut newcomers: mpsc::UnboundedReceiver<Newcomer>) {
+    while let Some(newcomer) = newcomers.recv().await {
+        let worker = worker.clone();
+        tokio::spawn(async move {
+            let Newcomer {
+                client,
+                peer,
+                since,
+                counted,
+            } = newcomer;
+            let stream = client.stream.settle();
+            match stream {
+                Ok(stream) => sharing::run(worker, handshake::Client { stream, ..*client }, peer, since).await,
+                Err(error) => tracing::warn!(%error, "a client's socket can't be waited for"),
+            }
+            drop(counted);
+        });
+    }
+}
 
-impl Drop for Counted<'_> {
+/// Counts a client for as long as it exists.
+struct Counted(Arc<Env>);
+
+impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.clients.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -249,7 +303,7 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
     let _ = socket.set_nodelay(true);
     let _ = socket2::SockRef::from(&socket).set_keepalive(true);
     let clients = env.clients.fetch_add(1, Ordering::Relaxed);
-    let _counted = Counted(&env.clients);
+    let counted = Counted(env.clone());
     let limits = &env.config.limits;
     // A cancel request must get through a full house: only those far beyond are not even listened to.
     if clients >= limits.max_clients.saturating_mul(2).saturating_add(64) {
@@ -263,7 +317,25 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
                 handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;
                 return;
             }
-            session::run(worker, *client, peer, since).await;
+            if env.config.pool.mode(&client.user, &client.database) == PoolMode::Session {
+                return session::run(worker, *client, peer, since).await;
+            }
+            let home = env.home(&client.user, &client.database);
+            if home == worker.number {
+                return sharing::run(worker, *client, peer, since).await;
+            }
+            client.stream = match client.stream.unsettle() {
+                Ok(stream) => stream,
+                Err(error) => return tracing::warn!(%error, "a client's socket can't be handed over"),
+            };
+            let newcomer = Newcomer {
+                client,
+                peer,
+                since,
+                counted,
+            };
+            // It fails only when pgflip ends.
+            let _ = env.homes[home].send(newcomer);
         }
         Ok(Err(Failed::Refused(error))) => {
             tracing::info!(%peer, code = error.code, message = error.message, "a client was refused");

@@ -1,0 +1,683 @@
+//! Servers that clients share (`[pool] pool_mode = "transaction"`): lent for a transaction, taken back, opened when clients
+//! wait and there is room, closed when they are old or not needed. One pool for each user, database and way of logging in;
+//! it lives on one worker's thread with all its clients, so nothing here is locked or handed from thread to thread.
+//!
+//! What clients do with a server that they have is not known here: see [`super::sharing`].
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::pg::Side;
+use crate::proxy::Worker;
+use crate::proxy::gate::{Ahead, CancelKey, Orders, Shared};
+use crate::proxy::pace::CLOSE_LIMIT;
+use crate::proxy::server::{self, Login, LoginError, ServerConn};
+use crate::proxy::transfer::{self, State};
+use crate::wire::message::Pair;
+use crate::wire::statements::{OnServer, Statements};
+
+/// How often servers that nobody needs are looked for.
+const TIDY: Duration = Duration::from_secs(1);
+/// A server that can't be reached is tried again after so long while clients wait; twice as long each time.
+const AGAIN: Duration = Duration::from_millis(100);
+const AGAIN_MAX: Duration = Duration::from_secs(2);
+/// How long all statements of clients may take to be described on one side.
+const COMPARE_LIMIT: Duration = Duration::from_secs(10);
+/// Servers looked at for one that has the client's settings already.
+const LOOKED_AT: usize = 16;
+/// Different sets of parameters that are told apart.
+const VERSIONS: usize = 1024;
+
+thread_local! {
+    static HERE: RefCell<Pools> = RefCell::default();
+}
+
+/// What a client knows of its parameters.
+pub(super) type Parameters = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// A pool of this thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct PoolId(usize);
+
+/// Whom a pool's servers can serve.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    user: String,
+    database: String,
+    /// The startup parameters, all but `application_name`.
+    parameters: Vec<Pair>,
+}
+
+#[derive(Default)]
+struct Pools {
+    /// A place is never used again: whoever knows it may be late.
+    pools: Vec<Option<Box<Pool>>>,
+    by_key: HashMap<Key, usize>,
+    statements: Statements,
+    versions: HashMap<Parameters, u64>,
+    last_version: u64,
+    tidying: bool,
+}
+
+#[allow(
+    clippy::vec_box,
+    reason = "a server changes hands for every transaction: a pointer, not all of it"
+)]
+struct Pool {
+    worker: Arc<Worker>,
+    key: Key,
+    /// As its last client has logged in.
+    login: Login,
+    /// The one used last is last.
+    idle: Vec<Box<Lent>>,
+    /// On the other side, for a flip.
+    ahead: Vec<Box<Lent>>,
+    /// Of the prepare for which they are made: its number, whether they are made, and who wants to know.
+    prepared: (u64, bool, Vec<Arc<Shared>>),
+    waiting: VecDeque<oneshot::Sender<Result<Box<Lent>, Arc<LoginError>>>>,
+    /// Servers: idle, lent, kept by a client, being opened.
+    places: usize,
+    /// Of these, those that one client keeps.
+    kept: usize,
+    opening: usize,
+    clients: usize,
+    /// How long to wait before a server that could not be reached is tried again.
+    again: Duration,
+    /// What the last server has said of itself.
+    parameters: Option<Arc<Parameters>>,
+    /// What the last client had set.
+    state: Option<Arc<State>>,
+}
+
+/// A server of a pool. Whoever has it gives it back at its boundary, or drops it.
+pub(super) struct Lent {
+    pub conn: ServerConn,
+    pub key: Arc<CancelKey>,
+    /// Statements that it has.
+    pub on: OnServer,
+    /// What was set on it beside what its login has set.
+    pub state: Option<Arc<State>>,
+    /// Number of its parameters: of equal ones the same.
+    pub version: u64,
+    pub place: Place,
+    opened: Instant,
+    used: Instant,
+}
+
+/// Room for one server in a pool.
+pub(super) struct Place {
+    pool: PoolId,
+    kept: bool,
+}
+
+impl Place {
+    fn new(pool: &mut Pool, id: PoolId) -> Place {
+        pool.places += 1;
+        Place { pool: id, kept: false }
+    }
+
+    /// One client keeps its server.
+    pub fn keep(&mut self) {
+        self.kept = true;
+        HERE.with_borrow_mut(|here| {
+            if let Some(pool) = here.pool(self.pool) {
+                pool.kept += 1;
+            }
+        });
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // At the thread's end there is nothing to tidy.
+        let _ = HERE.try_with(|here| {
+            if let Ok(mut here) = here.try_borrow_mut() {
+                if let Some(pool) = here.pool(self.pool) {
+                    pool.places -= 1;
+                    pool.kept -= usize::from(self.kept);
+                }
+                here.fill(self.pool);
+            }
+        });
+    }
+}
+
+/// A client's membership.
+pub(super) struct Member(pub PoolId);
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let _ = HERE.try_with(|here| {
+            if let Ok(mut here) = here.try_borrow_mut()
+                && let Some(pool) = here.pool(self.0)
+            {
+                pool.clients -= 1;
+            }
+        });
+    }
+}
+
+/// A client that has logged in belongs to this pool. The second value: what it is told of its parameters, if that is known.
+pub(super) fn join(
+    worker: &Arc<Worker>,
+    login: &Login,
+    user: &str,
+    database: &str,
+) -> (Member, Option<Arc<Parameters>>) {
+    let mut parameters = login.parameters.clone();
+    parameters.retain(|(name, _)| name != b"application_name");
+    let key = Key {
+        user: user.to_owned(),
+        database: database.to_owned(),
+        parameters: parameters.clone(),
+    };
+    HERE.with_borrow_mut(|here| {
+        let here = &mut *here;
+        let id = *here.by_key.entry(key.clone()).or_insert_with(|| {
+            here.pools.push(Some(Box::new(Pool {
+                worker: worker.clone(),
+                key,
+                login: Login { parameters, keys: None },
+                idle: Vec::new(),
+                ahead: Vec::new(),
+                prepared: (0, true, Vec::new()),
+                waiting: VecDeque::new(),
+                places: 0,
+                kept: 0,
+                opening: 0,
+                clients: 0,
+                again: AGAIN,
+                parameters: None,
+                state: None,
+            })));
+            here.pools.len() - 1
+        });
+        let id = PoolId(id);
+        let pool = here.pool(id).expect("by_key lists only what there is");
+        pool.login.keys = login.keys.clone();
+        pool.clients += 1;
+        let known = pool.parameters.clone();
+        if !std::mem::replace(&mut here.tidying, true) {
+            tokio::spawn(tidy());
+        }
+        (Member(id), known)
+    })
+}
+
+/// A server on `side` that nobody uses, if there is one: one with this state, if possible.
+#[inline]
+pub(super) fn try_borrow(id: PoolId, side: Side, state: Option<&Arc<State>>) -> Option<Box<Lent>> {
+    HERE.with_borrow_mut(|here| {
+        let pool = here.pool(id)?;
+        // Others were first.
+        if !pool.waiting.is_empty() {
+            return None;
+        }
+        loop {
+            if pool.idle.last().is_none_or(|lent| lent.conn.side != side) {
+                pool.go_to(side);
+            }
+            let newest = pool.idle.iter().rev().take(LOOKED_AT);
+            let at = newest
+                .map(|lent| is_same(lent.state.as_ref(), state))
+                .position(|same| same);
+            let at = pool.idle.len().checked_sub(1)? - at.unwrap_or(0);
+            let mut lent = pool.idle.remove(at);
+            if lent.conn.stream.is_silent() {
+                return Some(lent);
+            }
+            // It has said something while it was nobody's: most likely that it goes.
+            pool.close(lent);
+        }
+    })
+}
+
+/// True if a server with one state need not be given the other.
+pub(super) fn is_same(one: Option<&Arc<State>>, other: Option<&Arc<State>>) -> bool {
+    match (one, other) {
+        (None, None) => true,
+        (Some(one), Some(other)) => Arc::ptr_eq(one, other) || one.same_settings(other),
+        _ => false,
+    }
+}
+
+/// A server, if possible one with this state, when it is this client's turn. It may be on a side where nobody goes any more. May
+/// be cancelled.
+pub(super) async fn borrow(
+    id: PoolId,
+    active: Option<Side>,
+    state: Option<&Arc<State>>,
+) -> Result<Box<Lent>, Arc<LoginError>> {
+    struct Waits(oneshot::Receiver<Result<Box<Lent>, Arc<LoginError>>>);
+    impl Drop for Waits {
+        fn drop(&mut self) {
+            self.0.close();
+            if let Ok(Ok(lent)) = self.0.try_recv() {
+                give_back(lent);
+            }
+        }
+    }
+    if let Some(lent) = active.and_then(|side| try_borrow(id, side, state)) {
+        return Ok(lent);
+    }
+    let (tell, told) = oneshot::channel();
+    HERE.with_borrow_mut(|here| {
+        if let Some(pool) = here.pool(id) {
+            pool.waiting.push_back(tell);
+        }
+        here.fill(id);
+    });
+    let mut waits = Waits(told);
+    match (&mut waits.0).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Arc::new(LoginError::Io(std::io::ErrorKind::NotConnected.into()))),
+    }
+}
+
+/// A server at its boundary, with nothing of a client's but statements and `state`.
+#[inline]
+pub(super) fn give_back(lent: Box<Lent>) {
+    HERE.with_borrow_mut(|here| here.take_back(lent));
+}
+
+/// As statements know a side.
+#[inline]
+pub(super) fn side_number(side: Side) -> u8 {
+    match side {
+        Side::Blue => 1,
+        Side::Green => 2,
+    }
+}
+
+/// The number of a set of parameters.
+pub(super) fn version(parameters: &Parameters) -> u64 {
+    HERE.with_borrow_mut(|here| here.version(parameters))
+}
+
+/// Calls with the statements of all clients.
+#[inline]
+pub(super) fn with_statements<R>(call: impl FnOnce(&mut Statements) -> R) -> R {
+    HERE.with_borrow_mut(|here| call(&mut here.statements))
+}
+
+/// The state that a client has now: servers made for a flip are given it.
+pub(super) fn note_state(id: PoolId, state: Option<&Arc<State>>) {
+    HERE.with_borrow_mut(|here| {
+        if let Some(pool) = here.pool(id) {
+            pool.state = state.cloned();
+        }
+    });
+}
+
+/// The gate's orders may have changed: has servers made for a flip, or drops them. The client is told when they are made.
+pub(super) fn look(id: PoolId, orders: &Orders, shared: &Arc<Shared>) {
+    HERE.with_borrow_mut(|here| {
+        let Some(pool) = here.pool(id) else { return };
+        let active = orders.upstream.map(|upstream| upstream.side);
+        match orders.prepare {
+            Some((to, number)) if active != Some(to) => {
+                if pool.prepared.0 != number {
+                    pool.drop_ahead();
+                    pool.prepared = (number, false, Vec::new());
+                    tokio::spawn(make_ahead(id, pool.worker.clone(), to, number));
+                }
+                match pool.prepared.1 {
+                    true => pool.worker.env.gate.report_ahead(shared, Ahead::Ready(number)),
+                    false => pool.prepared.2.push(shared.clone()),
+                }
+            }
+            _ => {
+                if let Some(side) = pool.ahead.first().map(|lent| lent.conn.side)
+                    && active != Some(side)
+                {
+                    pool.drop_ahead();
+                }
+            }
+        }
+        here.fill(id);
+    });
+}
+
+/// Makes as many servers ready on the other side as there are now, at the pace that it bears.
+async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
+    let env = &worker.env;
+    worker.left.gone().await;
+    if let Err(error) = compare(id, &worker, to, number).await {
+        HERE.with_borrow_mut(|here| {
+            let Some(pool) = here.pool(id) else { return };
+            for shared in pool.prepared.2.drain(..) {
+                env.gate.report_ahead(&shared, Ahead::Failed(number, error.to_string()));
+            }
+        });
+        return;
+    }
+    loop {
+        let next = HERE.with_borrow_mut(|here| {
+            let pool = here.pool(id)?;
+            // Those made ahead have places as well; clients that keep one make their own.
+            let wanted = pool.prepared.0 == number && 2 * pool.ahead.len() < pool.places - pool.kept;
+            wanted.then(|| (pool.login.clone(), pool.state.clone()))
+        });
+        let Some((login, state)) = next else { break };
+        let _turn = worker.opening.turn().await;
+        let limit = env.config.limits.server_connect_timeout;
+        let made = async {
+            let mut conn = server::open(env.config.server(to), &login, limit).await?;
+            let dressed = timeout(limit, transfer::dress(&mut conn, state.as_deref(), &[])).await;
+            let state = state.filter(|_| matches!(dressed, Ok(Ok(()))));
+            match dressed {
+                Ok(Ok(())) => {}
+                // It is given to a client all the same, which will be told.
+                _ => conn = server::open(env.config.server(to), &login, limit).await?,
+            }
+            Ok::<_, LoginError>((conn, state))
+        };
+        let made = made.await;
+        let failed = HERE.with_borrow_mut(|here| {
+            let here = &mut *here;
+            match made {
+                Ok((conn, state)) => {
+                    let version = here.version(&conn.parameters);
+                    let Some(pool) = here.pool(id) else { return true };
+                    let place = Place::new(pool, id);
+                    let lent = Lent::new(place, conn, state, version);
+                    match pool.prepared.0 == number && env.gate.orders().prepare.is_some_and(|(side, _)| side == to) {
+                        true => pool.ahead.push(lent),
+                        false => pool.close(lent),
+                    }
+                    false
+                }
+                Err(error) => {
+                    let Some(pool) = here.pool(id) else { return true };
+                    let error = error.to_string();
+                    for shared in pool.prepared.2.drain(..) {
+                        env.gate.report_ahead(&shared, Ahead::Failed(number, error.clone()));
+                    }
+                    true
+                }
+            }
+        });
+        if failed {
+            return;
+        }
+    }
+    HERE.with_borrow_mut(|here| {
+        if let Some(pool) = here.pool(id)
+            && pool.prepared.0 == number
+        {
+            pool.prepared.1 = true;
+            for shared in pool.prepared.2.drain(..) {
+                env.gate.report_ahead(&shared, Ahead::Ready(number));
+            }
+        }
+    });
+}
+
+/// Finds the statements whose columns are others on the other side: a client that has one described once would read its rows by
+/// that for ever, so it is told to prepare it anew when it uses it there.
+async fn compare(id: PoolId, worker: &Arc<Worker>, to: Side, number: u64) -> Result<(), LoginError> {
+    let env = &worker.env;
+    let wanted = HERE.with_borrow_mut(|here| {
+        let statements = here.statements.named_now();
+        let pool = here.pool(id).filter(|pool| pool.prepared.0 == number)?;
+        Some((pool.login.clone(), pool.state.clone(), statements))
+    });
+    let Some((login, state, statements)) = wanted else {
+        return Ok(());
+    };
+    if statements.is_empty() {
+        return Ok(());
+    }
+    let _turn = worker.opening.turn().await;
+    let limit = env.config.limits.server_connect_timeout;
+    let rests: Vec<&[u8]> = statements.iter().map(|statement| statement.rest()).collect();
+    let mut both = Vec::new();
+    for side in [to.other(), to] {
+        let mut conn = server::open(env.config.server(side), &login, limit).await?;
+        let described = async {
+            // In the search_path of a client.
+            let _ = transfer::dress(&mut conn, state.as_deref(), &[]).await;
+            transfer::columns_of(&mut conn, &rests).await
+        };
+        let described = timeout(COMPARE_LIMIT, described)
+            .await
+            .map_err(|_| LoginError::Timeout(COMPARE_LIMIT))??;
+        both.push(described);
+        conn.close(CLOSE_LIMIT, true).await;
+    }
+    for ((statement, source), target) in statements.iter().zip(&both[0]).zip(&both[1]) {
+        if source.differ(target) {
+            statement.change(side_number(to));
+        }
+    }
+    Ok(())
+}
+
+impl Pools {
+    fn pool(&mut self, id: PoolId) -> Option<&mut Pool> {
+        self.pools.get_mut(id.0)?.as_deref_mut()
+    }
+
+    fn version(&mut self, parameters: &Parameters) -> u64 {
+        if let Some(version) = self.versions.get(parameters) {
+            return *version;
+        }
+        if self.versions.len() >= VERSIONS {
+            self.versions.clear();
+        }
+        self.last_version += 1;
+        self.versions.insert(parameters.clone(), self.last_version);
+        self.last_version
+    }
+
+    fn take_back(&mut self, mut lent: Box<Lent>) {
+        let id = lent.place.pool;
+        let Some(pool) = self.pool(id) else { return };
+        let config = &pool.worker.env.config.pool;
+        let active = pool.worker.env.gate.active();
+        let now = Instant::now();
+        if active != Some(lent.conn.side) || now - lent.opened >= config.server_lifetime {
+            return pool.close(lent);
+        }
+        lent.used = now;
+        let mut lent = Ok(lent);
+        while let Some(waiter) = pool.waiting.pop_front() {
+            match waiter.send(lent) {
+                Ok(()) => return,
+                // It waits no more.
+                Err(back) => lent = back,
+            }
+        }
+        if let Ok(lent) = lent {
+            pool.idle.push(lent);
+        }
+    }
+
+    /// Has as many servers opened as clients wait for, and as there is room for.
+    fn fill(&mut self, id: PoolId) {
+        let Some(pool) = self.pool(id) else { return };
+        let size = pool.worker.env.config.pool.pool_size;
+        let Some(side) = pool.worker.env.gate.active() else {
+            return;
+        };
+        pool.waiting.retain(|waiter| !waiter.is_closed());
+        pool.go_to(side);
+        while pool.opening < pool.waiting.len() && pool.places < size {
+            pool.opening += 1;
+            let place = Place::new(pool, id);
+            tokio::spawn(open(id, place, pool.worker.clone(), pool.login.clone(), side));
+        }
+    }
+}
+
+/// Opens a server for whoever waits first.
+async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side: Side) {
+    struct Opening(PoolId);
+    impl Drop for Opening {
+        fn drop(&mut self) {
+            let _ = HERE.try_with(|here| {
+                if let Ok(mut here) = here.try_borrow_mut()
+                    && let Some(pool) = here.pool(self.0)
+                {
+                    pool.opening -= 1;
+                }
+            });
+        }
+    }
+    let opening = Opening(id);
+    let env = &worker.env;
+    let opened = server::open(
+        env.config.server(side),
+        &login,
+        env.config.limits.server_connect_timeout,
+    )
+    .await;
+    match opened {
+        Ok(conn) => {
+            drop(opening);
+            HERE.with_borrow_mut(|here| {
+                let here = &mut *here;
+                let version = here.version(&conn.parameters);
+                let Some(pool) = here.pool(id) else { return };
+                pool.again = AGAIN;
+                pool.parameters = Some(Arc::new(conn.parameters.clone()));
+                here.take_back(Lent::new(place, conn, None, version));
+            });
+        }
+        Err(error) => {
+            tracing::info!(%side, user = login_user(&login), %error, "a server that clients share could not be opened");
+            let unreachable = matches!(
+                error,
+                LoginError::Connect(_) | LoginError::Io(_) | LoginError::Timeout(_)
+            );
+            let error = Arc::new(error);
+            let pause = HERE.with_borrow_mut(|here| {
+                let pool = here.pool(id)?;
+                if unreachable {
+                    let pause = pool.again;
+                    pool.again = (pause * 2).min(AGAIN_MAX);
+                    return Some(pause);
+                }
+                // What the server says to one it says to all.
+                for waiter in pool.waiting.drain(..) {
+                    let _ = waiter.send(Err(error.clone()));
+                }
+                None
+            });
+            if let Some(pause) = pause {
+                sleep(pause).await;
+            }
+            drop(opening);
+            // Whoever waits still gets the next try.
+            drop(place);
+        }
+    }
+}
+
+fn login_user(login: &Login) -> String {
+    let user = login.parameters.iter().find(|(name, _)| name == b"user");
+    String::from_utf8_lossy(user.map_or(&[][..], |(_, value)| value)).into_owned()
+}
+
+impl Lent {
+    fn new(place: Place, conn: ServerConn, state: Option<Arc<State>>, version: u64) -> Box<Lent> {
+        let key = CancelKey {
+            side: conn.side,
+            pid: conn.pid,
+            key: conn.key.clone(),
+        };
+        let now = Instant::now();
+        Box::new(Lent {
+            key: Arc::new(key),
+            conn,
+            on: OnServer::default(),
+            state,
+            version,
+            place,
+            opened: now,
+            used: now,
+        })
+    }
+}
+
+impl Pool {
+    /// Those on the other side are of no use any more; those made ahead are.
+    #[cold]
+    fn go_to(&mut self, side: Side) {
+        for lent in self
+            .idle
+            .extract_if(.., |lent| lent.conn.side != side)
+            .collect::<Vec<_>>()
+        {
+            self.close(lent);
+        }
+        self.idle
+            .extend(self.ahead.extract_if(.., |lent| lent.conn.side == side));
+    }
+
+    /// Closes what is idle and old, or idle for long and more than there are to be, or gone.
+    fn tidy(&mut self, now: Instant) {
+        let config = self.worker.env.config.pool.clone();
+        let active = self.worker.env.gate.active();
+        let mut more = self.idle.len().saturating_sub(config.min_pool_size);
+        // Those that have been idle for longest come first.
+        for mut lent in std::mem::take(&mut self.idle) {
+            let old = now - lent.opened >= config.server_lifetime;
+            let unused = more > 0 && now - lent.used >= config.server_idle_timeout;
+            if old || unused || active != Some(lent.conn.side) || !lent.conn.stream.is_silent() {
+                more = more.saturating_sub(1);
+                self.close(lent);
+            } else {
+                self.idle.push(lent);
+            }
+        }
+    }
+
+    fn drop_ahead(&mut self) {
+        self.prepared = (0, true, Vec::new());
+        for lent in std::mem::take(&mut self.ahead) {
+            self.close(lent);
+        }
+    }
+
+    /// Closes one that is at its boundary, when clients don't feel it.
+    fn close(&mut self, lent: Box<Lent>) {
+        let Lent { conn, place, .. } = *lent;
+        let left = self.worker.left.clone();
+        tokio::spawn(async move {
+            left.close(conn);
+            // Its room is free at once: that the server is a moment behind matters to nobody but max_connections.
+            drop(place);
+        });
+    }
+}
+
+/// For as long as the thread lives: closes what is old or not needed, drops pools that nobody uses.
+async fn tidy() {
+    loop {
+        sleep(TIDY).await;
+        HERE.with_borrow_mut(|here| {
+            let now = Instant::now();
+            let mut empty = Vec::new();
+            for (n, place) in here.pools.iter_mut().enumerate() {
+                let Some(pool) = place else { continue };
+                pool.tidy(now);
+                if pool.clients == 0 && pool.places == 0 && pool.opening == 0 {
+                    empty.push((n, pool.key.clone()));
+                }
+            }
+            for (n, key) in empty {
+                here.by_key.remove(&key);
+                here.pools[n] = None;
+            }
+            for n in 0..here.pools.len() {
+                here.fill(PoolId(n));
+            }
+        });
+    }
+}
