@@ -12,6 +12,7 @@ mod pinned;
 mod process;
 pub mod raw;
 mod shapes;
+mod sharing;
 mod temporary;
 mod tools;
 
@@ -27,7 +28,7 @@ use pgflip::proxy::{self, Proxy};
 use raw::Raw;
 use tokio::sync::watch;
 
-use crate::common::LIMIT;
+use crate::common::{LIMIT, with_pool};
 
 const PASSWORD: &str = "wer's nicht \"weiß\"";
 
@@ -127,6 +128,7 @@ impl Servers {
             let (password, port) = (cluster.password().expose(), cluster.port());
             format!("postgresql://postgres:{password}@127.0.0.1:{port}?{query}")
         };
+        let sections = with_pool(sections.to_owned());
         let text = format!(
             "listen = \"127.0.0.1:{}\"\ndatabases = [\"app\"]\nworkers = 2\n[blue]\nurl = \"{}\"\n[green]\nurl = \"{}\"\n{sections}\n",
             port.number(),
