@@ -1627,6 +1627,7 @@ impl Session {
         {
             error.encode(&mut self.to_client.rest);
         }
+        let idle = at_boundary(&self.requests, &self.replies) && self.to_server.is_empty();
         let Session {
             mut client,
             mut to_client,
@@ -1654,6 +1655,10 @@ impl Session {
             return;
         }
         let _ = last_words.await;
+        if idle {
+            // A server that has nothing left to do and does not go is not waited for.
+            return server.close(CLOSE_LIMIT, !requests.goodbye).await;
+        }
         let goodbye = async {
             poll_fn(|cx| to_server.poll_empty(cx, &mut server.stream)).await?;
             if requests.between_messages() && !requests.goodbye {
