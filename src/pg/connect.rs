@@ -7,6 +7,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -155,6 +156,46 @@ impl AsyncWrite for Stream {
             Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
+    }
+}
+
+/// Most that a server may say before it has logged pgflip in: a challenge, parameters, notices of a login trigger.
+const MAX_LOGIN: usize = 1 << 20;
+
+/// A stream of which only so much may be read until the login is done: tokio-postgres keeps what it is told in one.
+struct Measured {
+    stream: Stream,
+    left: Arc<AtomicUsize>,
+}
+
+/// What is left when nothing is counted any more.
+const UNMEASURED: usize = usize::MAX;
+
+impl AsyncRead for Measured {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = into.filled().len();
+        let done = Pin::new(&mut self.stream).poll_read(cx, into);
+        let left = self.left.load(Ordering::Relaxed);
+        if left == UNMEASURED {
+            return done;
+        }
+        match left.checked_sub(into.filled().len() - before) {
+            Some(left) => self.left.store(left, Ordering::Relaxed),
+            None => return Poll::Ready(Err(io::Error::other("the server says too much in the login"))),
+        }
+        done
+    }
+}
+
+impl AsyncWrite for Measured {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -494,10 +535,16 @@ async fn connect_on(
         database: database.to_owned(),
         source,
     };
+    let left = Arc::new(AtomicUsize::new(MAX_LOGIN));
+    let stream = Measured {
+        stream,
+        left: left.clone(),
+    };
     let (client, mut connection) = match timeout(limit, options.connect_raw(stream, tokio_postgres::NoTls)).await {
         Ok(done) => done.map_err(login)?,
         Err(_) => return Err(timed_out(server, limit)),
     };
+    left.store(UNMEASURED, Ordering::Relaxed);
     let driver = tokio::spawn(async move {
         while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
             match message {

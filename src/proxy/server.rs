@@ -17,10 +17,14 @@ use crate::proxy::client::ServerStream;
 use crate::wire::error::ClientError;
 use crate::wire::message::{self, ErrorFields, Pair};
 use crate::wire::scan;
-use crate::wire::scram::{self, ClientExchange, Keys, MECHANISM, MECHANISM_PLUS};
+use crate::wire::scram::{self, ClientExchange, Keys, MECHANISM, MECHANISM_PLUS, ScramError};
 
 /// Longest message read into memory while pgflip itself speaks: what it asks for is small, statements aside.
 const MAX_MESSAGE: usize = 64 << 20;
+/// Most that is put aside for the client meanwhile.
+const MAX_ASIDE: usize = 16 << 20;
+/// Most that a server may say in a login: parameters, and notices of a login trigger.
+const MAX_LOGIN: usize = 1 << 20;
 
 /// Who logs in, and how.
 #[derive(Clone)]
@@ -43,6 +47,8 @@ pub(super) struct ServerConn {
     pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
     /// Before that, ParameterStatus is only remembered: the session tells what the client has to know.
     logged_in: bool,
+    /// Of [`MAX_LOGIN`]: bytes that may still be read before that.
+    login_left: usize,
     /// Read and not yet looked at.
     buffer: Vec<u8>,
     /// Whole messages that came unasked in between (notices, notifications, ParameterStatus): the client's.
@@ -63,7 +69,7 @@ pub(super) enum LoginError {
     #[error("the server asks for {0}")]
     Asks(&'static str),
     #[error("{0}")]
-    Scram(#[from] crate::wire::scram::ScramError),
+    Scram(#[from] ScramError),
 }
 
 impl LoginError {
@@ -106,6 +112,7 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
         key: Vec::new(),
         parameters: BTreeMap::new(),
         logged_in: false,
+        login_left: MAX_LOGIN,
         buffer: Vec::new(),
         aside: Vec::new(),
     };
@@ -114,6 +121,8 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
     conn.stream.write_all(&out).await?;
     conn.stream.flush().await?;
     let mut exchange: Option<ClientExchange> = None;
+    // It has shown that it holds the role's verifier; it has let us in.
+    let (mut proven, mut authenticated) = (false, false);
     let bad = || {
         LoginError::Io(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -125,9 +134,14 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
         let mut rest = body.as_slice();
         out.clear();
         match kind {
-            b'R' => match message::int32(&mut rest).ok_or_else(bad)? {
-                0 => {}
-                10 => {
+            b'R' if !authenticated => match message::int32(&mut rest).ok_or_else(bad)? {
+                0 if exchange.is_some() && !proven => {
+                    return Err(LoginError::Scram(ScramError(
+                        "the server has not shown its SCRAM signature",
+                    )));
+                }
+                0 => authenticated = true,
+                10 if exchange.is_none() => {
                     let mut offers = rest;
                     let (mut offered, mut plus) = (false, false);
                     while let Some(name) = message::cstr(&mut offers).filter(|name| !name.is_empty()) {
@@ -157,22 +171,26 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
                     let answer = exchange.as_mut().ok_or_else(bad)?.respond(rest)?;
                     message::put(&mut out, b'p', |body| body.extend_from_slice(answer.as_bytes()));
                 }
-                12 => exchange.as_ref().ok_or_else(bad)?.finish(rest)?,
+                12 => {
+                    exchange.as_ref().ok_or_else(bad)?.finish(rest)?;
+                    proven = true;
+                }
+                10 => return Err(bad()),
                 3 => return Err(LoginError::Asks("a cleartext password")),
                 5 => return Err(LoginError::Asks("an md5 password")),
                 7..=9 => return Err(LoginError::Asks("GSSAPI or SSPI")),
                 _ => return Err(LoginError::Asks("an unknown authentication")),
             },
-            b'K' => {
+            b'K' if authenticated => {
                 conn.pid = message::int32(&mut rest).ok_or_else(bad)? as u32;
                 conn.key = rest.to_vec();
             }
-            b'Z' => {
+            b'Z' if authenticated => {
                 conn.logged_in = true;
                 return Ok(conn);
             }
             b'E' => return Err(LoginError::Refused(body)),
-            b'v' => {}
+            b'v' if !authenticated => {}
             _ => return Err(bad()),
         }
         if !out.is_empty() {
@@ -200,6 +218,12 @@ impl ServerConn {
             if kind == b'S' && !self.logged_in {
                 continue;
             }
+            if self.aside.len() > MAX_ASIDE {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "the server says too much that it was not asked for",
+                ));
+            }
             message::put(&mut self.aside, kind, |to| to.extend_from_slice(&body));
         }
     }
@@ -222,8 +246,14 @@ impl ServerConn {
                 }
             }
             self.buffer.reserve(8192);
-            if self.stream.read_buf(&mut self.buffer).await? == 0 {
+            let read = self.stream.read_buf(&mut self.buffer).await?;
+            if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if !self.logged_in {
+                self.login_left = self.login_left.checked_sub(read).ok_or_else(|| {
+                    io::Error::new(io::ErrorKind::InvalidData, "the server says too much in the login")
+                })?;
             }
         }
     }

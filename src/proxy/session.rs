@@ -1592,6 +1592,7 @@ impl Session {
         {
             error.encode(self.to_client.later());
         }
+        let idle = at_boundary(&self.requests, &self.replies) && self.to_server.is_empty();
         let Session {
             mut client,
             mut to_client,
@@ -1619,6 +1620,10 @@ impl Session {
             return;
         }
         let _ = last_words.await;
+        if idle {
+            // A server that has nothing left to do and does not go is not waited for.
+            return server.close(CLOSE_LIMIT, !requests.goodbye).await;
+        }
         let goodbye = async {
             poll_fn(|cx| to_server.poll_empty(cx, &mut server.stream)).await?;
             if requests.between_messages() && !requests.goodbye {

@@ -9,8 +9,11 @@ use crate::wire::settings::SettingNames;
 
 /// The longest error that is looked into.
 const ERROR_MAX: usize = 8 << 10;
+/// Longest ParameterStatus that is remembered, and how many of them: a server that lies may say as many as it likes.
+const PARAMETER_MAX: usize = 32 << 10;
+const PARAMETERS_MAX: usize = 128;
 
-/// A length below four: the peer does not speak the protocol.
+/// A length that the message can't have: the peer does not speak the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("invalid message length")]
 pub struct BadLength;
@@ -164,6 +167,12 @@ impl Requests {
         self.frames.between_messages()
     }
 
+    /// Bytes that are kept of all that has passed.
+    #[doc(hidden)]
+    pub fn kept(&self) -> usize {
+        self.unnamed.body.len() + self.settings.kept()
+    }
+
     /// Accounts for bytes that are about to be sent. With `one`, stops behind the first message that ends a request
     /// (Query, Sync, FunctionCall) and says how many bytes that were; else all of them.
     #[inline]
@@ -287,12 +296,19 @@ pub struct Replies {
     pub error_last: bool,
     /// Of the NotificationResponse under way the pid is still to come.
     pid_due: bool,
-    /// A LISTEN has been answered, as far as its answer was seen whole; DISCARD ALL has not been since.
+    /// A LISTEN has been answered; DISCARD ALL has not been since.
     pub listens: bool,
     /// What the client has been told by ParameterStatus.
     pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
     capture: Vec<u8>,
+    /// Of a CommandComplete that a read has cut: its first bytes, and how many (one more than fit: it is none of those that
+    /// matter).
+    tag: [u8; TAG_MAX],
+    tag_length: u8,
 }
+
+/// Length of the longest tag that matters: `DISCARD ALL` and its zero byte.
+const TAG_MAX: usize = 12;
 
 impl Default for Replies {
     fn default() -> Replies {
@@ -305,6 +321,8 @@ impl Default for Replies {
             sent_at_ready: 0,
             parses_done: 0,
             capture: Vec::new(),
+            tag: [0; TAG_MAX],
+            tag_length: 0,
             parameters: BTreeMap::new(),
             error_last: false,
             pids: Vec::new(),
@@ -358,6 +376,8 @@ impl Replies {
             }
             match part.kind {
                 b'D' | b'd' => {}
+                // A second status byte would be taken for the first, or not, as the read was cut.
+                b'Z' if part.first && part.length != 1 => return Err(BadLength),
                 b'Z' => {
                     if let Some(status) = part.body.first() {
                         self.status = *status;
@@ -393,10 +413,11 @@ impl Replies {
                     self.copy_in = false;
                     self.uncertain |= requests.behind_batch;
                 }
-                b'C' if part.first => {
+                b'C' if part.first && part.last => {
                     self.copy_in = false;
-                    self.command(&part);
+                    self.completed(part.body);
                 }
+                b'C' => self.completed_in_parts(&part),
                 b'A' => self.notification(&part, bytes.len() - input.len() - part.body.len()),
                 _ => {}
             }
@@ -414,8 +435,8 @@ impl Replies {
 
     /// A CommandComplete: by its tag, whether the session holds other things now than its transaction's.
     #[inline]
-    fn command(&mut self, part: &Part<'_>) {
-        match part.body {
+    fn completed(&mut self, tag: &[u8]) {
+        match tag {
             b"LISTEN\0" => self.listens = true,
             b"DISCARD ALL\0" => (self.listens, self.deallocated) = (false, true),
             b"DEALLOCATE ALL\0" => self.deallocated = true,
@@ -423,19 +444,19 @@ impl Replies {
             _ => {}
         }
         // Of all others a transaction's end takes away what they have done, or it is in the database.
-        self.state_changed |= match part.body.first() {
-            Some(b'I' | b'U' | b'B' | b'F' | b'T' | b'V' | b'M' | b'E') => part.body == b"UNLISTEN\0" || !part.last,
+        self.state_changed |= match tag.first() {
+            Some(b'I' | b'U' | b'B' | b'F' | b'T' | b'V' | b'M' | b'E') => tag == b"UNLISTEN\0",
             Some(b'S') => {
-                !(part.body.starts_with(b"SELECT")
-                    || part.body.starts_with(b"SHOW")
-                    || part.body.starts_with(b"SA")
-                    || part.body.starts_with(b"ST"))
+                !(tag.starts_with(b"SELECT")
+                    || tag.starts_with(b"SHOW")
+                    || tag.starts_with(b"SA")
+                    || tag.starts_with(b"ST"))
             }
-            Some(b'C') => !(part.body.starts_with(b"COMMIT") || part.body.starts_with(b"COPY")),
-            Some(b'R') => !(part.body.starts_with(b"ROLLBACK") || part.body.starts_with(b"RELEASE")),
-            Some(b'D') => !part.body.starts_with(b"DELETE"),
-            Some(b'L') => !part.body.starts_with(b"LOCK"),
-            Some(b'N') => !part.body.starts_with(b"NOTIFY"),
+            Some(b'C') => !(tag.starts_with(b"COMMIT") || tag.starts_with(b"COPY")),
+            Some(b'R') => !(tag.starts_with(b"ROLLBACK") || tag.starts_with(b"RELEASE")),
+            Some(b'D') => !tag.starts_with(b"DELETE"),
+            Some(b'L') => !tag.starts_with(b"LOCK"),
+            Some(b'N') => !tag.starts_with(b"NOTIFY"),
             _ => true,
         };
     }
@@ -451,6 +472,32 @@ impl Replies {
             self.uncertain = false;
             requests.behind_batch = false;
         }
+    }
+
+    /// The tag of a CommandComplete.
+    #[cold]
+    fn completed_in_parts(&mut self, part: &Part<'_>) {
+        if part.first {
+            self.copy_in = false;
+            self.tag_length = 0;
+        }
+        let have = usize::from(self.tag_length);
+        let here = part.body.len().min(TAG_MAX.saturating_sub(have));
+        self.tag[have.min(TAG_MAX)..][..here].copy_from_slice(&part.body[..here]);
+        self.tag_length = (have + part.body.len()).min(TAG_MAX + 1) as u8;
+        if part.last && usize::from(self.tag_length) <= TAG_MAX {
+            let tag = self.tag;
+            self.completed(&tag[..usize::from(self.tag_length)]);
+        } else if part.last {
+            self.state_changed = true;
+        }
+    }
+
+    /// Bytes that are kept of all that has passed.
+    #[doc(hidden)]
+    pub fn kept(&self) -> usize {
+        let parameters = self.parameters.iter().map(|(name, value)| name.len() + value.len());
+        self.capture.len() + parameters.sum::<usize>()
     }
 
     /// Part of a NotificationResponse whose body's part begins at `at`.
@@ -478,16 +525,24 @@ impl Replies {
         if part.first {
             self.capture.clear();
         }
-        self.capture.extend_from_slice(part.body);
+        let room = PARAMETER_MAX - self.capture.len();
+        self.capture.extend_from_slice(&part.body[..part.body.len().min(room)]);
         if !part.last {
             return false;
         }
-        let Some((name, value)) = parameter_status(&std::mem::take(&mut self.capture)) else {
+        let body = std::mem::take(&mut self.capture);
+        let mut rest = body.as_slice();
+        let Some(name) = cstr(&mut rest) else {
             return false;
         };
-        let is_encoding = name == b"client_encoding";
-        let before = self.parameters.insert(name.clone(), value);
-        is_encoding && before.as_ref() != self.parameters.get(&name)
+        let before = self.parameters.remove(name);
+        // One that is not remembered whole is not known.
+        if let Some(value) = cstr(&mut rest)
+            && self.parameters.len() < PARAMETERS_MAX
+        {
+            self.parameters.insert(name.to_vec(), value.to_vec());
+        }
+        name == b"client_encoding" && before.as_ref() != self.parameters.get(name)
     }
 }
 
@@ -711,5 +766,67 @@ mod tests {
         }
         replies.scan(&bytes, &mut requests).unwrap();
         assert!(replies.uncertain && !replies.copy_in && !at_boundary(&requests, &replies));
+    }
+
+    fn said(messages: &[(u8, &[u8])]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (kind, body) in messages {
+            put(&mut bytes, *kind, body);
+        }
+        bytes
+    }
+
+    #[test]
+    fn that_a_session_listens_is_seen_wherever_the_answer_is_cut() {
+        let bytes = said(&[
+            (b'C', b"DISCARD ALL\0"),
+            (b'C', b"LISTEN\0"),
+            (b'C', b"DISCARD ALLSORTS\0"),
+        ]);
+        for cut in 0..bytes.len() {
+            let (mut requests, mut replies) = (Requests::new(10), Replies::default());
+            replies.scan(&bytes[..cut], &mut requests).unwrap();
+            replies.scan(&bytes[cut..], &mut requests).unwrap();
+            assert!(replies.listens, "{cut}");
+            for byte in said(&[(b'C', b"DISCARD ALL\0")]) {
+                replies.scan(&[byte], &mut requests).unwrap();
+            }
+            assert!(!replies.listens, "{cut}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_tells_parameters_without_end_is_not_remembered_without_end() {
+        let (mut requests, mut replies) = (Requests::new(10), Replies::default());
+        let known = said(&[(b'S', b"TimeZone\0UTC\0")]);
+        replies.scan(&known, &mut requests).unwrap();
+        let long = vec![b'v'; 20_000];
+        for n in 0..1_000 {
+            let name = format!("made.up{n}\0");
+            let bytes = said(&[(b'S', &[name.as_bytes(), &long, b"\0"].concat())]);
+            for piece in bytes.chunks(9_000) {
+                replies.scan(piece, &mut requests).unwrap();
+            }
+        }
+        assert!(replies.kept() <= PARAMETERS_MAX * PARAMETER_MAX);
+        assert_eq!(replies.parameters[&b"TimeZone"[..]], b"UTC");
+        // One that is too long to be remembered is not known any more.
+        let bytes = said(&[(b'S', &[b"TimeZone\0", &vec![b'v'; 1 << 20][..], b"\0"].concat())]);
+        for piece in bytes.chunks(60_000) {
+            replies.scan(piece, &mut requests).unwrap();
+            assert!(replies.capture.len() <= PARAMETER_MAX);
+        }
+        assert!(!replies.parameters.contains_key(&b"TimeZone"[..]));
+    }
+
+    #[test]
+    fn a_state_that_is_not_one_byte_is_no_state() {
+        for body in [&b""[..], b"IT"] {
+            let mut requests = Requests::new(10);
+            assert_eq!(
+                Replies::default().scan(&said(&[(b'Z', body)]), &mut requests),
+                Err(BadLength)
+            );
+        }
     }
 }

@@ -303,6 +303,9 @@ impl ClientExchange {
     /// Takes the server's first message and answers with the client's final one.
     pub fn respond(&mut self, server_first: &[u8]) -> Result<String, ScramError> {
         let malformed = ScramError("the server sent a malformed SCRAM message");
+        if self.expected.is_some() {
+            return Err(ScramError("the server began the SCRAM exchange twice"));
+        }
         let server_first = std::str::from_utf8(server_first).map_err(|_| malformed.clone())?;
         let nonce = server_first
             .split(',')

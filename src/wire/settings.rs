@@ -10,6 +10,8 @@ use std::collections::BTreeSet;
 
 /// How much of a part that was cut is looked at again with the next one: longer than any name (63 bytes a piece).
 const OVERLAP: usize = 256;
+/// How much of it at most, where white space or a comment stands between SET and the name.
+const CUT_MAX: usize = 4 << 10;
 /// The longest name that is looked for.
 const NAME_MAX: usize = OVERLAP / 2;
 /// Names kept a session; an application that makes up names without end is not followed. Many: whatever reads like one among
@@ -23,6 +25,8 @@ pub struct SettingNames {
     bound: bool,
     computed: bool,
     tail: Vec<u8>,
+    /// Text came before the tail. Its first byte is there to tell whether a word begins behind it.
+    tail_continues: bool,
     names: BTreeSet<String>,
     bind_tail: Vec<u8>,
 }
@@ -83,8 +87,32 @@ impl SettingNames {
 
     #[cold]
     fn feed_cut(&mut self, part: &[u8], last: bool) {
-        let text = with_tail(&mut self.tail, part, last);
-        self.look(&text);
+        let mut text = std::mem::take(&mut self.tail);
+        text.extend_from_slice(part);
+        let cut = self.look(&text);
+        if last {
+            self.tail_continues = false;
+            return;
+        }
+        let overlap = text.len().saturating_sub(OVERLAP);
+        let from = match cut {
+            Some(at) if text.len() - at > CUT_MAX => {
+                // There may be a name, and it is not waited for.
+                self.computed = true;
+                overlap
+            }
+            Some(at) => overlap.min(at),
+            None => overlap,
+        };
+        let from = from.saturating_sub(1);
+        self.tail_continues |= from > 0;
+        self.tail = text.split_off(from);
+    }
+
+    /// Bytes that are kept.
+    #[doc(hidden)]
+    pub fn kept(&self) -> usize {
+        self.tail.len() + self.bind_tail.len() + self.names.iter().map(String::len).sum::<usize>()
     }
 
     /// Looks at a part of a Bind: each parameter that reads like the name of a custom setting may be one.
@@ -93,14 +121,22 @@ impl SettingNames {
         let bytes = with_tail(&mut self.bind_tail, part, last);
         for dot in memchr::memchr_iter(b'.', &bytes) {
             let in_name = |byte: &u8| is_word(*byte) || *byte == b'.';
-            let end = dot + bytes[dot..].iter().take_while(|byte| in_name(byte)).count();
-            // A parameter begins with its length. Bytes of that may look like a part of the name.
-            let start = (dot.saturating_sub(NAME_MAX)..dot)
+            // A parameter begins with its length. Bytes of that, and of what follows (NULL is 0xffffffff), may look like a
+            // part of the name.
+            for start in (dot.saturating_sub(NAME_MAX)..dot)
                 .rev()
                 .take_while(|at| in_name(&bytes[*at]))
-                .find(|at| *at >= 4 && bytes[at - 4..*at] == ((end - at) as u32).to_be_bytes());
-            if let Some(First::Name(name)) = start.map(|start| custom(&bytes[start..end])) {
-                self.insert(name);
+            {
+                let Some(length) = start.checked_sub(4).and_then(|at| bytes[at..].first_chunk()) else {
+                    break;
+                };
+                let end = start.saturating_add(u32::from_be_bytes(*length) as usize);
+                if end > dot
+                    && let Some(name) = bytes.get(start..end)
+                    && let First::Name(name) = custom(name)
+                {
+                    self.insert(name);
+                }
             }
         }
     }
@@ -111,7 +147,9 @@ impl SettingNames {
         }
     }
 
-    fn look(&mut self, text: &[u8]) {
+    /// Says where the first SET or `set_config` begins of which too little is there.
+    fn look(&mut self, text: &[u8]) -> Option<usize> {
+        let (from, mut cut) = (usize::from(self.tail_continues), None);
         for at in memchr::memmem::find_iter(text, b"et")
             .chain(memchr::memmem::find_iter(text, b"ET"))
             .collect::<Vec<_>>()
@@ -122,6 +160,10 @@ impl SettingNames {
             };
             let begins = |before: &[u8]| !before.last().is_some_and(|byte| is_word(*byte));
             let reset = strip_end(before, b"re").is_some_and(begins);
+            let start = before.len() - if reset { 2 } else { 0 };
+            if start < from {
+                continue;
+            }
             let rest = &text[at + 2..];
             let found = match rest.strip_prefix(b"_") {
                 None if reset || begins(before) => after_set(rest),
@@ -132,9 +174,11 @@ impl SettingNames {
                 First::Name(name) => self.insert(name),
                 First::Bound => self.bound = true,
                 First::Computed => self.computed = true,
-                First::Other | First::Cut => {}
+                First::Cut => cut = Some(cut.map_or(start, |before: usize| before.min(start))),
+                First::Other => {}
             }
         }
+        cut
     }
 }
 
@@ -163,10 +207,13 @@ fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'$' || byte >= 0x80
 }
 
-/// Past white space and comments.
+/// Past white space and comments, and what may be a half of a comment's beginning.
 fn spaces(mut text: &[u8]) -> &[u8] {
     loop {
         text = text.trim_ascii_start();
+        if matches!(text, [b'/' | b'-']) {
+            return &[];
+        }
         let (comment, end): (_, &[u8]) = match text {
             [b'/', b'*', comment @ ..] => (comment, b"*/"),
             [b'-', b'-', comment @ ..] => (comment, b"\n"),
@@ -189,14 +236,19 @@ fn after_set_config(text: &[u8]) -> First {
     };
     // It may be quoted.
     let rest = spaces(rest.strip_prefix(b"\"").unwrap_or(rest));
+    if rest.is_empty() {
+        return First::Cut;
+    }
     let Some(rest) = rest.strip_prefix(b"(").map(spaces) else {
         return First::Other;
     };
     let (name, rest) = match rest.first() {
         None => return First::Cut,
         Some(b'\'') => match memchr::memchr(b'\'', &rest[1..]) {
-            None => return First::Cut,
-            Some(end) => (Some(&rest[1..=end]), &rest[end + 2..]),
+            None if rest.len() <= NAME_MAX => return First::Cut,
+            Some(end) if end < NAME_MAX => (Some(&rest[1..=end]), &rest[end + 2..]),
+            // It may be a name, and is not waited for.
+            _ => return First::Computed,
         },
         Some(b'$') if rest.len() == 1 => return First::Cut,
         Some(b'$') if rest[1].is_ascii_digit() => {
@@ -213,6 +265,7 @@ fn after_set_config(text: &[u8]) -> First {
     }
     match (rest.first(), name) {
         (None, _) => First::Cut,
+        (Some(b':'), _) if rest.len() == 1 => First::Cut,
         (Some(b','), None) => First::Bound,
         (Some(b','), Some(name)) => custom(name),
         (Some(_), _) => First::Computed,
@@ -232,7 +285,10 @@ fn after_set(text: &[u8]) -> First {
     loop {
         if let Some(quoted) = rest.strip_prefix(b"\"") {
             let Some(end) = memchr::memchr(b'"', quoted) else {
-                return First::Cut;
+                return match quoted.len() < NAME_MAX {
+                    true => First::Cut,
+                    false => First::Other,
+                };
             };
             name.extend_from_slice(&quoted[..end]);
             rest = &quoted[end + 1..];
@@ -250,7 +306,11 @@ fn after_set(text: &[u8]) -> First {
         }
     }
     // A name that touches the end of a cut text may be half of one: it comes again with the next part.
-    if rest.is_empty() { First::Cut } else { custom(&name) }
+    if spaces(rest).is_empty() && name.len() < NAME_MAX {
+        First::Cut
+    } else {
+        custom(&name)
+    }
 }
 
 fn custom(name: &[u8]) -> First {
@@ -373,5 +433,53 @@ mod tests {
             names.feed(&text[cut..], true);
             prop_assert_eq!(names.iter().collect::<Vec<_>>(), vec!["app.other", "app.tenant"]);
         }
+    }
+
+    /// What is found in a text that comes in pieces of this size: names, and whether there may be more.
+    fn in_pieces(text: &str, size: usize) -> (Vec<String>, bool) {
+        let mut names = SettingNames::default();
+        for piece in text.as_bytes().chunks(size) {
+            names.feed(piece, false);
+        }
+        names.feed(b"", true);
+        (names.iter().map(str::to_owned).collect(), names.incomplete())
+    }
+
+    #[test]
+    fn the_same_is_found_in_pieces_whatever_their_size() {
+        let far = " ".repeat(1_000);
+        let long = "x".repeat(300);
+        for text in [
+            format!("select 1; set /*{far}*/ local app . x = 1;"),
+            format!("{long} set_config {far} ('app.x', y, true), offset.y, my_set_config(a || b) {long}"),
+            format!("{long}.set\napp.x=2; select '{long}'"),
+            format!("set -- {far}\n app.x = 1; select set_config('app.x'::text , $1, true) - 1 / 2;"),
+        ] {
+            for size in 1..600 {
+                assert_eq!(
+                    in_pieces(&text, size),
+                    (vec!["app.x".to_owned()], false),
+                    "{size}: {text}"
+                );
+            }
+        }
+        // Not waited for without end: then it is known that something may be missing.
+        let text = format!("set {} app.x = 1;", " ".repeat(100_000));
+        assert_eq!(in_pieces(&text, 300), (vec![], true));
+        assert_eq!(
+            in_pieces(&format!("set \"{}\".x = 1", "x".repeat(100_000)), 300),
+            (vec![], false)
+        );
+    }
+
+    #[test]
+    fn a_parameter_is_found_before_one_that_is_null() {
+        let mut body = bind(&["app.tenant"]);
+        body.truncate(body.len() - 2);
+        body.extend([0xff; 4]);
+        body.extend([0, 0]);
+        let mut names = SettingNames::default();
+        names.feed_bind(&body, true);
+        assert_eq!(names.iter().collect::<Vec<_>>(), ["app.tenant"]);
     }
 }
