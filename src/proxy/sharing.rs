@@ -331,6 +331,10 @@ impl Sharing {
             if let Err(end) = done {
                 return Relayed::Ended(self, end);
             }
+            // What came meanwhile may have made it whole.
+            if self.stop == Stop::Incomplete {
+                self.stop = Stop::No;
+            }
         }
     }
 
@@ -968,7 +972,8 @@ impl Sharing {
     fn may_settle(&self) -> bool {
         self.server.is_some()
             && self.outstanding()
-            && self.replies.status == b'I'
+            // Within a transaction only if the client waits for that.
+            && (self.replies.status == b'I' || self.stop == Stop::Answers)
             // A request sent since then is running, and its answer will come.
             && self.replies.sent_at_ready == self.requests.sent
             && !self.replies.copy_in
