@@ -18,7 +18,7 @@ use crate::proxy::gate::{Ahead, CancelKey, Orders, Shared};
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, State};
-use crate::wire::message::Pair;
+use crate::wire::message::{ErrorFields, Pair};
 use crate::wire::statements::{OnServer, Statements};
 
 /// How often servers that nobody needs are looked for.
@@ -90,6 +90,8 @@ struct Pool {
     again: Duration,
     /// What the last server has said of itself.
     parameters: Option<Arc<Parameters>>,
+    /// And what the last one made ahead has.
+    parameters_ahead: Option<Arc<Parameters>>,
     /// What the last client had set.
     state: Option<Arc<State>>,
 }
@@ -102,6 +104,8 @@ pub(super) struct Lent {
     pub on: OnServer,
     /// What was set on it beside what its login has set.
     pub state: Option<Arc<State>>,
+    /// More may be set on it: what a function sets has a name that nobody knows.
+    pub unseen: bool,
     /// Number of its parameters: of equal ones the same.
     pub version: u64,
     pub place: Place,
@@ -193,6 +197,7 @@ pub(super) fn join(
                 clients: 0,
                 again: AGAIN,
                 parameters: None,
+                parameters_ahead: None,
                 state: None,
             })));
             here.pools.len() - 1
@@ -223,9 +228,7 @@ pub(super) fn try_borrow(id: PoolId, side: Side, state: Option<&Arc<State>>) -> 
                 pool.go_to(side);
             }
             let newest = pool.idle.iter().rev().take(LOOKED_AT);
-            let at = newest
-                .map(|lent| is_same(lent.state.as_ref(), state))
-                .position(|same| same);
+            let at = newest.map(|lent| lent.suits(state)).position(|suits| suits);
             let at = pool.idle.len().checked_sub(1)? - at.unwrap_or(0);
             let mut lent = pool.idle.remove(at);
             if lent.conn.stream.is_silent() {
@@ -238,7 +241,7 @@ pub(super) fn try_borrow(id: PoolId, side: Side, state: Option<&Arc<State>>) -> 
 }
 
 /// True if a server with one state need not be given the other.
-pub(super) fn is_same(one: Option<&Arc<State>>, other: Option<&Arc<State>>) -> bool {
+fn is_same(one: Option<&Arc<State>>, other: Option<&Arc<State>>) -> bool {
     match (one, other) {
         (None, None) => true,
         (Some(one), Some(other)) => Arc::ptr_eq(one, other) || one.same_settings(other),
@@ -361,6 +364,8 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
             let pool = here.pool(id)?;
             // Those made ahead have places as well; clients that keep one make their own.
             let wanted = pool.prepared.0 == number && 2 * pool.ahead.len() < pool.places - pool.kept;
+            // A prepare that was forgotten takes none of them any more.
+            let wanted = wanted && env.gate.orders().prepare == Some((to, number));
             wanted.then(|| (pool.login.clone(), pool.state.clone()))
         });
         let Some((login, state)) = next else { break };
@@ -368,6 +373,7 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
         let limit = env.config.limits.server_connect_timeout;
         let made = async {
             let mut conn = server::open(env.config.server(to), &login, limit).await?;
+            let said = Arc::new(conn.parameters.clone());
             let dressed = timeout(limit, transfer::dress(&mut conn, state.as_deref(), &[])).await;
             let state = state.filter(|_| matches!(dressed, Ok(Ok(()))));
             match dressed {
@@ -375,19 +381,22 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
                 // It is given to a client all the same, which will be told.
                 _ => conn = server::open(env.config.server(to), &login, limit).await?,
             }
-            Ok::<_, LoginError>((conn, state))
+            Ok::<_, LoginError>((conn, state, said))
         };
         let made = made.await;
         let failed = HERE.with_borrow_mut(|here| {
             let here = &mut *here;
             match made {
-                Ok((conn, state)) => {
+                Ok((conn, state, said)) => {
                     let version = here.version(&conn.parameters);
                     let Some(pool) = here.pool(id) else { return true };
                     let place = Place::new(pool, id);
                     let lent = Lent::new(place, conn, state, version);
                     match pool.prepared.0 == number && env.gate.orders().prepare.is_some_and(|(side, _)| side == to) {
-                        true => pool.ahead.push(lent),
+                        true => {
+                            pool.ahead.push(lent);
+                            pool.parameters_ahead = Some(said);
+                        }
                         false => pool.close(lent),
                     }
                     false
@@ -395,8 +404,11 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
                 Err(error) => {
                     let Some(pool) = here.pool(id) else { return true };
                     let error = error.to_string();
-                    for shared in pool.prepared.2.drain(..) {
-                        env.gate.report_ahead(&shared, Ahead::Failed(number, error.clone()));
+                    // Else those who wait do so for a later prepare.
+                    if pool.prepared.0 == number {
+                        for shared in pool.prepared.2.drain(..) {
+                            env.gate.report_ahead(&shared, Ahead::Failed(number, error.clone()));
+                        }
                     }
                     true
                 }
@@ -481,7 +493,7 @@ impl Pools {
         let config = &pool.worker.env.config.pool;
         let active = pool.worker.env.gate.active();
         let now = Instant::now();
-        if active != Some(lent.conn.side) || now - lent.opened >= config.server_lifetime {
+        if active != Some(lent.conn.side) || lent.on.spoilt || now - lent.opened >= config.server_lifetime {
             return pool.close(lent);
         }
         lent.used = now;
@@ -558,7 +570,10 @@ async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side:
             let error = Arc::new(error);
             let pause = HERE.with_borrow_mut(|here| {
                 let pool = here.pool(id)?;
-                if unreachable {
+                // Out of connections: as long as there are others, one of those will be free.
+                let others = pool.places - pool.kept - pool.ahead.len() > pool.opening;
+                let full = matches!(&*error, LoginError::Refused(body) if ErrorFields(body).code().starts_with(b"53"));
+                if unreachable || full && others {
                     let pause = pool.again;
                     pool.again = (pause * 2).min(AGAIN_MAX);
                     return Some(pause);
@@ -585,6 +600,11 @@ fn login_user(login: &Login) -> String {
 }
 
 impl Lent {
+    /// True if it need not be given this state.
+    pub fn suits(&self, state: Option<&Arc<State>>) -> bool {
+        !self.unseen && is_same(self.state.as_ref(), state)
+    }
+
     fn new(place: Place, conn: ServerConn, state: Option<Arc<State>>, version: u64) -> Box<Lent> {
         let key = CancelKey {
             side: conn.side,
@@ -597,6 +617,7 @@ impl Lent {
             conn,
             on: OnServer::default(),
             state,
+            unseen: false,
             version,
             place,
             opened: now,
@@ -616,14 +637,22 @@ impl Pool {
         {
             self.close(lent);
         }
+        let before = self.idle.len();
         self.idle
             .extend(self.ahead.extract_if(.., |lent| lent.conn.side == side));
+        if self.idle.len() > before && self.parameters_ahead.is_some() {
+            self.parameters = self.parameters_ahead.take();
+        }
     }
 
     /// Closes what is idle and old, or idle for long and more than there are to be, or gone.
     fn tidy(&mut self, now: Instant) {
         let config = self.worker.env.config.pool.clone();
         let active = self.worker.env.gate.active();
+        // Clients look at the gate's orders; there may be none any more.
+        if self.clients == 0 && !self.ahead.is_empty() && self.worker.env.gate.orders().prepare.is_none() {
+            self.drop_ahead();
+        }
         let mut more = self.idle.len().saturating_sub(config.min_pool_size);
         // Those that have been idle for longest come first.
         for mut lent in std::mem::take(&mut self.idle) {

@@ -64,6 +64,8 @@ pub(super) struct Sharing {
     member: Member,
     /// What it has set. None: what its login has.
     state: Option<Arc<State>>,
+    /// See [`State::dialect`].
+    dialect: u64,
     /// Number of the parameters that it knows.
     version: u64,
     worker: Arc<Worker>,
@@ -122,6 +124,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         worker,
         quiet: None,
         out: Vec::new(),
+        dialect: State::default().dialect(),
         state,
         login,
         env,
@@ -222,8 +225,8 @@ impl Relays for Sharing {
                 Poll::Ready(Err(_)) | Poll::Pending => {}
                 // The last answer may have come before the last bytes were out.
                 Poll::Ready(Ok(())) if was_full && !self.update() => return Poll::Ready(Event::Attention),
-                // All that it has asked for is answered.
-                Poll::Ready(Ok(())) if self.names.goodbye && !self.outstanding() => {
+                // All that it has asked for is answered; or will never be, because the server waits for data.
+                Poll::Ready(Ok(())) if self.names.goodbye && (!self.outstanding() || self.replies.copy_in) => {
                     return Poll::Ready(Event::ClientGone);
                 }
                 Poll::Ready(Ok(())) => match self.poll_client(cx) {
@@ -317,6 +320,8 @@ impl Sharing {
                     match settled {
                         // At its boundary, with something to read.
                         Ok(()) if !self.update() => match self.inspect().await {
+                            // A session of its own has not heard it.
+                            Ok(true) if self.names.goodbye => Err(End::Client),
                             Ok(true) => {
                                 let (session, member, place) = self.keep_server();
                                 return Relayed::Binds(session, member, place);
@@ -436,7 +441,7 @@ impl Sharing {
         if self.server.is_none() {
             return true;
         }
-        if at_boundary(&self.requests, &self.replies) && self.to_server.is_empty() {
+        if at_boundary(&self.requests, &self.replies) && self.to_server.is_empty() && self.cut.is_empty() {
             if self.names.suspect || self.replies.state_changed || !self.suspects.load().always.is_empty() {
                 return false;
             }
@@ -476,6 +481,10 @@ impl Sharing {
         }
         self.phase = Phase::Waiting;
         self.env.gate.ended(&self.shared);
+        if self.env.gate.attention() {
+            // What it was told while it had a server: pgflip may be stopping.
+            self.shared.signal(signal::LOOK);
+        }
     }
 
     #[inline]
@@ -500,7 +509,7 @@ impl Sharing {
     fn poll_client(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
         if self.names.goodbye
             || self.server.is_some() && self.holds_back()
-            || self.stop == Stop::Answers && !self.names.is_settled()
+            || self.stop == Stop::Answers && (self.outstanding() || !self.names.is_settled())
         {
             return Poll::Pending;
         }
@@ -602,7 +611,9 @@ impl Sharing {
                 all,
                 requests: &mut self.requests,
                 words: &suspects.words,
+                dialect: (!self.replies.state_changed && !self.names.suspect).then_some(self.dialect),
                 status: self.replies.status,
+                answered: self.replies.answered,
                 statement_max: self.env.config.limits.unnamed_statement_max,
                 prepared_max: pool.max_prepared_statements,
                 out: &mut self.out,
@@ -640,7 +651,7 @@ impl Sharing {
         let Some(lent) = pool::try_borrow(self.pool(), side, self.state.as_ref()) else {
             return false;
         };
-        if !pool::is_same(lent.state.as_ref(), self.state.as_ref()) || lent.version != self.version {
+        if !lent.suits(self.state.as_ref()) || lent.version != self.version {
             pool::give_back(lent);
             return false;
         }
@@ -872,6 +883,7 @@ impl Sharing {
                 None => {
                     let same = self.state.as_ref().is_some_and(|before| before.same_settings(&state));
                     if !same {
+                        self.dialect = state.dialect();
                         self.state = Some(Arc::new(state));
                     }
                     pool::note_state(self.pool(), self.state.as_ref());
@@ -889,6 +901,7 @@ impl Sharing {
         let lent = self.server.as_mut().expect("that of the transaction");
         if binds.is_none() {
             lent.state = self.state.clone();
+            lent.unseen = true;
             lent.conn.parameters = self.replies.parameters.clone();
             lent.version = pool::version(&lent.conn.parameters);
             self.version = lent.version;
@@ -1071,13 +1084,12 @@ async fn dress(
 ) -> Result<Option<Box<Lent>>, String> {
     let kept: Vec<Pair> = kept.collect();
     let parameters = &lent.conn.parameters;
-    if pool::is_same(lent.state.as_ref(), state) && kept.iter().all(|(name, value)| parameters.get(name) == Some(value))
-    {
+    if lent.suits(state) && kept.iter().all(|(name, value)| parameters.get(name) == Some(value)) {
         return Ok(Some(lent));
     }
     match timeout(limit, transfer::dress(&mut lent.conn, state.map(Arc::as_ref), &kept)).await {
         Ok(Ok(())) => {
-            lent.state = state.cloned();
+            (lent.state, lent.unseen) = (state.cloned(), false);
             lent.version = pool::version(&lent.conn.parameters);
             Ok(Some(lent))
         }

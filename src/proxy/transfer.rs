@@ -38,6 +38,7 @@
 //! as many on the new connection, where each is granted at once because it holds one. Only then its client goes on.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -167,6 +168,19 @@ impl State {
         settings.push((b"session_authorization", &self.session_user, false));
         settings.push((b"role", &self.role, false));
         settings
+    }
+
+    /// What of it may change what a statement's text means: of equal settings the same number.
+    pub fn dialect(&self) -> u64 {
+        let means = |name: &[u8]| name != b"application_name" && !name.ends_with(b"_timeout") && !name.contains(&b'.');
+        let mut hasher = DefaultHasher::new();
+        for pair in self.settings.iter().filter(|(name, _)| means(name)) {
+            pair.hash(&mut hasher);
+        }
+        if self.role != b"none" {
+            self.role.hash(&mut hasher);
+        }
+        hasher.finish()
     }
 
     /// That of a session that has only logged in, with this `application_name`.

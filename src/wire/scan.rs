@@ -246,7 +246,8 @@ impl Requests {
     }
 }
 
-/// A ParseComplete, a CloseComplete or an ErrorResponse in bytes that were scanned.
+/// A ParseComplete, a CloseComplete or an ErrorResponse in bytes that were scanned; or where all prepared statements have been
+/// deallocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// Where it begins.
@@ -257,6 +258,8 @@ pub struct Mark {
     pub error: bool,
     /// ReadyForQuery seen before it.
     pub answered: u64,
+    /// It is a CommandComplete: all prepared statements have been deallocated.
+    pub deallocated: bool,
 }
 
 /// What comes from the server. What every answer needs comes first and lies together.
@@ -307,8 +310,8 @@ pub struct Replies {
     tag_length: u8,
 }
 
-/// Length of the longest tag that matters: `DISCARD ALL` and its zero byte.
-const TAG_MAX: usize = 12;
+/// Length of the longest tag that matters: `DEALLOCATE ALL` and its zero byte.
+const TAG_MAX: usize = 15;
 
 impl Default for Replies {
     fn default() -> Replies {
@@ -356,6 +359,7 @@ impl Replies {
     #[inline]
     pub fn scan(&mut self, bytes: &[u8], requests: &mut Requests) -> Result<(), BadLength> {
         let mut input = bytes;
+        let had = self.frames.have;
         self.pids.clear();
         self.held_back = 0;
         self.marks.clear();
@@ -372,6 +376,7 @@ impl Replies {
                     length: part.body.len() + 5,
                     error: part.kind == b'E',
                     answered: self.answered,
+                    deallocated: false,
                 });
             }
             match part.kind {
@@ -421,11 +426,23 @@ impl Replies {
                 b'A' => self.notification(&part, bytes.len() - input.len() - part.body.len()),
                 _ => {}
             }
+            if self.deallocated && self.marking {
+                self.deallocated = false;
+                self.marks.push(Mark {
+                    at: bytes.len() - input.len(),
+                    length: 0,
+                    error: false,
+                    answered: self.answered,
+                    deallocated: true,
+                });
+            }
             if part.first {
                 self.error_last = part.kind == b'E';
             }
         }
-        if self.marking && self.frames.have > 0 {
+        // One that was begun before is not what marks are for: its first bytes have been passed on.
+        let begun_before = had > 0 && usize::from(self.frames.have) == usize::from(had) + bytes.len();
+        if self.marking && self.frames.have > 0 && !begun_before {
             // As if it had not been seen.
             self.held_back = usize::from(self.frames.have);
             self.frames.have = 0;
@@ -471,6 +488,9 @@ impl Replies {
             self.answered = requests.sent;
             self.uncertain = false;
             requests.behind_batch = false;
+        } else {
+            // What was sent behind a batch that had failed by then will not be answered.
+            self.uncertain |= requests.behind_batch;
         }
     }
 

@@ -9,7 +9,7 @@
 //! ParseComplete: the server itself keeps the order, and after an error the silence. A ParseComplete or CloseComplete answers
 //! nothing but a Parse or Close, in their order, so a queue of those is all that has to be known ([`Pending`]).
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
@@ -30,6 +30,8 @@ const GONE: &str = "pgflip:its columns are others on this server than they were 
 const CHANGED: &[u8] = b"SERROR\0VERROR\0C0A000\0Mcached plan must not change result type\0RRevalidateCachedQuery\0\0";
 /// A Bind or Describe whose names are longer than that is sent as it is.
 const NAMES_MAX: usize = 1024;
+/// A Query that is no longer is sent when it has come whole.
+const QUERY_MIN: usize = 256;
 /// So much of a request is there before a server is taken for it, if it is not whole.
 const WORTH_A_SERVER: usize = 16 << 10;
 
@@ -40,6 +42,8 @@ pub struct Statement {
     number: u64,
     /// What follows the name in its Parse: text, 0, parameter types.
     rest: Vec<u8>,
+    /// With which settings it was prepared: they say what its text means. None: nobody else's.
+    dialect: Option<u64>,
     /// Whether it may change what a session holds beside its transaction, and of which [`Words`] that is true.
     suspect: AtomicU64,
     /// Its text was too long to be kept: only the server that has it now has it.
@@ -105,59 +109,72 @@ fn put_parse(into: &mut Vec<u8>, name: &[u8], rest: &[u8]) {
 /// Those of all clients of a thread.
 #[derive(Debug, Default)]
 pub struct Statements {
+    /// By text, parameter types and dialect.
     by_text: HashMap<Vec<u8>, Weak<Statement>>,
+    /// All that were prepared by name, whether their text is shared or not.
+    alive: Vec<Weak<Statement>>,
     last: u64,
     tidy_at: usize,
 }
 
 impl Statements {
-    fn named(&mut self, rest: &[u8]) -> Arc<Statement> {
-        if let Some(known) = self.by_text.get(rest).and_then(Weak::upgrade) {
+    fn named(&mut self, rest: &[u8], dialect: Option<u64>) -> Arc<Statement> {
+        let key = dialect.map(|dialect| key(rest, dialect));
+        if let Some(known) = key.as_ref().and_then(|key| self.by_text.get(key)?.upgrade()) {
             return known;
         }
-        if self.by_text.len() >= self.tidy_at {
+        if self.alive.len() >= self.tidy_at {
             self.by_text.retain(|_, statement| statement.strong_count() > 0);
-            self.tidy_at = 2 * self.by_text.len() + 64;
+            self.alive.retain(|statement| statement.strong_count() > 0);
+            self.tidy_at = 2 * self.alive.len() + 64;
         }
-        let statement = self.unnamed(rest);
-        self.by_text.insert(rest.to_vec(), Arc::downgrade(&statement));
+        let statement = self.make(rest, dialect, false);
+        self.alive.push(Arc::downgrade(&statement));
+        if let Some(key) = key {
+            self.by_text.insert(key, Arc::downgrade(&statement));
+        }
         statement
     }
 
     fn unnamed(&mut self, rest: &[u8]) -> Arc<Statement> {
-        self.last += 1;
-        Arc::new(Statement {
-            number: self.last,
-            rest: rest.to_vec(),
-            suspect: AtomicU64::new(0),
-            too_long: false,
-            changed: AtomicU8::new(0),
-        })
+        self.make(rest, None, false)
     }
 
     /// Those that some client has prepared by name.
     pub fn named_now(&self) -> Vec<Arc<Statement>> {
-        self.by_text.values().filter_map(Weak::upgrade).collect()
+        self.alive.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Whoever prepares this text from now on has another statement: on servers that have this one it may be of no use any more.
     pub fn retire(&mut self, statement: &Arc<Statement>) {
         let same = |known: &Weak<Statement>| std::ptr::eq(known.as_ptr(), Arc::as_ptr(statement));
-        if self.by_text.get(&statement.rest).is_some_and(same) {
-            self.by_text.remove(&statement.rest);
+        let key = statement.dialect.map(|dialect| key(&statement.rest, dialect));
+        if let Some(key) = key
+            && self.by_text.get(&key).is_some_and(same)
+        {
+            self.by_text.remove(&key);
         }
     }
 
     fn too_long(&mut self) -> Arc<Statement> {
+        self.make(b"", None, true)
+    }
+
+    fn make(&mut self, rest: &[u8], dialect: Option<u64>, too_long: bool) -> Arc<Statement> {
         self.last += 1;
         Arc::new(Statement {
             number: self.last,
-            rest: Vec::new(),
+            rest: rest.to_vec(),
+            dialect,
             suspect: AtomicU64::new(0),
-            too_long: true,
+            too_long,
             changed: AtomicU8::new(0),
         })
     }
+}
+
+fn key(rest: &[u8], dialect: u64) -> Vec<u8> {
+    [rest, &dialect.to_be_bytes()].concat()
 }
 
 /// What a server has.
@@ -168,6 +185,8 @@ pub struct OnServer {
     clock: u64,
     /// Number of its unnamed statement. None: not known, or there is none.
     unnamed: Option<u64>,
+    /// What it has is not known for certain: nobody else is to have it.
+    pub spoilt: bool,
 }
 
 impl OnServer {
@@ -192,6 +211,8 @@ impl OnServer {
 struct Pending {
     /// Requests that had been sent before its own.
     request: u64,
+    /// Where the server would take up again after an error before it: see [`Names::resumes`].
+    resumes: u64,
     what: What,
 }
 
@@ -267,8 +288,12 @@ pub struct To<'a> {
     pub requests: &'a mut Requests,
     /// See there.
     pub words: &'a Words,
+    /// What the client has set that says what a text means. None: not known now.
+    pub dialect: Option<u64>,
     /// The last ReadyForQuery's status.
     pub status: u8,
+    /// ReadyForQuery seen.
+    pub answered: u64,
     /// The longest Parse that is kept, in bytes.
     pub statement_max: usize,
     /// How many statements a server keeps.
@@ -285,6 +310,9 @@ pub struct Names {
     pending: VecDeque<Pending>,
     /// What texts under way deallocate: requests that had been sent before its own, the name, what it is.
     deallocating: VecDeque<(u64, Vec<u8>, Arc<Statement>)>,
+    /// How often something was sent behind which the server goes on whatever has failed: a Sync, or a Query that is not behind an
+    /// open batch.
+    resumes: u64,
     /// Requests that had been sent before the last simple Query, which has destroyed the unnamed statement.
     last_query: u64,
     /// Bytes of the message under way that are still to be passed on.
@@ -293,6 +321,8 @@ pub struct Names {
     used: Vec<Arc<Statement>>,
     /// Something that was sent may have changed what the session holds beside its transaction.
     pub suspect: bool,
+    /// All statements of the server may be deallocated before what is sent next is read: none is relied on there.
+    pub unsure: bool,
     /// The client has said Terminate: that is not forwarded.
     pub goodbye: bool,
 }
@@ -316,7 +346,7 @@ impl Names {
     /// A transaction begins.
     #[inline]
     pub fn begin(&mut self) {
-        self.suspect = false;
+        (self.suspect, self.unsure) = (false, false);
         self.used.clear();
     }
 
@@ -333,6 +363,8 @@ impl Names {
     /// Forwards what comes off the front of `input`; how many bytes that were, and why not more. With `one`, stops behind the
     /// first message that ends a request.
     pub fn forward(&mut self, input: &[u8], one: bool, to: &mut To<'_>) -> Result<(usize, Stop), Refused> {
+        let answered = to.requests.sent == to.answered && !to.requests.batch_open;
+        self.unsure &= !(answered && self.left == 0 && self.pending.is_empty());
         let mut at = 0;
         while at < input.len() {
             let rest = &input[at..];
@@ -358,6 +390,8 @@ impl Names {
                     Ok(()) => true,
                     Err(stop) => return Ok((at, stop)),
                 },
+                // It may be one DEALLOCATE.
+                b'Q' if !whole && length <= QUERY_MIN => return Ok((at, Stop::Incomplete)),
                 b'Q' => {
                     // Behind an open batch nothing may be put.
                     let instead = match whole && !to.requests.batch_open {
@@ -372,6 +406,7 @@ impl Names {
                     self.last_query = to.requests.sent;
                     // One that has not come whole is not read.
                     self.suspect |= !whole || to.words.find.is_match(body);
+                    self.unsure |= !whole || deallocates_all(body);
                     if let Some(instead) = &instead {
                         self.send(to, |out| message::put(out, b'Q', |to| to.extend_from_slice(instead)))?;
                     }
@@ -388,9 +423,11 @@ impl Names {
                 }
                 _ => false,
             };
+            let resumes = kind == b'S' || matches!(kind, b'Q' | b'F') && !to.requests.batch_open;
             if !done {
                 self.pass(&rest[..5 + body.len()], to)?;
             }
+            self.resumes += u64::from(resumes);
             self.left = length - 4 - body.len();
             at += 5 + body.len();
             if one && self.left == 0 && matches!(kind, b'Q' | b'S' | b'F') && at < input.len() {
@@ -416,8 +453,8 @@ impl Names {
     }
 
     fn expect(&mut self, to: &To<'_>, what: What) {
-        let request = to.requests.sent;
-        self.pending.push_back(Pending { request, what });
+        let (request, resumes) = (to.requests.sent, self.resumes);
+        self.pending.push_back(Pending { request, resumes, what });
     }
 
     /// Forwards a Parse, Bind, Describe or Close. `Err` within: it has to wait.
@@ -457,7 +494,7 @@ impl Names {
         if self
             .pending
             .front()
-            .is_some_and(|pending| pending.request < to.requests.sent)
+            .is_some_and(|pending| pending.resumes < self.resumes)
         {
             return Ok(Err(Stop::Answers));
         }
@@ -501,6 +538,7 @@ impl Names {
                     false => to.all.unnamed(&text),
                 };
                 self.suspect |= statement.is_suspect(to.words);
+                self.unsure |= deallocates_all(rest);
                 to.on.unnamed = Some(statement.number);
                 self.expect(to, What::ParseUnnamed);
                 self.send(to, |out| put_parse(out, b"", &text))?;
@@ -551,12 +589,15 @@ impl Names {
             self.expect(to, What::CloseOther);
             return self.send(to, |out| put_parse(out, there.name().as_bytes(), rest));
         }
-        let mut statement = to.all.named(rest);
+        let mut statement = to.all.named(rest, to.dialect);
         if statement.has_changed(to.side) {
             to.all.retire(&statement);
-            statement = to.all.named(rest);
+            statement = to.all.named(rest, to.dialect);
         }
         self.named.insert(name.to_vec(), statement.clone());
+        if self.unsure {
+            self.close_unsure(&statement, to)?;
+        }
         if to.on.prepared.contains_key(&statement.number) {
             self.expect(to, What::Known(name.to_vec(), before));
             return self.send(to, |out| message::put_close_portal(out, NOWHERE));
@@ -584,7 +625,7 @@ impl Names {
     /// The name by which the server knows what the client calls `name`; it is there before what is sent next.
     fn on_server(&mut self, name: &[u8], to: &mut To<'_>) -> Result<Vec<u8>, Refused> {
         if !name.is_empty() {
-            let Some(statement) = self.named.get(name).cloned() else {
+            let Some(mut statement) = self.named.get(name).cloned() else {
                 // Nobody gets at another's by its name there; the server's error names what the client has named.
                 let strange = name.starts_with(PREFIX.as_bytes());
                 return Ok(if strange { NOWHERE.to_vec() } else { name.to_vec() });
@@ -593,6 +634,12 @@ impl Names {
             if statement.has_changed(to.side) {
                 self.expect(to, What::Changed);
                 return Ok(GONE.as_bytes().to_vec());
+            }
+            let shared = statement.dialect.is_some() && statement.dialect != to.dialect;
+            if shared && !to.on.prepared.contains_key(&statement.number) {
+                // Prepared now it may mean something else than to those with whom it is shared.
+                statement = to.all.named(&statement.rest, to.dialect);
+                self.named.insert(name.to_vec(), statement.clone());
             }
             self.provide(&statement, to)?;
             if !self.used.iter().any(|used| Arc::ptr_eq(used, &statement)) {
@@ -623,6 +670,9 @@ impl Names {
 
     /// Has the server prepare a statement of the client's, unless it has it.
     fn provide(&mut self, statement: &Arc<Statement>, to: &mut To<'_>) -> Result<(), Refused> {
+        if self.unsure {
+            self.close_unsure(statement, to)?;
+        }
         if !to.on.prepared.contains_key(&statement.number) {
             self.make_room(to)?;
             self.expect(to, What::Own(statement.number));
@@ -630,6 +680,14 @@ impl Names {
         }
         to.on.used(statement.number);
         Ok(())
+    }
+
+    /// Whether the server has it or not, it has it no more. What it has then is not kept account of: it is not used again.
+    fn close_unsure(&mut self, statement: &Arc<Statement>, to: &mut To<'_>) -> Result<(), Refused> {
+        to.on.spoilt = true;
+        to.on.prepared.remove(&statement.number);
+        self.expect(to, What::CloseStranger);
+        self.send(to, |out| message::put_close_statement(out, statement.name().as_bytes()))
     }
 
     fn make_room(&mut self, to: &mut To<'_>) -> Result<(), Refused> {
@@ -656,8 +714,8 @@ impl Names {
         if found.is_empty() {
             return Ok(Ok(None));
         }
-        // Whether those come to be has to be known first.
-        if !self.deallocating.is_empty() {
+        // Whether those come to be has to be known first; and behind a request that fails the server would pass this over.
+        if !self.deallocating.is_empty() || to.requests.sent != to.answered && !to.requests.batch_open {
             return Ok(Err(Stop::Answers));
         }
         let (mut instead, mut from) = (Vec::new(), 0);
@@ -712,6 +770,10 @@ impl Names {
                 continue;
             }
             self.passed_over(mark.answered, on);
+            if mark.deallocated {
+                self.all_deallocated(on);
+                continue;
+            }
             while matches!(
                 self.pending.front(),
                 Some(Pending {
@@ -741,6 +803,24 @@ impl Names {
         bytes.copy_within(from..end, to);
         self.passed_over(answered, on);
         to + end - from
+    }
+
+    /// The server has none any more, but for those that it is still to prepare.
+    fn all_deallocated(&mut self, on: &mut OnServer) {
+        on.clear();
+        let mut later = HashSet::new();
+        for pending in &self.pending {
+            match &pending.what {
+                What::Parse(name, number, _) => {
+                    later.insert(name.clone());
+                    on.used(*number);
+                }
+                What::Own(number) => on.used(*number),
+                What::Known(name, _) => drop(later.insert(name.clone())),
+                _ => {}
+            }
+        }
+        self.named.retain(|name, _| later.contains(name));
     }
 
     /// Undoes what the server has passed over, because something before it in its request had failed: what is still pending of
@@ -816,6 +896,25 @@ fn restore(named: &mut HashMap<Vec<u8>, Arc<Statement>>, name: Vec<u8>, before: 
         Some(before) => drop(named.insert(name, before)),
         None => drop(named.remove(&name)),
     }
+}
+
+/// True if a text deallocates all statements.
+fn deallocates_all(text: &[u8]) -> bool {
+    // Where it ends, if the text begins with it.
+    let behind = |text: &[u8], word: &[u8]| {
+        let head = text.get(..word.len());
+        head.is_some_and(|head| head.eq_ignore_ascii_case(word))
+            .then_some(word.len())
+    };
+    memchr::memchr2_iter(b'd', b'D', text).any(|at| {
+        let text = &text[at..];
+        let Some(end) = behind(text, b"deallocate") else {
+            return behind(text, b"discard").is_some();
+        };
+        let rest = text[end..].trim_ascii_start();
+        let rest = behind(rest, b"prepare").map_or(rest, |end| rest[end..].trim_ascii_start());
+        behind(rest, b"all").is_some()
+    })
 }
 
 /// In a text, or one with what follows it in a Parse, the names behind `DEALLOCATE [PREPARE]` where a statement begins with it:
@@ -1067,7 +1166,9 @@ mod tests {
                         all: &mut all,
                         requests: &mut client.requests,
                         words: &words,
+                        dialect: Some(0),
                         status: client.replies.status,
+                        answered: client.replies.answered,
                         statement_max: 1 << 16,
                         prepared_max,
                         out: &mut out,

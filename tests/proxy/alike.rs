@@ -277,7 +277,11 @@ impl Inventor<'_> {
                 "show TimeZone",
                 "show transaction_isolation",
                 "show default_transaction_read_only",
-                "select current_setting('app.x', true), current_setting('app.Y', true), current_setting('app.z', true)",
+                // Where servers are shared, those that a client does not have are empty.
+                match shares() {
+                    true => "select nullif(current_setting('app.x', true), ''), nullif(current_setting('app.Y', true), '')",
+                    false => "select current_setting('app.x', true), current_setting('app.Y', true), current_setting('app.z', true)",
+                },
                 "select interval '1 day 2 hours', timestamptz '2026-02-03 04:05:06+00', 0.1::float8 + 0.2",
                 "select current_user, session_user",
             ]),
@@ -651,8 +655,10 @@ impl Client {
 
     fn mask(&self, (kind, body): &mut Message) {
         match *kind {
-            // Clients that share servers: there its name is another.
-            b'E' if shares() && ErrorFields(body).code() == b"42P05" => *body = b"C42P05\0\0".to_vec(),
+            // Statements of clients that share servers have other names there.
+            b'E' if shares() => {
+                *body = [b"C", ErrorFields(body).code(), b"\0\0"].concat();
+            }
             b'A' if body[..4] == self.raw.pid.to_be_bytes() => body[..4].copy_from_slice(b"mine"),
             b'T' => {
                 let mut at = 2;

@@ -531,3 +531,382 @@ async fn who_has_a_statement_whose_columns_have_changed_is_told_as_by_postgres_a
         }
     }
 }
+
+#[tokio::test]
+async fn a_client_that_says_goodbye_within_copy_leaves_its_server_to_others() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, "query_wait_timeout = \"10s\""));
+    let (mut one, mut two) = (front.raw().await, front.raw().await);
+    one.send(&query("copy t from stdin")).await;
+    while one.message().await.0 != b'G' {}
+    one.send(&[plain(b'd', b"1\n"), plain(b'X', b"")].concat()).await;
+    drop(one);
+    // What was not finished is not there.
+    assert_eq!(two.value("select count(*) from t").await, "0");
+}
+
+#[tokio::test]
+async fn a_client_that_is_bound_and_says_goodbye_at_once_is_let_go() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, "query_wait_timeout = \"10s\""));
+    let (mut one, mut two) = (front.raw().await, front.raw().await);
+    one.send(&[query("listen news"), plain(b'X', b"")].concat()).await;
+    // As with Postgres, whoever says Terminate need not close first.
+    one.until_closed().await;
+    assert_eq!(two.value("select 1").await, "1");
+}
+
+#[tokio::test]
+async fn who_was_in_a_transaction_when_pgflip_was_told_to_stop_is_told_behind_it() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let mut front = servers.serve("sslmode=disable", &pool(2, ""));
+    let mut one = front.raw().await;
+    one.query("begin").await;
+    front.stop.send_replace(true);
+    let joined = tokio::spawn(front.proxy.take().expect("it runs").join(Duration::from_secs(20)));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let since = std::time::Instant::now();
+    assert_eq!(kinds(&one.query("commit").await), "CZ");
+    let farewell = one.until_closed().await;
+    assert!(
+        since.elapsed() < Duration::from_secs(10),
+        "it was ended at the deadline only"
+    );
+    assert_eq!(raw::code(&farewell), "57P01");
+    joined.await.expect("it stops");
+}
+
+#[tokio::test]
+async fn servers_are_not_made_ahead_any_more_when_a_prepare_is_forgotten() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(3, ""));
+    let mut one = front.raw().await;
+    one.query("select 1").await;
+    // A login there takes a while: nothing is made yet when it is forgotten.
+    let delay = async |delay: &str| {
+        let admin = servers.admin(Side::Green).await;
+        admin
+            .batch_execute(&format!("alter system set pre_auth_delay = '{delay}'"))
+            .await
+            .unwrap();
+        admin.batch_execute("select pg_reload_conf()").await.unwrap();
+    };
+    delay("1s").await;
+    let given_up = tokio::time::timeout(
+        Duration::from_millis(300),
+        front.gate.prepare(Side::Green, super::soon(30)),
+    );
+    assert!(given_up.await.is_err());
+    front.gate.forget_prepared();
+    delay("0").await;
+    let logins = "(select 1 from pg_stat_activity where usename = 'app') as s";
+    let mut quiet = 0;
+    let until = std::time::Instant::now() + Duration::from_secs(20);
+    while quiet < 20 {
+        assert!(
+            std::time::Instant::now() < until,
+            "connections are made for a flip that is not to be"
+        );
+        quiet = if servers.count(Side::Green, logins).await == 0 {
+            quiet + 1
+        } else {
+            0
+        };
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_logs_in_after_a_flip_is_told_of_the_server_that_it_gets() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(2, ""));
+    let mut one = front.raw().await;
+    one.query("select 1").await;
+    front.flip().await;
+    one.query("select 1").await;
+    let two = front.raw().await;
+    assert!(
+        two.parameters["server_version"].starts_with("18"),
+        "{}",
+        two.parameters["server_version"]
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_can_not_be_added_does_not_end_who_can_wait_for_another() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    servers
+        .admin(Side::Blue)
+        .await
+        .batch_execute("alter role app connection limit 1")
+        .await
+        .unwrap();
+    let front = servers.serve("sslmode=disable", &pool(5, ""));
+    let (mut one, mut two) = (front.raw().await, front.raw().await);
+    one.query("begin").await;
+    two.send(&query("select 2")).await;
+    front.sessions("waiting", 1).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    one.query("commit").await;
+    let answer = two.until_ready().await;
+    assert_eq!(raw::first_value(&answer).as_deref(), Some("2"));
+}
+
+#[tokio::test]
+async fn deallocating_one_statement_is_as_on_a_server_of_ones_own() {
+    let servers = Servers::start("create table t (n bigint); create table gone (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, "max_prepared_statements = 2"));
+    let (mut one, mut two) = (front.raw().await, front.raw().await);
+    let mut wrong = Vec::new();
+    // In two pieces, in a transaction.
+    one.send(&[parse("p", "select 2"), sync()].concat()).await;
+    one.until_ready().await;
+    one.query("begin").await;
+    let text = query("deallocate p");
+    one.send(&text[..9]).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    one.send(&text[9..]).await;
+    let answer = one.until_ready().await;
+    if kinds(&answer) != "CZ" {
+        wrong.push(format!("in pieces: {}", raw::describe(&answer)));
+    }
+    one.query("rollback").await;
+    // In a transaction that has failed by then.
+    two.send(&[parse("g", "select 3"), sync()].concat()).await;
+    two.until_ready().await;
+    one.send(&[parse("f", "select 3"), sync()].concat()).await;
+    one.until_ready().await;
+    one.send(
+        &[
+            query("begin"),
+            query("select 1/0"),
+            query("deallocate f"),
+            query("rollback"),
+        ]
+        .concat(),
+    )
+    .await;
+    for wanted in ["CZ", "EZ", "EZ", "CZ"] {
+        let answer = one.until_ready().await;
+        let is = kinds(&answer);
+        let is = is.trim_start_matches(['T']).to_owned();
+        if is != wanted {
+            wrong.push(format!("failed: {}", raw::describe(&answer)));
+        }
+    }
+    one.send(&[run("f", &[]), sync()].concat()).await;
+    let answer = one.until_ready().await;
+    if kinds(&answer) != "2DCZ" {
+        wrong.push(format!("after the failure: {}", raw::describe(&answer)));
+    }
+    two.send(&[run("g", &[]), sync()].concat()).await;
+    let answer = two.until_ready().await;
+    if kinds(&answer) != "2DCZ" {
+        wrong.push(format!("of another: {}", raw::describe(&answer)));
+    }
+    // One that can't be prepared any more, on a server that does not have it.
+    one.send(&[parse("t", "select * from gone"), sync()].concat()).await;
+    one.until_ready().await;
+    one.query("drop table gone").await;
+    for n in 0..3 {
+        two.send(&[parse(&format!("v{n}"), &format!("select 1{n}")), sync()].concat())
+            .await;
+        two.until_ready().await;
+    }
+    one.send(&query("deallocate t")).await;
+    let answer = tokio::time::timeout(Duration::from_secs(5), one.until_ready()).await;
+    match answer {
+        Ok(answer) if kinds(&answer) == "CZ" => {}
+        Ok(answer) => wrong.push(format!("gone: {}", raw::describe(&answer))),
+        Err(_) => wrong.push("gone: no answer".into()),
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[tokio::test]
+async fn a_statement_whose_columns_have_changed_can_be_prepared_again() {
+    let servers = Servers::start("create table t (n bigint); insert into t values (1)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let mut one = front.raw().await;
+    one.send(&[parse("s", "select * from t"), sync()].concat()).await;
+    one.until_ready().await;
+    one.query("alter table t add m int").await;
+    // As on a server of one's own.
+    one.send(&[run("s", &[]), sync()].concat()).await;
+    assert_eq!(raw::code(&one.until_ready().await), "0A000");
+    one.send(&[close("s"), parse("s", "select * from t"), run("s", &[]), sync()].concat())
+        .await;
+    let answer = one.until_ready().await;
+    assert_eq!(kinds(&answer), "312DCZ", "{}", raw::describe(&answer));
+    let mut new = front.raw().await;
+    new.send(&[parse("s", "select * from t"), run("s", &[]), sync()].concat())
+        .await;
+    let answer = new.until_ready().await;
+    assert_eq!(kinds(&answer), "12DCZ", "{}", raw::describe(&answer));
+}
+
+#[tokio::test]
+async fn what_only_a_function_names_is_not_seen_by_the_next_client() {
+    let servers = Servers::start(
+        "create function atomic() returns text language sql begin atomic select set_config('work_mem', '9MB', false); end",
+    )
+    .await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let (mut one, mut two) = (front.raw().await, front.raw().await);
+    // Both have been read once: what they have set is the same.
+    for raw in [&mut one, &mut two] {
+        raw.query("set work_mem = '4MB'").await;
+    }
+    let mut seen = Vec::new();
+    // The catalogs have been searched for names by now.
+    servers
+        .admin(Side::Blue)
+        .await
+        .batch_execute(
+            "create function public.late() returns void language plpgsql as
+             $$ begin perform set_config('app.secret', 'x', false); end $$",
+        )
+        .await
+        .unwrap();
+    one.query("do $$ begin perform public.late(); end $$").await;
+    seen.push((
+        "late",
+        two.value("select coalesce(current_setting('app.secret', true), '')")
+            .await,
+        "",
+    ));
+    one.query("do $$ begin execute format('set %s.%s = 1', 'app', 'put_together'); end $$")
+        .await;
+    seen.push((
+        "format",
+        two.value("select coalesce(current_setting('app.put_together', true), '')")
+            .await,
+        "",
+    ));
+    one.query("select public.atomic()").await;
+    seen.push(("atomic", two.value("show work_mem").await, "4MB"));
+    let wrong: Vec<_> = seen.iter().filter(|(_, is, wanted)| is != wanted).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[tokio::test]
+async fn what_a_statement_means_is_its_clients_own_affair() {
+    let servers = Servers::start(
+        "create schema a; create schema b; create table a.t (n int); create table b.t (n text, m int);
+         insert into a.t values (1); insert into b.t values ('b', 2)",
+    )
+    .await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let mut wrong = Vec::new();
+    for (set, other, text, wanted) in [
+        (
+            "set datestyle = 'ISO, DMY'",
+            "set datestyle = 'ISO, MDY'",
+            "select '01/02/2020'::date::text",
+            "2020-01-02",
+        ),
+        (
+            "set timezone = 'Asia/Tokyo'",
+            "set timezone = 'UTC'",
+            "select extract(epoch from '1970-01-02'::timestamptz)::int",
+            "86400",
+        ),
+        (
+            "set client_encoding = 'LATIN1'",
+            "set client_encoding = 'UTF8'",
+            "select length('é')",
+            "1",
+        ),
+        (
+            "set standard_conforming_strings = off",
+            "set standard_conforming_strings = on",
+            r"select length('\\')",
+            "2",
+        ),
+        ("set search_path = a", "set search_path = b", "select * from t", "b"),
+    ] {
+        let (mut one, mut two) = (front.raw().await, front.raw().await);
+        one.query(set).await;
+        two.query(other).await;
+        one.send(&[parse("s", text), sync()].concat()).await;
+        one.until_ready().await;
+        two.send(&[parse("s", text), sync()].concat()).await;
+        two.until_ready().await;
+        two.send(&[run("s", &[]), sync()].concat()).await;
+        let answer = two.until_ready().await;
+        if raw::first_value(&answer).as_deref() != Some(wanted) {
+            wrong.push(format!(
+                "{set}: {} {:?}",
+                raw::describe(&answer),
+                raw::first_value(&answer)
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[tokio::test]
+async fn who_deallocates_all_in_a_pipeline_spoils_nothing_for_others() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let (mut one, mut two) = (front.raw().await, front.raw().await);
+    two.send(&[parse("x", "select 7"), sync()].concat()).await;
+    two.until_ready().await;
+    two.send(&[parse("s", "select 1"), sync()].concat()).await;
+    two.until_ready().await;
+    one.query("deallocate all").await;
+    two.send(&[run("x", &[]), sync()].concat()).await;
+    two.until_ready().await;
+    // One that the server has, and one that it has not, prepared behind it without waiting.
+    one.send(
+        &[
+            query("deallocate all"),
+            parse("s", "select 1"),
+            parse("x", "select 7"),
+            sync(),
+        ]
+        .concat(),
+    )
+    .await;
+    assert_eq!(kinds(&one.until_ready().await), "CZ");
+    assert_eq!(kinds(&one.until_ready().await), "11Z");
+    let mut wrong = Vec::new();
+    for (name, value) in [("s", "1"), ("x", "7")] {
+        one.send(&[run(name, &[]), sync()].concat()).await;
+        let answer = one.until_ready().await;
+        if raw::first_value(&answer).as_deref() != Some(value) {
+            wrong.push(format!("one {name}: {}", raw::describe(&answer)));
+        }
+    }
+    two.send(&[run("s", &[]), sync()].concat()).await;
+    let answer = two.until_ready().await;
+    if kinds(&answer) != "2DCZ" {
+        wrong.push(format!("two s: {}", raw::describe(&answer)));
+    }
+    two.send(&[run("x", &[]), sync()].concat()).await;
+    let answer = two.until_ready().await;
+    if kinds(&answer) != "2DCZ" {
+        wrong.push(format!("two x: {}", raw::describe(&answer)));
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[tokio::test]
+
+async fn a_described_statement_whose_columns_differ_on_the_other_side_is_refused_there() {
+    let servers = Servers::start("create table t (n int); insert into t values (1)").await;
+    servers
+        .admin(Side::Green)
+        .await
+        .batch_execute("alter table t alter n type bigint; create schema if not exists pgflip;")
+        .await
+        .unwrap();
+    let front = servers.serve("sslmode=disable", &pool(2, ""));
+    let mut one = front.raw().await;
+    one.send(&[parse("s", "select n from t"), describe_statement("s"), sync()].concat())
+        .await;
+    assert_eq!(kinds(&one.until_ready().await), "1tTZ");
+    front.flip().await;
+    one.send(&[run("s", &[]), sync()].concat()).await;
+    assert_eq!(raw::code(&one.until_ready().await), "0A000");
+}

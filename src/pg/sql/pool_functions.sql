@@ -1,9 +1,9 @@
 -- Functions of the database that may change what a session holds beside its transaction: they set, listen, lock, prepare or make
 -- temporary tables, or call one that does. Columns: its name; whether something else than a statement's text may call it (a
--- trigger, a rule or view, a default, a policy). By their text: what is put together at run time, or written in C, is not seen.
+-- trigger, a rule or view, a default, a policy). By their text (BEGIN ATOMIC has none but what it is shown as): what is put together at run time, or written in C, is not seen.
 -- Servers 13 and later.
 with recursive f as (
-  select p.oid, pg_catalog.lower(p.proname::text) as name, pg_catalog.lower(p.prosrc) as text
+  select p.oid, pg_catalog.lower(p.proname::text) as name, pg_catalog.lower(case when p.prosrc <> '' then p.prosrc else pg_catalog.pg_get_functiondef(p.oid) end) as text
     from pg_catalog.pg_proc p
     join pg_catalog.pg_namespace n on n.oid = p.pronamespace
     join pg_catalog.pg_language l on l.oid = p.prolang
