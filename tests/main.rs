@@ -12,6 +12,7 @@ mod eased;
 mod fleet;
 mod flip_parts;
 mod forced;
+mod fuzzed;
 mod kept_connections;
 mod killed;
 mod many_flips;

@@ -24,6 +24,23 @@ pub fn size(variable: &str, few: usize) -> usize {
     })
 }
 
+/// What a test's random choices begin with: another one each time, unless `PGFLIP_SEED` says which. To be printed on failure.
+pub fn seed() -> u64 {
+    match std::env::var("PGFLIP_SEED") {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("PGFLIP_SEED={text} is no number")),
+        Err(_) => rand::random(),
+    }
+}
+
+/// Memory of a process in kB: `VmRSS` for what it has now, `VmHWM` for the most that it has ever had.
+pub fn memory_kb(pid: u32, what: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find(|line| line.starts_with(what)).expect("Linux");
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
 /// What a [`Rig`] is made of.
 #[derive(Clone)]
 pub struct Plan {
@@ -144,7 +161,8 @@ impl Watchdog {
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
         std::thread::spawn(move || {
             // Twice as long for each time that more than a hundred flips are asked for.
-            let patience = STUCK * (1 + size("PGFLIP_FLIPS", 0) as u32 / 10);
+            let asked_for = Duration::from_secs(2 * size("PGFLIP_SOAK_SECONDS", 0) as u64);
+            let patience = STUCK * (1 + size("PGFLIP_FLIPS", 0) as u32 / 10) + asked_for;
             if wait.recv_timeout(patience) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("{test} has not ended after {STUCK:?}: giving up on the whole run");
                 std::process::exit(101);

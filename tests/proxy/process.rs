@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::LIMIT;
 use super::raw::{self, Raw, kinds, plain, query};
-use crate::common::Rig;
+use crate::common::{Rig, memory_kb};
 use pgflip::demo::ledger::Shape;
 
 async fn rig() -> Rig {
@@ -22,20 +22,13 @@ async fn login(rig: &Rig) -> Raw {
     Raw::login(rig.sidecar.port(), &rig.app().user, rig.app().password.expose()).await
 }
 
-/// Most memory that the process has ever had, in kB.
-fn high_water(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux");
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[tokio::test]
 async fn hundreds_of_megabytes_stream_through_a_few() {
     let rig = rig().await;
     let pid = rig.sidecar.pid().unwrap();
     let mut raw = login(&rig).await;
     raw.query("create table big (x text)").await;
-    let before = high_water(pid);
+    let before = memory_kb(pid, "VmHWM:");
     let mut through = 0;
     // Rows of 100 MB, many small rows, COPY out; read a little at a time, so that everything in between fills up.
     for text in [
@@ -72,7 +65,7 @@ async fn hundreds_of_megabytes_stream_through_a_few() {
     raw.send(&plain(b'c', b"")).await;
     assert_eq!(kinds(&raw.until_ready().await), "CZ");
     through += 200_000_000;
-    let grown = high_water(pid) - before;
+    let grown = memory_kb(pid, "VmHWM:") - before;
     eprintln!(
         "{} MB passed; memory grew by {grown} kB from {before} kB",
         through / 1_000_000

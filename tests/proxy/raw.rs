@@ -6,6 +6,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, Mac as _};
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -43,6 +44,25 @@ fn hmac(key: &[u8], text: &[u8]) -> [u8; 32] {
 fn xor(mut a: [u8; 32], b: [u8; 32]) -> [u8; 32] {
     a.iter_mut().zip(b).for_each(|(a, b)| *a ^= b);
     a
+}
+
+/// SaltedPassword. What costs in it is done once for all logins of a role.
+fn salted(password: &str, salt: &str, iterations: u32) -> [u8; 32] {
+    static DONE: Mutex<BTreeMap<(String, String, u32), [u8; 32]>> = Mutex::new(BTreeMap::new());
+    let key = (password.to_owned(), salt.to_owned(), iterations);
+    if let Some(done) = DONE.lock().get(&key) {
+        return *done;
+    }
+    let mut salted = STANDARD.decode(salt).unwrap();
+    salted.extend_from_slice(&1u32.to_be_bytes());
+    let mut u = hmac(password.as_bytes(), &salted);
+    let mut sum = u;
+    for _ in 1..iterations {
+        u = hmac(password.as_bytes(), &u);
+        sum = xor(sum, u);
+    }
+    DONE.lock().insert(key, sum);
+    sum
 }
 
 impl Raw {
@@ -107,14 +127,8 @@ impl Raw {
     }
 
     async fn any(&mut self) -> Option<Message> {
-        let whole = async {
-            let kind = self.stream.read_u8().await.ok()?;
-            let length = self.stream.read_u32().await.ok()?;
-            let mut body = vec![0; length as usize - 4];
-            self.stream.read_exact(&mut body).await.ok()?;
-            Some((kind, body))
-        };
-        tokio::time::timeout(LIMIT, whole).await.expect("an answer in time")
+        let next = read(&mut self.stream);
+        tokio::time::timeout(LIMIT, next).await.expect("an answer in time")
     }
 
     /// True if nothing comes for a while.
@@ -149,15 +163,7 @@ impl Raw {
                     let salt = parts.next().unwrap().strip_prefix("s=").unwrap();
                     let iterations: u32 = parts.next().unwrap().strip_prefix("i=").unwrap().parse().unwrap();
                     self.salt = format!("{salt} {iterations}");
-                    let mut salted = STANDARD.decode(salt).unwrap();
-                    salted.extend_from_slice(&1u32.to_be_bytes());
-                    let mut u = hmac(password.as_bytes(), &salted);
-                    let mut sum = u;
-                    for _ in 1..iterations {
-                        u = hmac(password.as_bytes(), &u);
-                        sum = xor(sum, u);
-                    }
-                    let client_key = hmac(&sum, b"Client Key");
+                    let client_key = hmac(&salted(password, salt, iterations), b"Client Key");
                     let without_proof = format!("c=biws,{nonce}");
                     let auth = format!("{first_bare},{server_first},{without_proof}");
                     let proof = xor(client_key, hmac(&Sha256::digest(client_key), auth.as_bytes()));
@@ -227,6 +233,15 @@ impl Raw {
     pub async fn cancel(&self) {
         cancel(self.port, self.pid, &self.key).await;
     }
+}
+
+/// The next message of any kind, or `None` if the connection was closed. Waits for ever.
+pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Option<Message> {
+    let kind = stream.read_u8().await.ok()?;
+    let length = stream.read_u32().await.ok()?;
+    let mut body = vec![0; length as usize - 4];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((kind, body))
 }
 
 /// A cancel request of anybody's.
