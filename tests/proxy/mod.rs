@@ -1,6 +1,7 @@
 //! The proxy by itself before two real servers, with the gate in the test's hand: no controller, no replication. What a
 //! driver does not do, or hides, is said byte by byte ([`raw`]).
 
+mod alike;
 mod cancel_race;
 mod cursors;
 mod encryption;
@@ -122,33 +123,41 @@ impl Servers {
     }
 
     fn serve_closed(&self, query: &str, sections: &str, open: bool) -> Front {
-        let port = Port::take().expect("a port");
         let url = |cluster: &Cluster| {
             let (password, port) = (cluster.password().expose(), cluster.port());
             format!("postgresql://postgres:{password}@127.0.0.1:{port}?{query}")
         };
-        let text = format!(
-            "listen = \"127.0.0.1:{}\"\ndatabases = [\"app\"]\nworkers = 2\n[blue]\nurl = \"{}\"\n[green]\nurl = \"{}\"\n{sections}\n",
-            port.number(),
-            url(&self.blue),
-            url(&self.green)
-        );
-        let config = Arc::new(Config::parse(&text, Path::new("/nowhere/pgflip.toml")).expect("a valid configuration"));
-        let gate = Gate::new();
-        let (stop, stopped) = watch::channel(false);
-        let proxy = proxy::serve(config, gate.clone(), stopped).expect("the proxy starts");
+        let front = front_as(&[url(&self.blue), url(&self.green)], "", sections);
         if open {
-            let epoch = self.epoch.load(std::sync::atomic::Ordering::SeqCst);
-            let side = Side::Blue;
-            gate.switch(Upstream { side, epoch }).unwrap();
-            gate.release();
+            front.open(self.epoch.load(std::sync::atomic::Ordering::SeqCst));
         }
-        Front {
-            proxy: Some(proxy),
-            gate,
-            stop,
-            port,
-        }
+        front
+    }
+}
+
+/// A proxy before the servers at these URLs, open, on the first.
+fn front(urls: &[String; 2], sections: &str) -> Front {
+    let front = front_as(urls, "", sections);
+    front.open(1);
+    front
+}
+
+/// One that is not open yet. `top`: lines of the configuration before its first section.
+fn front_as([blue, green]: &[String; 2], top: &str, sections: &str) -> Front {
+    let port = Port::take().expect("a port");
+    let text = format!(
+        "listen = \"127.0.0.1:{}\"\ndatabases = [\"app\"]\nworkers = 2\n{top}\n[blue]\nurl = \"{blue}\"\n[green]\nurl = \"{green}\"\n{sections}\n",
+        port.number(),
+    );
+    let config = Arc::new(Config::parse(&text, Path::new("/nowhere/pgflip.toml")).expect("a valid configuration"));
+    let gate = Gate::new();
+    let (stop, stopped) = watch::channel(false);
+    let proxy = proxy::serve(config, gate.clone(), stopped).expect("the proxy starts");
+    Front {
+        proxy: Some(proxy),
+        gate,
+        stop,
+        port,
     }
 }
 
@@ -161,6 +170,13 @@ struct Front {
 }
 
 impl Front {
+    /// Clients are served, on blue.
+    fn open(&self, epoch: u64) {
+        let side = Side::Blue;
+        self.gate.switch(Upstream { side, epoch }).unwrap();
+        self.gate.release();
+    }
+
     fn port(&self) -> u16 {
         self.port.number()
     }
