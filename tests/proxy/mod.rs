@@ -6,6 +6,7 @@ mod cancel_race;
 mod cursors;
 mod encryption;
 mod held;
+mod hostile;
 mod login;
 mod messages;
 mod moved;
