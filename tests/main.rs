@@ -23,6 +23,7 @@ mod restless;
 mod roles;
 mod sabotage;
 mod servers_killed;
+mod soak;
 mod stragglers;
 mod surface_cli;
 mod there_and_back;
