@@ -7,7 +7,6 @@
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,6 +24,7 @@ use crate::proxy::gate::{
 };
 use crate::proxy::handshake::Client;
 use crate::proxy::pace::CLOSE_LIMIT;
+use crate::proxy::peer::Peer;
 use crate::proxy::reactor::{self, Socket};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, Pins, State, TransferError};
@@ -275,7 +275,7 @@ impl Drop for Registered {
 }
 
 /// Runs an authenticated client's session to its end.
-pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, since: std::time::Instant) {
+pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
     let Client {
         stream,

@@ -1,6 +1,7 @@
 //! The proxy by itself before two real servers, with the gate in the test's hand: no controller, no replication. What a
 //! driver does not do, or hides, is said byte by byte ([`raw`]).
 
+mod auth;
 mod cancel_race;
 mod cursors;
 mod encryption;
@@ -121,19 +122,28 @@ impl Servers {
         self.serve_closed(query, sections, true)
     }
 
-    fn serve_closed(&self, query: &str, sections: &str, open: bool) -> Front {
-        let port = Port::take().expect("a port");
+    /// `sections` may begin with keys that stand above all sections.
+    fn config(&self, port: u16, query: &str, sections: &str) -> Config {
         let url = |cluster: &Cluster| {
             let (password, port) = (cluster.password().expose(), cluster.port());
             format!("postgresql://postgres:{password}@127.0.0.1:{port}?{query}")
         };
+        let first = match sections.starts_with('[') {
+            true => 0,
+            false => sections.find("\n[").map_or(sections.len(), |at| at + 1),
+        };
+        let (above, sections) = sections.split_at(first);
         let text = format!(
-            "listen = \"127.0.0.1:{}\"\ndatabases = [\"app\"]\nworkers = 2\n[blue]\nurl = \"{}\"\n[green]\nurl = \"{}\"\n{sections}\n",
-            port.number(),
+            "listen = \"127.0.0.1:{port}\"\ndatabases = [\"app\"]\nworkers = 2\n{above}\n[blue]\nurl = \"{}\"\n[green]\nurl = \"{}\"\n{sections}\n",
             url(&self.blue),
             url(&self.green)
         );
-        let config = Arc::new(Config::parse(&text, Path::new("/nowhere/pgflip.toml")).expect("a valid configuration"));
+        Config::parse(&text, Path::new("/nowhere/pgflip.toml")).expect("a valid configuration")
+    }
+
+    fn serve_closed(&self, query: &str, sections: &str, open: bool) -> Front {
+        let port = Port::take().expect("a port");
+        let config = Arc::new(self.config(port.number(), query, sections));
         let gate = Gate::new();
         let (stop, stopped) = watch::channel(false);
         let proxy = proxy::serve(config, gate.clone(), stopped).expect("the proxy starts");
@@ -181,6 +191,12 @@ impl Front {
         let (client, connection) = options.connect(tokio_postgres::NoTls).await.expect("a login");
         tokio::spawn(connection);
         client
+    }
+
+    /// Takes over `[auth]`, as on SIGHUP.
+    fn reload(&self, servers: &Servers, sections: &str) {
+        let config = servers.config(self.port(), "sslmode=disable", sections);
+        self.proxy.as_ref().expect("it runs").reload_auth(&config.auth);
     }
 
     fn upstream(&self) -> Upstream {
