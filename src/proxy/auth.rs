@@ -208,12 +208,14 @@ impl Login<'_> {
         self.limited()?;
         let Candidate { user, database, .. } = self.candidate;
         let known = self.env.verifiers.lookup(&self.auth, user, database).await;
-        match known.map_err(|error| self.unavailable(error))? {
+        let keys = match known.map_err(|error| self.unavailable(error))? {
             Some(Known::Scram(verifier)) => self.scram(stream, verifier).await,
             Some(Known::Md5(hash)) if method == Method::Md5 => self.md5(stream, hash).await,
             // Nobody learns that there is nothing to check it with.
             _ => self.scram(stream, self.env.verifiers.mock(user)).await,
-        }
+        }?;
+        // What a password has taught opens both sides; a proof against that opens the one that it was learnt from.
+        Ok(self.env.verifiers.learnt_keys(user).unwrap_or(keys))
     }
 
     async fn md5(&self, stream: &mut ClientStream, hash: md5::Hash) -> Result<Keys, Denied> {

@@ -33,6 +33,8 @@ pub(super) struct Client {
     pub user: String,
     pub database: String,
     pub application: String,
+    /// What it cancels its requests with.
+    pub secret: Vec<u8>,
 }
 
 /// Why there is no session.
@@ -113,8 +115,9 @@ pub(super) async fn receive(env: &Arc<Env>, mut stream: ClientStream, peer: &mut
         .filter(|(name, _)| name.starts_with(b"_pq_."))
         .map(|(name, _)| name.as_slice())
         .collect();
-    if startup.minor > 0 || !unknown.is_empty() {
-        message::put_negotiate(&mut out, &unknown);
+    let minor = startup.minor.min(message::MINOR);
+    if startup.minor > minor || !unknown.is_empty() {
+        message::put_negotiate(&mut out, minor, &unknown);
         stream.write_all(&out).await?;
     }
     let user = startup.parameter(b"user").expect("checked").to_vec();
@@ -145,6 +148,11 @@ pub(super) async fn receive(env: &Arc<Env>, mut stream: ClientStream, peer: &mut
         user: user_text,
         database,
         application,
+        // As long as the protocol can take it: nobody guesses a key of 32 bytes.
+        secret: match minor {
+            0 | 1 => rand::random::<[u8; 4]>().to_vec(),
+            _ => rand::random::<[u8; 32]>().to_vec(),
+        },
     })))
 }
 

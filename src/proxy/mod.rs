@@ -59,7 +59,7 @@ struct Env {
     /// As the configuration says now.
     auth: ArcSwap<Auth>,
     failures: failures::Failures,
-    verifiers: verifiers::Verifiers,
+    verifiers: Arc<verifiers::Verifiers>,
     names: transfer::SettingNamesInCatalogs,
     tls: Arc<ArcSwapOption<Tls>>,
     clients: AtomicUsize,
@@ -97,7 +97,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     let env = Arc::new(Env {
         auth: ArcSwap::from_pointee(config.auth.clone()),
         failures: failures::Failures::default(),
-        verifiers: verifiers::Verifiers::new(config.clone(), gate.clone()),
+        verifiers: Arc::new(verifiers::Verifiers::new(config.clone(), gate.clone())),
         names: transfer::SettingNamesInCatalogs::default(),
         gate,
         tls,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -39,9 +40,41 @@ pub(super) struct Login {
 pub(super) enum Keys {
     Scram(scram::Keys),
     Md5(md5::Hash),
+    /// Those of a password that pgflip has seen.
+    Learnt(Arc<Learnt>),
+}
+
+/// What one password is on each side: where verifiers can't be carried over, each server has salted it by itself.
+#[derive(Debug, Default)]
+pub(super) struct Learnt([OnceLock<Proven>; 2]);
+
+impl Learnt {
+    /// What is known of a side.
+    pub fn at(&self, side: Side) -> &OnceLock<Proven> {
+        &self.0[match side {
+            Side::Blue => 0,
+            Side::Green => 1,
+        }]
+    }
+}
+
+impl Keys {
+    /// What answers this side: of a learnt password that nobody has shown it yet, what answers the other one, whose verifier it
+    /// may have.
+    fn at(&self, side: Side) -> Keys {
+        match self {
+            Keys::Learnt(learnt) => match learnt.at(side).get().or_else(|| learnt.at(side.other()).get()) {
+                Some(Proven::Scram { keys, .. }) => Keys::Scram(keys.clone()),
+                Some(Proven::Md5(hash)) => Keys::Md5(hash.clone()),
+                None => self.clone(),
+            },
+            other => other.clone(),
+        }
+    }
 }
 
 /// What a password is at a server that has checked it.
+#[derive(Clone, Debug)]
 pub(super) enum Proven {
     Scram {
         keys: scram::Keys,
@@ -53,7 +86,7 @@ pub(super) enum Proven {
 
 /// What answers a server that asks who is there.
 enum Secret<'a> {
-    Keys(Option<&'a Keys>),
+    Keys(Option<Keys>),
     Password {
         user: &'a [u8],
         password: &'a Zeroizing<Vec<u8>>,
@@ -114,7 +147,13 @@ impl LoginError {
 
 /// Opens a connection to `server` and logs in. `limit` bounds reaching it and the login, each.
 pub(super) async fn open(server: &Server, login: &Login, limit: Duration) -> Result<ServerConn, LoginError> {
-    open_with(server, &login.parameters, &mut Secret::Keys(login.keys.as_ref()), limit).await
+    open_with(
+        server,
+        &login.parameters,
+        &mut Secret::Keys(login.keys.as_ref().map(|keys| keys.at(server.side))),
+        limit,
+    )
+    .await
 }
 
 /// Has a server check a user's password, by a login that is over at once. A server that lets in whoever comes has checked
@@ -218,7 +257,7 @@ async fn log_in(
                     let keys = match secret {
                         _ if !offered && bound_to.is_none() => return Err(LoginError::Asks("a password")),
                         Secret::Keys(Some(Keys::Scram(keys))) => Some(keys.clone()),
-                        Secret::Keys(Some(Keys::Md5(_))) => {
+                        Secret::Keys(Some(Keys::Md5(_) | Keys::Learnt(_))) => {
                             return Err(LoginError::Asks("a SCRAM proof, of a role with an md5 password"));
                         }
                         Secret::Keys(None) => return Err(LoginError::Asks("a password")),
@@ -278,6 +317,9 @@ async fn log_in(
             },
             b'K' => {
                 conn.pid = message::int32(&mut rest).ok_or_else(bad)? as u32;
+                if !(4..=message::MAX_KEY).contains(&rest.len()) {
+                    return Err(bad());
+                }
                 conn.key = rest.to_vec();
             }
             b'Z' => {

@@ -283,8 +283,11 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         user,
         database,
         application,
+        secret,
     } = client;
-    let shared = env.gate.admit(user, database, application, peer.to_string(), since);
+    let shared = env
+        .gate
+        .admit(user, database, application, peer.to_string(), since, secret);
     let mut registered = Registered {
         env: env.clone(),
         shared: shared.clone(),

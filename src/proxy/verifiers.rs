@@ -20,7 +20,7 @@ use crate::config::{self, Auth, Config};
 use crate::pg::{self, Purpose, Side};
 use crate::proxy::auth;
 use crate::proxy::gate::Gate;
-use crate::proxy::server::{self, Keys, Login, LoginError, Proven};
+use crate::proxy::server::{self, Keys, Learnt, Login, LoginError, Proven};
 use crate::wire::md5;
 use crate::wire::message::ErrorFields;
 use crate::wire::scram::Verifier;
@@ -31,6 +31,8 @@ const MAX_CACHED: usize = 10_000;
 const HELD_LIMIT: Duration = Duration::from_secs(1);
 /// What was learnt is shown to the active side again after this time: the password may be another by now.
 const LEARNT_FOR: Duration = Duration::from_secs(60);
+/// How long a login waits for the other side to have learnt its password as well. It goes on without.
+const OTHER_LIMIT: Duration = Duration::from_secs(2);
 /// A password of the userlist that is wrong there is not tried again for this time.
 const WRONG_FOR: Duration = Duration::from_secs(10);
 
@@ -63,10 +65,13 @@ pub(super) enum Checked {
 
 /// Of a user whose password the active side has checked.
 #[derive(Clone)]
-struct Learnt {
+struct Taught {
     known: Known,
-    keys: Keys,
+    keys: Arc<Learnt>,
+    /// By the active side.
     checked: Instant,
+    /// When the other side was asked last.
+    other: Option<Instant>,
 }
 
 /// One a process.
@@ -75,7 +80,7 @@ pub(super) struct Verifiers {
     gate: Arc<Gate>,
     connection: tokio::sync::Mutex<Option<(Side, Arc<pg::Client>)>>,
     cache: Mutex<HashMap<String, Known>>,
-    learnt: Mutex<HashMap<String, Learnt>>,
+    learnt: Mutex<HashMap<String, Taught>>,
     /// Users of the userlist, and when their password there was found to be wrong.
     wrong: Mutex<HashMap<String, Instant>>,
     /// One at a time learns from the userlist.
@@ -123,7 +128,12 @@ impl Verifiers {
     }
 
     /// What a user's password is checked with. `None`: there is no such user, or none that may log in with a password now.
-    pub async fn lookup(&self, auth: &Auth, user: &[u8], database: &[u8]) -> Result<Option<Known>, Unavailable> {
+    pub async fn lookup(
+        self: &Arc<Self>,
+        auth: &Auth,
+        user: &[u8],
+        database: &[u8],
+    ) -> Result<Option<Known>, Unavailable> {
         let Ok(name) = std::str::from_utf8(user) else {
             return Ok(None);
         };
@@ -148,7 +158,7 @@ impl Verifiers {
 
     /// Checks a password in clear. Takes as long for who is not known.
     pub async fn check(
-        &self,
+        self: &Arc<Self>,
         auth: &Auth,
         user: &[u8],
         database: &[u8],
@@ -171,6 +181,10 @@ impl Verifiers {
             }
         };
         match (right, std::str::from_utf8(user)) {
+            (Some(keys), Ok(name)) if auth.verifiers == config::Verifiers::Login => {
+                self.learn_other(name, database, &password).await;
+                Ok(Checked::Right(self.learnt_keys(user).unwrap_or(keys)))
+            }
             (Some(keys), _) => Ok(Checked::Right(keys)),
             // It may have been changed there since.
             (None, Ok(name)) if auth.verifiers == config::Verifiers::Login => {
@@ -180,19 +194,34 @@ impl Verifiers {
         }
     }
 
+    /// Of a user whose password was learnt, what opens either side.
+    pub fn learnt_keys(&self, user: &[u8]) -> Option<Keys> {
+        let learnt = self.learnt.lock();
+        let taught = learnt.get(std::str::from_utf8(user).ok()?)?;
+        Some(Keys::Learnt(taught.keys.clone()))
+    }
+
     /// What opens servers in the name of a user who has shown nothing that does. `None`: nothing is known.
-    pub async fn opens(&self, auth: &Auth, user: &[u8], database: &[u8]) -> Result<Option<Keys>, Unavailable> {
+    pub async fn opens(
+        self: &Arc<Self>,
+        auth: &Auth,
+        user: &[u8],
+        database: &[u8],
+    ) -> Result<Option<Keys>, Unavailable> {
         let (config::Verifiers::Userlist(list), Ok(name)) = (&auth.verifiers, std::str::from_utf8(user)) else {
             return Ok(None);
         };
         match list.entry(name) {
             Some(Entry::Verifier(verifier)) => Ok(md5::Hash::parse(verifier.expose()).map(Keys::Md5)),
-            Some(Entry::Password) => Ok(self.of_userlist(list, name, database).await?.map(|learnt| learnt.keys)),
+            Some(Entry::Password) => {
+                let taught = self.of_userlist(list, name, database).await?;
+                Ok(taught.map(|taught| Keys::Learnt(taught.keys)))
+            }
             None => Ok(None),
         }
     }
 
-    async fn read(&self, auth: &Auth, name: &str, database: &[u8]) -> Result<Option<Known>, Unavailable> {
+    async fn read(self: &Arc<Self>, auth: &Auth, name: &str, database: &[u8]) -> Result<Option<Known>, Unavailable> {
         let known = match &auth.verifiers {
             config::Verifiers::Catalog => {
                 let statement = include_str!("../pg/sql/verifier.sql");
@@ -227,7 +256,12 @@ impl Verifiers {
     }
 
     /// Of a user whose password stands in the userlist: what the active side has made of it.
-    async fn of_userlist(&self, list: &Userlist, name: &str, database: &[u8]) -> Result<Option<Learnt>, Unavailable> {
+    async fn of_userlist(
+        self: &Arc<Self>,
+        list: &Userlist,
+        name: &str,
+        database: &[u8],
+    ) -> Result<Option<Taught>, Unavailable> {
         // Hundreds of clients may come at once, and one answer serves them all.
         let _one = self.learning.lock().await;
         if let Some(learnt) = self.learnt(name, database).await {
@@ -262,7 +296,7 @@ impl Verifiers {
     }
 
     /// What a login with a password has taught, if that is still true.
-    async fn learnt(&self, name: &str, database: &[u8]) -> Option<Learnt> {
+    async fn learnt(&self, name: &str, database: &[u8]) -> Option<Taught> {
         let learnt = self.learnt.lock().get(name).cloned()?;
         if learnt.checked.elapsed() < LEARNT_FOR {
             return Some(learnt);
@@ -272,7 +306,7 @@ impl Verifiers {
         let parameters = [(&b"user"[..], name.as_bytes()), (b"database", database)];
         let login = Login {
             parameters: parameters.map(|(name, value)| (name.to_vec(), value.to_vec())).to_vec(),
-            keys: Some(learnt.keys.clone()),
+            keys: Some(Keys::Learnt(learnt.keys.clone())),
         };
         match server::open(self.config.server(side), &login, limit).await {
             Ok(conn) => {
@@ -281,7 +315,7 @@ impl Verifiers {
                 if let Some(learnt) = self.learnt.lock().get_mut(name) {
                     learnt.checked = checked;
                 }
-                Some(Learnt { checked, ..learnt })
+                Some(Taught { checked, ..learnt })
             }
             Err(LoginError::Refused(_) | LoginError::Asks(_) | LoginError::Unchecked | LoginError::Scram(_)) => {
                 self.learnt.lock().remove(name);
@@ -293,15 +327,17 @@ impl Verifiers {
     }
 
     /// Has the active side check a password, and keeps what that teaches.
-    async fn learn(&self, name: &str, database: &[u8], password: &Zeroizing<Vec<u8>>) -> Result<Checked, Unavailable> {
+    async fn learn(
+        self: &Arc<Self>,
+        name: &str,
+        database: &[u8],
+        password: &Zeroizing<Vec<u8>>,
+    ) -> Result<Checked, Unavailable> {
         let limit = self.config.limits.server_connect_timeout;
         let side = self.active(limit).await?;
         let server = self.config.server(side);
-        let (known, keys) = match server::check(server, name.as_bytes(), database, password, limit).await {
-            Ok(Proven::Scram { keys, salt, iterations }) => {
-                (Known::Scram(keys.verifier(salt, iterations)), Keys::Scram(keys))
-            }
-            Ok(Proven::Md5(hash)) => (Known::Md5(hash.clone()), Keys::Md5(hash)),
+        let proven = match server::check(server, name.as_bytes(), database, password, limit).await {
+            Ok(proven) => proven,
             Err(LoginError::Refused(body)) if ErrorFields(&body).code() == b"28P01" => return Ok(Checked::Wrong),
             Err(
                 error @ (LoginError::Refused(_) | LoginError::Asks(_) | LoginError::Unchecked | LoginError::Scram(_)),
@@ -313,21 +349,58 @@ impl Verifiers {
             }
             Err(error) => return Err(Unavailable(error.to_string())),
         };
-        let mut all = self.learnt.lock();
-        if all.len() >= MAX_CACHED && !all.contains_key(name) {
-            let oldest = all
-                .iter()
-                .min_by_key(|(_, learnt)| learnt.checked)
-                .map(|(name, _)| name.clone());
-            oldest.map(|name| all.remove(&name));
-        }
-        let learnt = Learnt {
+        let known = match &proven {
+            Proven::Scram { keys, salt, iterations } => Known::Scram(keys.verifier(salt.clone(), *iterations)),
+            Proven::Md5(hash) => Known::Md5(hash.clone()),
+        };
+        let keys = Arc::new(Learnt::default());
+        let _ = keys.at(side).set(proven);
+        let taught = Taught {
             known,
             keys: keys.clone(),
             checked: Instant::now(),
+            other: None,
         };
-        all.insert(name.to_owned(), learnt);
-        Ok(Checked::Right(keys))
+        {
+            let mut all = self.learnt.lock();
+            if all.len() >= MAX_CACHED && !all.contains_key(name) {
+                let oldest = all.iter().min_by_key(|(_, taught)| taught.checked);
+                let oldest = oldest.map(|(name, _)| name.clone());
+                oldest.map(|name| all.remove(&name));
+            }
+            all.insert(name.to_owned(), taught);
+        }
+        self.learn_other(name, database, password).await;
+        Ok(Checked::Right(Keys::Learnt(keys)))
+    }
+
+    /// Has the side that is not active check a password that is right, unless that is known or was tried a moment ago: a flip
+    /// has to open it, and there is no password then. Sessions that are there already get what it teaches.
+    async fn learn_other(self: &Arc<Self>, name: &str, database: &[u8], password: &Zeroizing<Vec<u8>>) {
+        let limit = self.config.limits.server_connect_timeout;
+        let Ok(side) = self.active(limit).await.map(Side::other) else {
+            return;
+        };
+        let keys = {
+            let mut all = self.learnt.lock();
+            let Some(taught) = all.get_mut(name) else { return };
+            let tried = taught.other.is_some_and(|at| at.elapsed() < LEARNT_FOR);
+            if tried || taught.keys.at(side).get().is_some() {
+                return;
+            }
+            taught.other = Some(Instant::now());
+            taught.keys.clone()
+        };
+        let (this, name, database, password) = (self.clone(), name.to_owned(), database.to_vec(), password.clone());
+        let learning = tokio::spawn(async move {
+            let server = this.config.server(side);
+            match server::check(server, name.as_bytes(), &database, &password, limit).await {
+                Ok(proven) => drop(keys.at(side).set(proven)),
+                // Its verifier may be the same as the active side's, and then nothing is missing.
+                Err(error) => tracing::info!(%side, user = name, %error, "a password is not known on the standby"),
+            }
+        });
+        let _ = timeout(OTHER_LIMIT, learning).await;
     }
 
     /// Asks the active side, as pgflip: of its search_path nothing comes from a client (src/pg/connect.rs).

@@ -127,7 +127,7 @@ impl ClientError {
     pub fn unsupported_protocol(major: u16, minor: u16) -> ClientError {
         ClientError::fatal(
             "0A000",
-            format!("unsupported frontend protocol {major}.{minor}: pgflip supports 3.0"),
+            format!("unsupported frontend protocol {major}.{minor}: pgflip supports 3.0 to 3.2"),
         )
     }
 

@@ -330,9 +330,10 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
     servers
         .on_both(&format!(
             "set password_encryption = 'md5'; create role old login password '{OLD}';
-             create role gone nologin password 'secret'; create role reader login password 'of pgflip';"
+             create role gone nologin password 'secret';"
         ))
         .await;
+    servers.role("reader", "of pgflip", "").await;
     for side in Side::BOTH {
         let tools = cluster::find_tools(15).expect("psql").bin;
         let cluster = servers.cluster(side);
@@ -383,20 +384,27 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
         .await
         .unwrap_err();
     assert_eq!(error.code().unwrap().code(), "42501");
-    front.reload(&servers, &files.rules(rules, "verifiers = \"query\""));
-    is_in(tcp(&front, "app", PASSWORD).await, &[10], "app").await;
+    let limited = servers.serve(
+        "sslmode=disable&user=reader&password=of%20pgflip",
+        &files.rules(rules, "verifiers = \"query\""),
+    );
+    is_in(tcp(&limited, "app", PASSWORD).await, &[10], "app").await;
+    // In a hold, whom pgflip lets in waits, and no server says a word: it is pgflip that refuses.
+    limited.gate.hold();
     for (user, password) in [
         ("expired", "secret"),
         ("gone", "secret"),
         ("nobody", "x"),
         ("app", "wrong"),
     ] {
-        is_out(tcp(&front, user, password).await, &[10], &wrong(user));
+        is_out(tcp(&limited, user, password).await, &[10], &wrong(user));
     }
+    drop(limited);
     // PgBouncer's older query says nothing of expiry and NOLOGIN either, and leaves it open whose pg_authid it is.
     let of_authid = "verifiers = \"query\"\nquery = \"select rolname, rolpassword from pg_authid where rolname = $1\"";
     front.reload(&servers, &files.rules(rules, of_authid));
     is_in(tcp(&front, "victim", "its own").await, &[10], "victim").await;
+    front.gate.hold();
     for (user, password) in [("expired", "secret"), ("gone", "secret")] {
         is_out(tcp(&front, user, password).await, &[10], &wrong(user));
     }
@@ -444,6 +452,7 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
         .batch_execute("alter database app reset search_path")
         .await
         .unwrap();
+    front.unwind();
 
     // A userlist: a verifier, an md5 hash, passwords. Of these the first is right, the second is not the server's.
     let hash: String = admin
@@ -462,6 +471,7 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
     for (user, password, asked) in [("listed", "in the file", 10), ("old", OLD, 5), ("app", PASSWORD, 10)] {
         raws.push((user, is_in(tcp(&front, user, password).await, &[asked], user).await));
     }
+    front.gate.hold();
     for (user, password, asked) in [
         ("listed", "wrong", 10),
         ("app", "wrong", 10),
@@ -474,6 +484,7 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
     ] {
         is_out(tcp(&front, user, password).await, &[asked], &wrong(user));
     }
+    front.unwind();
     // What is kept of a password moves its session, and lets in who shows none where a rule allows that.
     front.flip().await;
     for (user, raw) in &mut raws {
@@ -500,7 +511,9 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
 #[tokio::test]
 async fn where_nobody_may_read_verifiers_the_server_checks_a_password_once_and_its_keys_go_on() {
     let servers = Servers::start("").await;
-    for (name, more) in [("one", ""), ("two", ""), ("expired", "valid until '2020-01-01'")] {
+    // Nobody may carry verifiers over either: each side has salted the same password by itself.
+    servers.on_both("create role one login password 'of one'").await;
+    for (name, more) in [("two", ""), ("expired", "valid until '2020-01-01'")] {
         servers.role(name, &format!("of {name}"), more).await;
     }
     servers
@@ -517,6 +530,7 @@ async fn where_nobody_may_read_verifiers_the_server_checks_a_password_once_and_i
     is_out(local("one", "of one").await, &[10], &wrong("one"));
     let mut one = is_in(tcp(&front, "one", "of one").await, &[3], "one").await;
     let mut old = is_in(tcp(&front, "old", OLD).await, &[3], "old").await;
+    front.gate.hold();
     for (user, password) in [
         ("one", "wrong"),
         ("old", "wrong"),
@@ -525,6 +539,7 @@ async fn where_nobody_may_read_verifiers_the_server_checks_a_password_once_and_i
     ] {
         is_out(tcp(&front, user, password).await, &[3], &wrong(user));
     }
+    front.unwind();
     // The server's own words where it is not about the password.
     let (_, direct) = log_in(Raw::connect(servers.blue.port()).await, "gone", "x").await;
     is_out(tcp(&front, "gone", "x").await, &[3], &direct.map(|_| ()).unwrap_err());
@@ -544,8 +559,10 @@ async fn where_nobody_may_read_verifiers_the_server_checks_a_password_once_and_i
         .batch_execute("alter role one valid until '2020-01-01'")
         .await
         .unwrap();
+    front.gate.hold();
     is_out(local("one", "of one").await, &[10], &wrong("one"));
     is_out(tcp(&front, "one", "of one").await, &[3], &wrong("one"));
+    front.unwind();
     green
         .batch_execute("alter role one valid until 'infinity' password 'another'")
         .await
