@@ -435,14 +435,18 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
         .batch_execute("alter database app set search_path = theirs, pg_catalog")
         .await
         .unwrap();
+    front.unwind();
+    // Whose own connection begins with that path, if it is not kept from it.
+    let attacked = servers.serve("sslmode=disable", &files.rules(rules, of_authid));
+    attacked.gate.hold();
     for more in [
         ("search_path", "theirs, pg_catalog"),
         ("options", "-c search_path=theirs,pg_catalog"),
         ("application_name", "x', search_path = 'theirs"),
     ] {
         for reload in [of_authid, "verifiers = \"query\"", "verifiers = \"catalog\""] {
-            front.reload(&servers, &files.rules(rules, reload));
-            let mut raw = Raw::connect(front.port()).await;
+            attacked.reload(&servers, &files.rules(rules, reload));
+            let mut raw = Raw::connect(attacked.port()).await;
             raw.startup(0, &[("user", "victim"), ("database", "app"), more]).await;
             let (_, body) = raw.authenticate("in the file").await.expect_err("another's password");
             assert_eq!(told(&body), wrong("victim"), "{more:?} {reload}");
@@ -452,7 +456,7 @@ async fn verifiers_come_from_a_query_a_userlist_or_a_login_and_who_has_expired_i
         .batch_execute("alter database app reset search_path")
         .await
         .unwrap();
-    front.unwind();
+    drop(attacked);
 
     // A userlist: a verifier, an md5 hash, passwords. Of these the first is right, the second is not the server's.
     let hash: String = admin
