@@ -229,6 +229,10 @@ fn reload(
         }
     };
     let merged = Arc::new(running.reloaded(&new));
+    proxy.reload_auth(&merged.auth);
+    if merged.auth.rules != running.auth.rules {
+        warn(&merged);
+    }
     for change in running.changes(&new) {
         match change.key {
             "admin.token" if merged.admin.token != new.admin.token => {
@@ -252,7 +256,6 @@ fn reload(
             Err(error) => tracing::error!(%error, "SIGHUP: the certificate stays as it was"),
         }
     }
-    proxy.reload_auth(&merged.auth);
     controller.reload(merged.clone());
     admin.reload(merged.clone());
     merged

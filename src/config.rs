@@ -91,6 +91,8 @@ pub struct ClientTls {
     pub required: bool,
     /// PEM file: the authorities whose certificates clients may show.
     pub client_ca: Option<PathBuf>,
+    /// PEM file: which of these certificates are revoked. Every authority has to be in it.
+    pub client_crl: Option<PathBuf>,
 }
 
 /// How clients log in.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::rules::{self, Method, Network, Rules};
+use super::rules::{self, Around, Maps, Method, Network, Rules};
 use super::userlist::Userlist;
 use super::{
     Admin, Auth, ClientTls, Config, Flip, Limits, LogFormat, Secret, Server, SslMode, Stragglers, UnixSocket, Verifiers,
@@ -168,6 +168,7 @@ const KEYS: &[(&str, &[&str])] = &[
         &[
             "method",
             "rules",
+            "ident",
             "verifiers",
             "query",
             "userlist",
@@ -175,7 +176,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "failures_window",
         ],
     ),
-    ("tls", &["cert", "key", "required", "client_ca"]),
+    ("tls", &["cert", "key", "required", "client_ca", "client_crl"]),
     (
         "flip",
         &[
@@ -829,6 +830,10 @@ impl<'a> Reader<'a> {
         let key = self.filled("tls", "key");
         let required = self.boolean("tls", "required", false);
         let client_ca = self.filled("tls", "client_ca");
+        let client_crl = self.filled("tls", "client_crl");
+        if let (None, Some((_, at))) = (&client_ca, &client_crl) {
+            self.problem(at, "this is not used", "Set tls.client_ca, or leave it out");
+        }
         for (name, given) in [("cert", &cert), ("key", &key)] {
             if given.is_none() && !self.says("tls", name) {
                 let at = self.at_section("tls", name);
@@ -842,11 +847,13 @@ impl<'a> Reader<'a> {
         let cert = cert.map(|(name, at)| self.file(&name, &at));
         let key = key.map(|(name, at)| self.file(&name, &at));
         let client_ca = client_ca.map(|(name, at)| self.file(&name, &at));
+        let client_crl = client_crl.map(|(name, at)| self.file(&name, &at));
         Some(ClientTls {
             cert: cert?,
             key: key?,
             required,
             client_ca,
+            client_crl,
         })
     }
 
@@ -857,8 +864,20 @@ impl<'a> Reader<'a> {
             &[("scram", Method::Scram), ("trust", Method::Trust)],
             Method::Scram,
         );
-        let ca = tls.is_some_and(|tls| tls.client_ca.is_some());
-        let parsed = self.lines_of("rules", |text, _| Rules::parse(text, tls.is_some(), ca));
+        let around = Around {
+            tls: tls.is_some(),
+            ca: tls.is_some_and(|tls| tls.client_ca.is_some()),
+            maps: self.lines_of("ident", |text, _| Maps::parse(text)),
+        };
+        // What is wrong with the maps has been said, and is not said again of the rules.
+        let parsed = match (self.says("auth", "ident"), &around.maps) {
+            (true, None) => None,
+            _ => self.lines_of("rules", |text, _| Rules::parse(text, &around)),
+        };
+        if self.says("auth", "ident") && !self.says("auth", "rules") {
+            let at = self.at_section("auth", "ident");
+            self.problem(&at, "this is not used", "Name its maps in auth.rules, or leave it out");
+        }
         if self.says("auth", "rules") && self.says("auth", "method") {
             let at = self.at_section("auth", "method");
             self.problem(&at, "the rules say that already", "Leave one of the two out");

@@ -1,9 +1,12 @@
 //! Who may log in, from where, and how: rules in the format of `pg_hba.conf` (PostgreSQL manual, 20.1). The first one that
 //! fits decides, and who fits none is refused.
 //!
+//! Names of certificates and of the operating system can be mapped to users, in the format of `pg_ident.conf` (20.2).
+//!
 //! Everything that Postgres would read otherwise than pgflip can is refused here by its line, never skipped: a rule that does
 //! not count lets in whom the next one does.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -25,6 +28,31 @@ pub struct Rule {
     pub method: Method,
     /// What is asked of the client's certificate besides.
     pub certificate: Certificate,
+    /// With `map=`: whom the certificate's or the operating system's names may log in as. Else as themselves.
+    map: Option<Vec<Mapping>>,
+}
+
+/// A line of a map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mapping {
+    theirs: Vec<u8>,
+    /// `None`: as any.
+    user: Option<Vec<u8>>,
+}
+
+/// The maps of a file, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Maps(BTreeMap<String, Vec<Mapping>>);
+
+/// What a configuration says besides, that rules depend on.
+#[derive(Clone, Debug, Default)]
+pub struct Around {
+    /// TLS is spoken to clients.
+    pub tls: bool,
+    /// An authority of clients' certificates is known.
+    pub ca: bool,
+    /// `auth.ident`, if there is one.
+    pub maps: Option<Maps>,
 }
 
 /// How somebody who fits shows who it is.
@@ -177,6 +205,16 @@ impl Origin {
 }
 
 impl Rule {
+    /// Whether who has this name by its certificate, or for the operating system, may log in as this user.
+    pub fn lets_be(&self, theirs: &[u8], user: &[u8]) -> bool {
+        match &self.map {
+            None => theirs == user,
+            Some(map) => map
+                .iter()
+                .any(|mapping| mapping.theirs == theirs && mapping.user.as_ref().is_none_or(|mapped| mapped == user)),
+        }
+    }
+
     fn fits(&self, who: &Who<'_>) -> bool {
         let connection = match (self.connection, who.origin) {
             (Connection::Local, Origin::Local) => true,
@@ -213,6 +251,7 @@ impl Rules {
             addresses,
             method,
             certificate: Certificate::Any,
+            map: None,
         };
         Rules(vec![
             rule(Connection::Local, Addresses::Local),
@@ -251,13 +290,13 @@ impl Rules {
             .any(|rule| rule.method == Method::Cert || rule.certificate != Certificate::Any)
     }
 
-    /// Reads a file's text. `tls`: whether pgflip speaks it to clients at all; `ca`: whether it knows an authority of theirs.
-    pub fn parse(text: &str, tls: bool, ca: bool) -> Result<Rules, Vec<Wrong>> {
+    /// Reads a file's text.
+    pub fn parse(text: &str, around: &Around) -> Result<Rules, Vec<Wrong>> {
         let (mut rules, mut wrong) = (Vec::new(), Vec::new());
         for (line, text) in lines(text) {
             let read = fields(&text).and_then(|fields| match fields.as_slice() {
                 [] => Ok(None),
-                _ => rule(line, &fields, tls, ca).map(Some),
+                _ => rule(line, &fields, around).map(Some),
             });
             match read {
                 Ok(rule) => rules.extend(rule),
@@ -273,6 +312,50 @@ impl Rules {
         }
         if wrong.is_empty() { Ok(Rules(rules)) } else { Err(wrong) }
     }
+}
+
+impl Maps {
+    /// Reads a file's text.
+    pub fn parse(text: &str) -> Result<Maps, Vec<Wrong>> {
+        let (mut maps, mut wrong) = (Maps::default(), Vec::new());
+        for (line, text) in lines(text) {
+            let read = fields(&text).and_then(|fields| match fields.as_slice() {
+                [] => Ok(()),
+                fields => mapping(fields).map(|(name, mapping)| maps.0.entry(name).or_default().push(mapping)),
+            });
+            if let Err((what, fix)) = read {
+                wrong.push(Wrong { line, what, fix });
+            }
+        }
+        if wrong.is_empty() { Ok(maps) } else { Err(wrong) }
+    }
+}
+
+fn mapping(fields: &[Vec<Token>]) -> Result<(String, Mapping), Line> {
+    let [name, theirs, user] = fields else {
+        return bad(
+            format!("there are {} fields, not three", fields.len()),
+            "Write: MAP NAME USER",
+        );
+    };
+    let (name, theirs, user) = (single(name, "map")?, single(theirs, "name")?, single(user, "user")?);
+    if theirs.keyword().starts_with('/') || user.keyword().starts_with('/') {
+        return bad("regular expressions are not supported", "Write a line for each name");
+    }
+    if user.keyword().starts_with('+') {
+        return bad(
+            "pgflip does not know who is a member of what",
+            "Write a line for each user",
+        );
+    }
+    if name.keyword().starts_with("include") {
+        return bad("other files can't be included", "Write their lines here");
+    }
+    let mapping = Mapping {
+        theirs: theirs.text.as_bytes().to_vec(),
+        user: (user.keyword() != "all").then(|| user.text.as_bytes().to_vec()),
+    };
+    Ok((name.text.clone(), mapping))
 }
 
 /// Lines with the number of their first; a backslash at the end joins the next one.
@@ -375,7 +458,7 @@ fn single<'a>(field: &'a [Token], what: &str) -> Result<&'a Token, Line> {
     }
 }
 
-fn rule(line: usize, fields: &[Vec<Token>], tls: bool, ca: bool) -> Result<Rule, Line> {
+fn rule(line: usize, fields: &[Vec<Token>], around: &Around) -> Result<Rule, Line> {
     let (first, mut rest) = fields.split_first().expect("a line without a field is no rule");
     let connection = match single(first, "type")?.keyword() {
         "local" => Connection::Local,
@@ -415,35 +498,50 @@ fn rule(line: usize, fields: &[Vec<Token>], tls: bool, ca: bool) -> Result<Rule,
         _ => addresses(&mut next)?,
     };
     let method = method(single(next("method")?, "method")?.keyword())?;
-    let mut certificate = Certificate::Any;
+    let (mut certificate, mut map) = (Certificate::Any, None);
     for option in rest {
         let option = &single(option, "option")?.text;
-        certificate = match (option.as_str(), method) {
-            ("clientcert=verify-ca", m) if m != Method::Cert => Certificate::VerifyCa,
-            ("clientcert=verify-full", _) => Certificate::VerifyFull,
+        match (option.as_str(), method) {
+            ("clientcert=verify-ca", m) if m != Method::Cert => certificate = Certificate::VerifyCa,
+            ("clientcert=verify-full", _) => certificate = Certificate::VerifyFull,
             ("clientcert=verify-ca", _) => {
                 return bad(
                     "cert checks the name as well",
                     "Leave the option out, or write clientcert=verify-full",
                 );
             }
+            (other, Method::Cert | Method::Peer) if other.starts_with("map=") => {
+                let name = &other["map=".len()..];
+                let Some(maps) = &around.maps else {
+                    return bad(
+                        "there are no maps: auth.ident is not set",
+                        "Set it to a file like pg_ident.conf",
+                    );
+                };
+                match maps.0.get(name) {
+                    Some(found) => map = Some(found.clone()),
+                    None => {
+                        return bad(
+                            format!("auth.ident has no map {name:?}"),
+                            "Write its lines there: MAP NAME USER",
+                        );
+                    }
+                }
+            }
             (other, _) if other.starts_with("map=") => {
-                return bad(
-                    "names can't be mapped: the certificate's or the operating system's has to be the role's",
-                    "Leave the option out",
-                );
+                return bad("only names of cert and peer are mapped", "Leave the option out");
             }
             (other, _) => {
                 return bad(
                     format!("the option {other:?} is unknown"),
-                    "Write clientcert=verify-ca or clientcert=verify-full, or leave it out",
+                    "Write map=…, clientcert=verify-ca or clientcert=verify-full, or leave it out",
                 );
             }
-        };
+        }
     }
 
     let over_tls = connection == Connection::HostSsl;
-    if over_tls && !tls {
+    if over_tls && !around.tls {
         return bad(
             "no client could fit: there is no [tls] in the configuration",
             "Give pgflip a certificate in [tls], or write host",
@@ -470,7 +568,7 @@ fn rule(line: usize, fields: &[Vec<Token>], tls: bool, ca: bool) -> Result<Rule,
             "Write hostssl, or leave clientcert out",
         );
     }
-    if (certificate != Certificate::Any || method == Method::Cert) && !ca {
+    if (certificate != Certificate::Any || method == Method::Cert) && !around.ca {
         return bad(
             "no certificate could be checked: tls.client_ca is not set",
             "Set it to the authority that signs clients' certificates",
@@ -484,6 +582,7 @@ fn rule(line: usize, fields: &[Vec<Token>], tls: bool, ca: bool) -> Result<Rule,
         addresses,
         method,
         certificate,
+        map,
     })
 }
 
@@ -581,8 +680,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn around(tls: bool, ca: bool) -> Around {
+        let maps = "staff ann app # a comment\nstaff \"bob b\" \"all\"\nroots root all\n";
+        Around {
+            tls,
+            ca,
+            maps: Some(Maps::parse(maps).unwrap()),
+        }
+    }
+
     fn parse(text: &str) -> Rules {
-        Rules::parse(text, true, true).unwrap_or_else(|wrong| panic!("{text}\n{wrong:?}"))
+        Rules::parse(text, &around(true, true)).unwrap_or_else(|wrong| panic!("{text}\n{wrong:?}"))
     }
 
     fn who<'a>(from: &str, tls: bool, database: &'a str, user: &'a str) -> Who<'a> {
@@ -686,7 +794,12 @@ mod tests {
                 "name as well",
                 "verify-full",
             ),
-            ("hostssl all all all cert map=x", "mapped", "Leave"),
+            ("hostssl all all all cert map=x", "no map \"x\"", "MAP NAME USER"),
+            (
+                "hostssl all all all md5 map=staff",
+                "only names of cert and peer",
+                "Leave",
+            ),
             (
                 "hostssl all all all trust sloppy=1",
                 "\"sloppy=1\" is unknown",
@@ -699,16 +812,55 @@ mod tests {
             ("host all , all all trust", "comma stands alone", "a,b"),
             ("host all all all trust,md5", "is a list", "one method"),
         ] {
-            let wrong = Rules::parse(&format!("# one\n{text}\nhost all all all trust\n"), true, true).unwrap_err();
+            let wrong =
+                Rules::parse(&format!("# one\n{text}\nhost all all all trust\n"), &around(true, true)).unwrap_err();
             assert_eq!(wrong.len(), 1, "{text}: {wrong:?}");
             assert_eq!(wrong[0].line, 2, "{text}");
             assert!(wrong[0].what.contains(what), "{text}: {wrong:?}");
             assert!(wrong[0].fix.contains(fix), "{text}: {wrong:?}");
         }
-        let of = |text, tls, ca| Rules::parse(text, tls, ca).unwrap_err().remove(0).what;
+        let of = |text, tls, ca| Rules::parse(text, &around(tls, ca)).unwrap_err().remove(0).what;
         assert!(of("hostssl all all all trust", false, false).contains("no [tls]"));
         assert!(of("hostssl all all all cert", true, false).contains("tls.client_ca"));
         assert!(of("# nothing\n", true, true).contains("nobody"));
+    }
+
+    #[test]
+    fn names_are_mapped_to_users_and_without_a_map_they_are_users() {
+        let lets = |text: &str, theirs: &str, user: &str| {
+            let rules = parse(text);
+            let rule = rules.find(&who("local", false, "app", user)).unwrap();
+            rule.lets_be(theirs.as_bytes(), user.as_bytes())
+        };
+        for (text, theirs, user, may) in [
+            ("local all all peer", "ann", "ann", true),
+            ("local all all peer", "ann", "app", false),
+            ("local all all peer map=staff", "ann", "app", true),
+            ("local all all peer map=staff", "ann", "ann", false),
+            ("local all all peer map=staff", "bob b", "all", true),
+            ("local all all peer map=staff", "bob b", "app", false),
+            ("local all all peer map=roots", "root", "app", true),
+            ("local all all peer map=roots", "ann", "app", false),
+        ] {
+            assert_eq!(lets(text, theirs, user), may, "{text} {theirs} {user}");
+        }
+        for (text, what) in [
+            ("staff ann", "not three"),
+            ("staff /^(.*)$ \\1", "regular"),
+            ("staff ann /app", "regular"),
+            ("staff ann +admins", "member"),
+            ("include other all", "included"),
+            ("staff \"ann app", "not closed"),
+        ] {
+            let wrong = Maps::parse(&format!("ok a b\n{text}\n")).unwrap_err();
+            assert!(
+                wrong.len() == 1 && wrong[0].line == 2 && wrong[0].what.contains(what),
+                "{wrong:?}"
+            );
+        }
+        let without = Around::default();
+        let wrong = Rules::parse("local all all peer map=staff", &without).unwrap_err();
+        assert!(wrong[0].what.contains("auth.ident is not set"), "{wrong:?}");
     }
 
     #[test]
@@ -728,7 +880,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_file_makes_the_reader_panic(text in "[ -~\n\t\"#,\\\\]{0,200}") {
-            let _ = Rules::parse(&text, true, true);
+            let _ = Rules::parse(&text, &around(true, true));
         }
 
         #[test]

@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use crate::config::Auth;
-use crate::config::rules::{Certificate, Method, Origin, Who};
+use crate::config::rules::{Certificate, Method, Origin, Rule, Who};
 use crate::proxy::Env;
 use crate::proxy::client::ClientStream;
 use crate::proxy::handshake::{Failed, refuse};
@@ -134,14 +134,14 @@ impl Login<'_> {
         }
         match (rule.certificate, stream.client_certificate()) {
             (Certificate::Any, _) | (Certificate::VerifyCa, Some(_)) => {}
-            (Certificate::VerifyFull, Some(_)) => self.is_named(stream)?,
+            (Certificate::VerifyFull, Some(_)) => self.is_named(stream, rule)?,
             (_, None) => return Err(Denied::Refused("rejected", ClientError::no_certificate())),
         }
         match rule.method {
             Method::Reject => unreachable!("refused above"),
             Method::Trust => {}
-            Method::Cert => self.is_named(stream)?,
-            Method::Peer => self.is_peer().await?,
+            Method::Cert => self.is_named(stream, rule)?,
+            Method::Peer => self.is_peer(rule).await?,
             Method::Scram | Method::Md5 => return self.challenge(stream, rule.method).await.map(Some),
             Method::Password => return self.password(stream).await.map(Some),
         }
@@ -150,13 +150,13 @@ impl Login<'_> {
         known.map_err(|error| self.unavailable(error))
     }
 
-    /// The certificate's name is the user's.
-    fn is_named(&self, stream: &ClientStream) -> Result<(), Denied> {
+    /// The certificate's name is the user's, or one that may be.
+    fn is_named(&self, stream: &ClientStream, rule: &Rule) -> Result<(), Denied> {
         let Some(certificate) = stream.client_certificate() else {
             return Err(Denied::Refused("rejected", ClientError::no_certificate()));
         };
         match certificate::common_name(certificate) {
-            Some(name) if name == self.candidate.user => Ok(()),
+            Some(name) if rule.lets_be(&name, self.candidate.user) => Ok(()),
             _ => Err(Denied::Refused(
                 "rejected",
                 ClientError::not_this_user("certificate", &self.user_text),
@@ -164,8 +164,8 @@ impl Login<'_> {
         }
     }
 
-    /// The user's name at the other end of the socket is the user's.
-    async fn is_peer(&self) -> Result<(), Denied> {
+    /// So is the operating system's, of who is at the other end of the socket.
+    async fn is_peer(&self, rule: &Rule) -> Result<(), Denied> {
         let name = match *self.candidate.peer {
             Peer::Local(Some(uid)) => tokio::task::spawn_blocking(move || peer::user_name(uid))
                 .await
@@ -174,7 +174,7 @@ impl Login<'_> {
             _ => None,
         };
         match name {
-            Some(name) if name == self.candidate.user => Ok(()),
+            Some(name) if rule.lets_be(&name, self.candidate.user) => Ok(()),
             _ => Err(Denied::Refused(
                 "rejected",
                 ClientError::not_this_user("Peer", &self.user_text),

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use crate::config::Auth;
 
-/// Addresses that are kept at most. The one nearest to being forgotten makes room.
+/// Addresses that are kept at most. Those nearest to being forgotten make room.
 const MAX_ADDRESSES: usize = 10_000;
 
 #[derive(Default)]
@@ -46,8 +46,10 @@ impl Failures {
         if all.len() >= MAX_ADDRESSES && !all.contains_key(&address) {
             all.retain(|_, until| *until > now);
             if all.len() >= MAX_ADDRESSES {
-                let first = all.iter().min_by_key(|(_, until)| **until).map(|(address, _)| *address);
-                first.map(|first| all.remove(&first));
+                // Many at once: a flood must not cost a search for each of its addresses.
+                let mut untils: Vec<Instant> = all.values().copied().collect();
+                let (_, &mut near, _) = untils.select_nth_unstable(MAX_ADDRESSES / 10);
+                all.retain(|_, until| *until > near);
             }
         }
         let until = all.entry(address).or_insert(now);
@@ -120,7 +122,7 @@ mod tests {
         for n in 0..2 * MAX_ADDRESSES as u32 {
             failures.count(&auth, std::net::Ipv4Addr::from_bits(n | 0x0b00_0000).into(), now);
         }
-        assert_eq!(failures.0.lock().len(), MAX_ADDRESSES);
+        assert!(failures.0.lock().len() <= MAX_ADDRESSES);
         assert!(failures.wait(&auth, culprit, now).is_some());
     }
 }

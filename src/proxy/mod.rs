@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, UnixListener};
@@ -226,7 +226,20 @@ fn acceptor(files: &ClientTls) -> io::Result<Tls> {
                 let certificate = certificate.map_err(|e| invalid(path, &e))?;
                 roots.add(certificate).map_err(|e| invalid(path, &e))?;
             }
+            let mut revoked = Vec::new();
+            if let Some(path) = &files.client_crl {
+                for list in CertificateRevocationListDer::pem_file_iter(path).map_err(|e| invalid(path, &e))? {
+                    revoked.push(list.map_err(|e| invalid(path, &e))?);
+                }
+                // None at all would mean that nothing is checked.
+                if revoked.is_empty() {
+                    return Err(invalid(path, &"it holds no revocation list"));
+                }
+            }
             let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+                .with_crls(revoked)
+                // As in Postgres, a list that is out of date says nothing about anybody.
+                .enforce_revocation_expiration()
                 .allow_unauthenticated()
                 .build()
                 .map_err(|e| invalid(path, &e))?;

@@ -315,6 +315,16 @@ async fn a_unix_socket_serves_peers_and_nobody_else() {
     for raw in [&mut raw, &mut app] {
         assert_eq!(raw.value("show port").await, servers.green.port().to_string());
     }
+    // A map says whom the operating system's users may be, and nobody else.
+    let ident = files.write("pg_ident.conf", &format!("servers \"{me}\" other\n"));
+    let ident = format!("ident = \"{}\"", ident.display());
+    front.reload(&servers, &files.local("local all all peer map=servers", &ident));
+    is_in(local("other", "").await, &[], "other").await;
+    is_out(
+        local(&me, "").await,
+        &[],
+        &format!("FATAL 28000 Peer authentication failed for user \"{me}\""),
+    );
     let path = files.path().join(format!(".s.PGSQL.{}", front.port()));
     assert!(path.exists());
     drop(front);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pgflip::demo::cluster::Cluster;
 use pgflip::pg::Side;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SerialNumber};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::AsyncReadExt as _;
@@ -51,12 +51,33 @@ impl Authority {
     fn sign(&self, name: &str) -> (PathBuf, PathBuf) {
         let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.serial_number = Some(SerialNumber::from_slice(name.as_bytes()));
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let path = |extension| self.directory.path().join(format!("{name}.{extension}"));
         std::fs::write(path("crt"), certificate.pem()).unwrap();
         std::fs::write(path("key"), key.serialize_pem()).unwrap();
         (path("crt"), path("key"))
+    }
+
+    /// A list of these, that has been the newest until then.
+    fn revoke(&self, names: &[&str], until: i32) -> String {
+        let (this_update, next_update) = (rcgen::date_time_ymd(2020, 1, 1), rcgen::date_time_ymd(until, 1, 1));
+        let revoked = names.iter().map(|name| rcgen::RevokedCertParams {
+            serial_number: SerialNumber::from_slice(name.as_bytes()),
+            revocation_time: this_update,
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = rcgen::CertificateRevocationListParams {
+            this_update,
+            next_update,
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
     }
 }
 
@@ -369,14 +390,16 @@ async fn client_certificates_name_their_user_and_tls_may_come_first() {
         path.display().to_string()
     };
     let ca = file("clients.crt", &std::fs::read_to_string(clients.root()).unwrap());
+    let crl = file("clients.crl", &clients.revoke(&[], 2100));
     let quoted = PASSWORD.replace('"', "\"\"");
     let sections = |rules: &str| {
         format!(
-            "[tls]\ncert = \"{}\"\nkey = \"{}\"\nclient_ca = \"{ca}\"\n\
-             [auth]\nrules = \"{}\"\nverifiers = \"userlist\"\nuserlist = \"{}\"",
+            "[tls]\ncert = \"{}\"\nkey = \"{}\"\nclient_ca = \"{ca}\"\nclient_crl = \"{crl}\"\n\
+             [auth]\nrules = \"{}\"\nident = \"{}\"\nverifiers = \"userlist\"\nuserlist = \"{}\"",
             certificate.display(),
             key.display(),
             file("pg_hba.conf", rules),
+            file("pg_ident.conf", "people other app\n"),
             file("userlist.txt", &format!("\"app\" \"{quoted}\"\n")),
         )
     };
@@ -436,6 +459,15 @@ async fn client_certificates_name_their_user_and_tls_may_come_first() {
         Err(failed.to_owned())
     );
 
+    // A map names whom somebody may be.
+    front.reload(&servers, &sections("hostssl all all all cert map=people\n"));
+    assert!(over_tls(&other, port, false, "app").await.unwrap().is_ok());
+    assert_eq!(
+        over_tls(&app, port, false, "app").await.unwrap().map(|_| ()),
+        Err(failed.to_owned())
+    );
+    front.reload(&servers, &sections("hostssl all all all trust clientcert=verify-ca\n"));
+
     // TLS first: only from who says that it speaks Postgres in there.
     let mut raw = over_tls(&app, port, true, "app").await.unwrap().expect("direct TLS");
     assert_eq!(raw.value("select session_user").await, "app");
@@ -459,9 +491,26 @@ async fn client_certificates_name_their_user_and_tls_may_come_first() {
     twice.send(&SSL_REQUEST).await;
     assert_eq!(raw::code(&[twice.message().await]), "08P01");
 
+    // A certificate that is revoked, by a list that is read again; one that is out of date, or none at all.
+    let reload = || front.proxy.as_ref().unwrap().reload_tls();
+    file("clients.crl", &clients.revoke(&["other"], 2100));
+    reload().unwrap();
+    assert!(over_tls(&other, port, false, "app").await.is_none());
+    assert!(over_tls(&app, port, false, "app").await.unwrap().is_ok());
+    file("clients.crl", "");
+    assert!(reload().unwrap_err().to_string().contains("holds no revocation list"));
+    assert!(
+        over_tls(&other, port, false, "app").await.is_none(),
+        "nothing has changed"
+    );
+    file("clients.crl", &clients.revoke(&[], 2021));
+    reload().unwrap();
+    assert!(over_tls(&app, port, false, "app").await.is_none(), "who knows");
+
     // An authority that is exchanged counts for the next client.
     std::fs::copy(strangers.root(), &ca).unwrap();
-    front.proxy.as_ref().unwrap().reload_tls().unwrap();
+    file("clients.crl", &strangers.revoke(&[], 2100));
+    reload().unwrap();
     assert!(over_tls(&app, port, false, "app").await.is_none());
     assert!(over_tls(&forged, port, false, "app").await.unwrap().is_ok());
     assert_eq!(raw.value("select 'who is in stays in'").await, "who is in stays in");
