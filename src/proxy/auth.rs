@@ -18,7 +18,7 @@ use crate::proxy::client::ClientStream;
 use crate::proxy::handshake::{Failed, refuse};
 use crate::proxy::peer::{self, Peer};
 use crate::proxy::server::Keys;
-use crate::proxy::verifiers::{Checked, Known, Unavailable};
+use crate::proxy::verifiers::{Check, Checked, Unavailable};
 use crate::wire::certificate;
 use crate::wire::error::ClientError;
 use crate::wire::scram::{self, Binding, MECHANISM, MECHANISM_PLUS, ServerExchange, Verifier};
@@ -208,14 +208,16 @@ impl Login<'_> {
         self.limited()?;
         let Candidate { user, database, .. } = self.candidate;
         let known = self.env.verifiers.lookup(&self.auth, user, database).await;
-        let keys = match known.map_err(|error| self.unavailable(error))? {
-            Some(Known::Scram(verifier)) => self.scram(stream, verifier).await,
-            Some(Known::Md5(hash)) if method == Method::Md5 => self.md5(stream, hash).await,
+        let known = known.map_err(|error| self.unavailable(error))?;
+        let (check, learnt) = known.map(|known| (known.check, known.learnt)).unzip();
+        let shown = match check {
+            Some(Check::Scram(verifier)) => self.scram(stream, verifier).await,
+            Some(Check::Md5(hash)) if method == Method::Md5 => self.md5(stream, hash).await,
             // Nobody learns that there is nothing to check it with.
             _ => self.scram(stream, self.env.verifiers.mock(user)).await,
         }?;
-        // What a password has taught opens both sides; a proof against that opens the one that it was learnt from.
-        Ok(self.env.verifiers.learnt_keys(user).unwrap_or(keys))
+        // A proof opens the side whose verifier it was checked with, what was learnt of the password opens both.
+        Ok(learnt.flatten().map_or(shown, Keys::Learnt))
     }
 
     async fn md5(&self, stream: &mut ClientStream, hash: md5::Hash) -> Result<Keys, Denied> {

@@ -48,6 +48,17 @@ pub(super) enum Keys {
 #[derive(Debug, Default)]
 pub(super) struct Learnt([OnceLock<Proven>; 2]);
 
+impl Proven {
+    /// Whether they are of the same password at the same server.
+    pub fn is(&self, other: &Proven) -> bool {
+        match (self, other) {
+            (Proven::Scram { keys, .. }, Proven::Scram { keys: others, .. }) => keys.is(others),
+            (Proven::Md5(hash), Proven::Md5(other)) => hash.is(other),
+            _ => false,
+        }
+    }
+}
+
 impl Learnt {
     /// What is known of a side.
     pub fn at(&self, side: Side) -> &OnceLock<Proven> {

@@ -43,15 +43,25 @@ pub(super) struct Unavailable(String);
 
 /// What a password is checked with.
 #[derive(Clone)]
-pub(super) enum Known {
+pub(super) enum Check {
     Scram(Verifier),
     Md5(md5::Hash),
 }
 
+/// What is known of a user.
+#[derive(Clone)]
+pub(super) struct Known {
+    pub check: Check,
+    /// Of the password that fits `check`, if it has been learnt: what opens servers. These two belong together: who has shown
+    /// one password must not get what opens with another.
+    pub learnt: Option<Arc<Learnt>>,
+}
+
 impl Known {
     fn parse(text: &str) -> Option<Known> {
-        let scram = Verifier::parse(text).map(Known::Scram);
-        scram.or_else(|| md5::Hash::parse(text).map(Known::Md5))
+        let scram = Verifier::parse(text).map(Check::Scram);
+        let check = scram.or_else(|| md5::Hash::parse(text).map(Check::Md5))?;
+        Some(Known { check, learnt: None })
     }
 }
 
@@ -66,12 +76,21 @@ pub(super) enum Checked {
 /// Of a user whose password the active side has checked.
 #[derive(Clone)]
 struct Taught {
-    known: Known,
-    keys: Arc<Learnt>,
+    check: Check,
+    learnt: Arc<Learnt>,
     /// By the active side.
     checked: Instant,
     /// When the other side was asked last.
     other: Option<Instant>,
+}
+
+impl From<Taught> for Known {
+    fn from(taught: Taught) -> Known {
+        Known {
+            check: taught.check,
+            learnt: Some(taught.learnt),
+        }
+    }
 }
 
 /// One a process.
@@ -165,8 +184,9 @@ impl Verifiers {
         password: Zeroizing<Vec<u8>>,
     ) -> Result<Checked, Unavailable> {
         let known = self.lookup(auth, user, database).await?;
-        let right = match known {
-            Some(Known::Scram(verifier)) => {
+        let (check, learnt) = known.map(|known| (known.check, known.learnt)).unzip();
+        let right = match check {
+            Some(Check::Scram(verifier)) => {
                 let password = password.clone();
                 auth::derive(move || verifier.check(&password)).await.map(Keys::Scram)
             }
@@ -175,30 +195,22 @@ impl Verifiers {
                 let _ = auth::derive(move || mock.check(&guess)).await;
                 let hash = md5::Hash::of(user, &password);
                 match other {
-                    Some(Known::Md5(stored)) if stored.is(&hash) => Some(Keys::Md5(stored)),
+                    Some(Check::Md5(stored)) if stored.is(&hash) => Some(Keys::Md5(stored)),
                     _ => None,
                 }
             }
         };
-        match (right, std::str::from_utf8(user)) {
-            (Some(keys), Ok(name)) if auth.verifiers == config::Verifiers::Login => {
-                self.learn_other(name, database, &password).await;
-                Ok(Checked::Right(self.learnt_keys(user).unwrap_or(keys)))
+        let by_login = auth.verifiers == config::Verifiers::Login;
+        match (right, learnt.flatten(), std::str::from_utf8(user)) {
+            (Some(_), Some(learnt), Ok(name)) => {
+                self.learn_other(name, &learnt, database, &password).await;
+                Ok(Checked::Right(Keys::Learnt(learnt)))
             }
-            (Some(keys), _) => Ok(Checked::Right(keys)),
+            (Some(keys), ..) => Ok(Checked::Right(keys)),
             // It may have been changed there since.
-            (None, Ok(name)) if auth.verifiers == config::Verifiers::Login => {
-                self.learn(name, database, &password).await
-            }
-            (None, _) => Ok(Checked::Wrong),
+            (None, _, Ok(name)) if by_login => self.learn(name, database, &password).await,
+            (None, ..) => Ok(Checked::Wrong),
         }
-    }
-
-    /// Of a user whose password was learnt, what opens either side.
-    pub fn learnt_keys(&self, user: &[u8]) -> Option<Keys> {
-        let learnt = self.learnt.lock();
-        let taught = learnt.get(std::str::from_utf8(user).ok()?)?;
-        Some(Keys::Learnt(taught.keys.clone()))
     }
 
     /// What opens servers in the name of a user who has shown nothing that does. `None`: nothing is known.
@@ -215,7 +227,7 @@ impl Verifiers {
             Some(Entry::Verifier(verifier)) => Ok(md5::Hash::parse(verifier.expose()).map(Keys::Md5)),
             Some(Entry::Password) => {
                 let taught = self.of_userlist(list, name, database).await?;
-                Ok(taught.map(|taught| Keys::Learnt(taught.keys)))
+                Ok(taught.map(|taught| Keys::Learnt(taught.learnt)))
             }
             None => Ok(None),
         }
@@ -241,10 +253,10 @@ impl Verifiers {
             }
             config::Verifiers::Userlist(list) => match list.entry(name) {
                 Some(Entry::Verifier(verifier)) => Known::parse(verifier.expose()),
-                Some(Entry::Password) => self.of_userlist(list, name, database).await?.map(|learnt| learnt.known),
+                Some(Entry::Password) => self.of_userlist(list, name, database).await?.map(Known::from),
                 None => None,
             },
-            config::Verifiers::Login => self.learnt(name, database).await.map(|learnt| learnt.known),
+            config::Verifiers::Login => self.learnt(name, database).await.map(Known::from),
         };
         // A query or a file does not say it, or says what was true once: the role itself does.
         if known.is_none() {
@@ -297,33 +309,37 @@ impl Verifiers {
 
     /// What a login with a password has taught, if that is still true.
     async fn learnt(&self, name: &str, database: &[u8]) -> Option<Taught> {
-        let learnt = self.learnt.lock().get(name).cloned()?;
-        if learnt.checked.elapsed() < LEARNT_FOR {
-            return Some(learnt);
+        let taught = self.learnt.lock().get(name).cloned()?;
+        if taught.checked.elapsed() < LEARNT_FOR {
+            return Some(taught);
         }
         let limit = self.config.limits.server_connect_timeout;
         let side = self.active(limit).await.ok()?;
         let parameters = [(&b"user"[..], name.as_bytes()), (b"database", database)];
         let login = Login {
             parameters: parameters.map(|(name, value)| (name.to_vec(), value.to_vec())).to_vec(),
-            keys: Some(Keys::Learnt(learnt.keys.clone())),
+            keys: Some(Keys::Learnt(taught.learnt.clone())),
         };
-        match server::open(self.config.server(side), &login, limit).await {
+        let opens = match server::open(self.config.server(side), &login, limit).await {
             Ok(conn) => {
                 conn.close(limit, true).await;
-                let checked = Instant::now();
-                if let Some(learnt) = self.learnt.lock().get_mut(name) {
-                    learnt.checked = checked;
-                }
-                Some(Taught { checked, ..learnt })
+                true
             }
-            Err(LoginError::Refused(_) | LoginError::Asks(_) | LoginError::Unchecked | LoginError::Scram(_)) => {
-                self.learnt.lock().remove(name);
-                None
-            }
+            // SQLSTATE class 28: about who it is. What else a server may say is about itself, or about now.
+            Err(LoginError::Refused(body)) => !ErrorFields(&body).code().starts_with(b"28"),
+            Err(LoginError::Asks(_) | LoginError::Unchecked | LoginError::Scram(_)) => false,
             // It can't be asked now, and will not serve anybody either.
-            Err(_) => Some(learnt),
+            Err(_) => return Some(taught),
+        };
+        let mut all = self.learnt.lock();
+        // Another login may have taught something newer meanwhile.
+        let same = |now: &Taught| Arc::ptr_eq(&now.learnt, &taught.learnt);
+        match all.get_mut(name).filter(|now| same(now)) {
+            Some(now) if opens => now.checked = Instant::now(),
+            Some(_) => drop(all.remove(name)),
+            None => {}
         }
+        opens.then_some(taught)
     }
 
     /// Has the active side check a password, and keeps what that teaches.
@@ -349,53 +365,69 @@ impl Verifiers {
             }
             Err(error) => return Err(Unavailable(error.to_string())),
         };
-        let known = match &proven {
-            Proven::Scram { keys, salt, iterations } => Known::Scram(keys.verifier(salt.clone(), *iterations)),
-            Proven::Md5(hash) => Known::Md5(hash.clone()),
+        let check = match &proven {
+            Proven::Scram { keys, salt, iterations } => Check::Scram(keys.verifier(salt.clone(), *iterations)),
+            Proven::Md5(hash) => Check::Md5(hash.clone()),
         };
-        let keys = Arc::new(Learnt::default());
-        let _ = keys.at(side).set(proven);
-        let taught = Taught {
-            known,
-            keys: keys.clone(),
-            checked: Instant::now(),
-            other: None,
-        };
-        {
+        let learnt = {
             let mut all = self.learnt.lock();
             if all.len() >= MAX_CACHED && !all.contains_key(name) {
                 let oldest = all.iter().min_by_key(|(_, taught)| taught.checked);
                 let oldest = oldest.map(|(name, _)| name.clone());
                 oldest.map(|name| all.remove(&name));
             }
-            all.insert(name.to_owned(), taught);
-        }
-        self.learn_other(name, database, password).await;
-        Ok(Checked::Right(Keys::Learnt(keys)))
+            let known = all.get_mut(name);
+            match known.filter(|known| known.learnt.at(side).get().is_some_and(|known| known.is(&proven))) {
+                // The same password as before, as of many clients that come at once: what is known of it goes on.
+                Some(known) => {
+                    known.checked = Instant::now();
+                    known.learnt.clone()
+                }
+                None => {
+                    let learnt = Arc::new(Learnt::default());
+                    let _ = learnt.at(side).set(proven);
+                    let taught = Taught {
+                        check,
+                        learnt: learnt.clone(),
+                        checked: Instant::now(),
+                        other: None,
+                    };
+                    all.insert(name.to_owned(), taught);
+                    learnt
+                }
+            }
+        };
+        self.learn_other(name, &learnt, database, password).await;
+        Ok(Checked::Right(Keys::Learnt(learnt)))
     }
 
     /// Has the side that is not active check a password that is right, unless that is known or was tried a moment ago: a flip
     /// has to open it, and there is no password then. Sessions that are there already get what it teaches.
-    async fn learn_other(self: &Arc<Self>, name: &str, database: &[u8], password: &Zeroizing<Vec<u8>>) {
+    async fn learn_other(
+        self: &Arc<Self>,
+        name: &str,
+        learnt: &Arc<Learnt>,
+        database: &[u8],
+        password: &Zeroizing<Vec<u8>>,
+    ) {
         let limit = self.config.limits.server_connect_timeout;
         let Ok(side) = self.active(limit).await.map(Side::other) else {
             return;
         };
-        let keys = {
-            let mut all = self.learnt.lock();
-            let Some(taught) = all.get_mut(name) else { return };
-            let tried = taught.other.is_some_and(|at| at.elapsed() < LEARNT_FOR);
-            if tried || taught.keys.at(side).get().is_some() {
-                return;
-            }
-            taught.other = Some(Instant::now());
-            taught.keys.clone()
-        };
+        if learnt.at(side).get().is_some() {
+            return;
+        }
+        match self.learnt.lock().get_mut(name) {
+            Some(taught) if taught.other.is_some_and(|at| at.elapsed() < LEARNT_FOR) => return,
+            Some(taught) => taught.other = Some(Instant::now()),
+            None => return,
+        }
+        let learnt = learnt.clone();
         let (this, name, database, password) = (self.clone(), name.to_owned(), database.to_vec(), password.clone());
         let learning = tokio::spawn(async move {
             let server = this.config.server(side);
             match server::check(server, name.as_bytes(), &database, &password, limit).await {
-                Ok(proven) => drop(keys.at(side).set(proven)),
+                Ok(proven) => drop(learnt.at(side).set(proven)),
                 // Its verifier may be the same as the active side's, and then nothing is missing.
                 Err(error) => tracing::info!(%side, user = name, %error, "a password is not known on the standby"),
             }

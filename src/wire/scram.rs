@@ -137,6 +137,11 @@ impl Keys {
         })
     }
 
+    /// Whether they are the same.
+    pub fn is(&self, other: &Keys) -> bool {
+        (self.client_key.ct_eq(&other.client_key) & self.server_key.ct_eq(&other.server_key)).into()
+    }
+
     /// What checks them, and the password that they are of.
     pub fn verifier(&self, salt: Vec<u8>, iterations: u32) -> Verifier {
         Verifier {

@@ -6,6 +6,7 @@ use std::time::Instant;
 use pgflip::demo::cluster;
 use pgflip::pg::Side;
 use pgflip::wire::message::ErrorFields;
+use pgflip::wire::scram::{ClientExchange, Keys};
 
 use super::raw::{self, Raw};
 use super::{Front, LIMIT, PASSWORD, Servers, wait_until};
@@ -567,6 +568,23 @@ async fn where_nobody_may_read_verifiers_the_server_checks_a_password_once_and_i
         assert_eq!(raw.value("select session_user").await, user);
         assert_eq!(raw.value("show port").await, servers.green.port().to_string());
     }
+    // One stops in the middle of its proof of the password that is still right.
+    let mut late = Raw::local(files.path(), front.port()).await;
+    late.startup(0, &[("user", "one"), ("database", "app")]).await;
+    late.message().await;
+    let (mut exchange, first) = ClientExchange::begin(None, None);
+    let data = [
+        b"SCRAM-SHA-256\0",
+        &(first.len() as u32).to_be_bytes()[..],
+        first.as_bytes(),
+    ]
+    .concat();
+    late.send(&raw::plain(b'p', &data)).await;
+    let (_, server_first) = late.message().await;
+    let (salt, iterations) = ClientExchange::salt(&server_first[4..]).unwrap();
+    exchange.with(Keys::derive(b"of one", &salt, iterations).unwrap());
+    let last = exchange.respond(&server_first[4..]).unwrap();
+
     // What was known once does not outlive the role's right to log in, nor does it keep a new password out.
     let green = servers.admin(Side::Green).await;
     green
@@ -583,6 +601,10 @@ async fn where_nobody_may_read_verifiers_the_server_checks_a_password_once_and_i
         .unwrap();
     is_in(tcp(&front, "one", "another").await, &[3], "one").await;
     is_in(local("one", "another").await, &[10], "one").await;
+    // It has shown the password of before, and does not get what the one of now has taught.
+    late.send(&raw::plain(b'p', last.as_bytes())).await;
+    let said = late.until_closed().await;
+    assert_eq!(raw::code(&said), "28P01", "{}", raw::describe(&said));
     // A server that lets in whoever comes has checked nothing.
     servers.hba("host all two 127.0.0.1/32 trust").await;
     for password in ["of two", "wrong"] {
