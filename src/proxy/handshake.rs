@@ -35,6 +35,8 @@ pub(super) struct Client {
     pub application: String,
     /// What it cancels its requests with.
     pub secret: Vec<u8>,
+    /// It is none of a session: see [`crate::proxy::replication`].
+    pub replication: bool,
 }
 
 /// Why there is no session.
@@ -139,6 +141,7 @@ pub(super) async fn receive(env: &Arc<Env>, mut stream: ClientStream, peer: &mut
         user: &user,
     };
     let keys = auth::log_in(env, &mut stream, &candidate).await?;
+    let replication = startup.parameter(b"replication").is_some_and(wants_replication);
     let mut parameters = startup.parameters;
     parameters.retain(|(name, _)| !name.starts_with(b"_pq_."));
     let login = Login { parameters, keys };
@@ -153,6 +156,7 @@ pub(super) async fn receive(env: &Arc<Env>, mut stream: ClientStream, peer: &mut
             0 | 1 => rand::random::<[u8; 4]>().to_vec(),
             _ => rand::random::<[u8; 32]>().to_vec(),
         },
+        replication,
     })))
 }
 
@@ -200,6 +204,12 @@ async fn begin_tls(env: &Env, stream: ClientStream, direct: bool) -> Result<(Cli
     Ok((stream, tls.end_point.clone()))
 }
 
+/// Whether `replication` is anything but off.
+fn wants_replication(value: &[u8]) -> bool {
+    let off = ["false", "off", "no", "0", "f", "n"];
+    !off.iter().any(|off| value.eq_ignore_ascii_case(off.as_bytes()))
+}
+
 fn check(env: &Env, stream: &ClientStream, startup: &Startup) -> Result<(), ClientError> {
     if startup.major != 3 {
         return Err(ClientError::unsupported_protocol(startup.major, startup.minor));
@@ -214,9 +224,11 @@ fn check(env: &Env, stream: &ClientStream, startup: &Startup) -> Result<(), Clie
         .parameter(b"user")
         .filter(|user| !user.is_empty())
         .ok_or_else(ClientError::no_user)?;
-    let replication = startup.parameter(b"replication").map(<[u8]>::to_ascii_lowercase);
-    let off: [&[u8]; 6] = [b"false", b"off", b"no", b"0", b"f", b"n"];
-    if replication.is_some_and(|value| !off.contains(&value.as_slice())) {
+    // A physical one streams the server's whole WAL, and is no database's.
+    if let Some(value) = startup.parameter(b"replication")
+        && wants_replication(value)
+        && !value.eq_ignore_ascii_case(b"database")
+    {
         return Err(ClientError::replication_connection());
     }
     let database = startup

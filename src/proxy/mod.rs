@@ -1,6 +1,6 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
-//! `listener (here) → handshake → auth → session ⇄ server`; `peer` is who is at the other end, `failures` who guesses; the `reactor` calls a session when its sockets are ready; `transfer`
+//! `listener (here) → handshake → auth → session ⇄ server`; `peer` is who is at the other end, `failures` who guesses; `replication` is what passes beside sessions; the `reactor` calls a session when its sockets are ready; `transfer`
 //! moves a session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers
 //! bear; `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain
 //! whom others wait for.
@@ -18,6 +18,7 @@ mod handshake;
 mod pace;
 mod peer;
 mod reactor;
+mod replication;
 mod server;
 mod session;
 mod temporary;
@@ -336,7 +337,10 @@ async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
                 handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;
                 return;
             }
-            session::run(worker, *client, peer, since).await;
+            match client.replication {
+                true => replication::run(worker, *client, peer, since).await,
+                false => session::run(worker, *client, peer, since).await,
+            }
         }
         Ok(Err(Failed::Refused(error))) => {
             tracing::info!(%peer, code = error.code, message = error.message, "a client was refused");

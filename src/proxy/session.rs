@@ -50,7 +50,7 @@ const QUIET: Duration = Duration::from_millis(20);
 /// How long the rest of a message that has come in part may take.
 const REST_OF_MESSAGE: Duration = Duration::from_millis(250);
 /// How long a client may take to read its last words.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 const SCRATCH: usize = 64 << 10;
 /// How often a session may read, from each side, before others have their turn.
 const ROUNDS: usize = 32;
@@ -284,6 +284,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         database,
         application,
         secret,
+        replication: _,
     } = client;
     let shared = env
         .gate
@@ -357,7 +358,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
 
 /// Waits for the gate and opens the session's first server connection. `Err`: what the client is to be sent, if it is
 /// still there.
-async fn first_server(
+pub(super) async fn first_server(
     env: &Arc<Env>,
     shared: &Arc<Shared>,
     client: &mut crate::proxy::client::ClientStream,
@@ -407,7 +408,7 @@ async fn first_server(
 }
 
 /// Ready with the signals that have come.
-async fn signals(shared: &Shared) -> u8 {
+pub(super) async fn signals(shared: &Shared) -> u8 {
     poll_fn(|_| match shared.signals() {
         0 => Poll::Pending,
         _ => Poll::Ready(shared.take_signals()),

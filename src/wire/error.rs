@@ -141,10 +141,10 @@ impl ClientError {
         ClientError::fatal("28000", "pgflip accepts only TLS connections").hint("Connect with sslmode=require.")
     }
 
-    /// Replication connections can't be moved from one server to the other.
+    /// Physical replication is no client's of a database.
     pub fn replication_connection() -> ClientError {
-        ClientError::fatal("0A000", "pgflip does not carry replication connections")
-            .hint("A replication stream can't be moved to another server: connect to the server itself.")
+        ClientError::fatal("0A000", "pgflip does not carry physical replication connections")
+            .hint("Connect to the server itself. Logical ones (replication=database) are carried.")
     }
 
     /// Not one of the databases that flip together.

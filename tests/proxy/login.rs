@@ -167,7 +167,7 @@ async fn what_pgflip_does_not_serve_is_refused_by_name() {
     for (parameters, code) in [
         (vec![("user", "app"), ("database", "other")], "3D000"),
         (
-            vec![("user", "app"), ("database", "app"), ("replication", "database")],
+            vec![("user", "app"), ("database", "app"), ("replication", "true")],
             "0A000",
         ),
         (vec![("database", "app")], "28000"),

@@ -12,6 +12,7 @@ mod moved;
 mod pinned;
 mod process;
 pub mod raw;
+mod replication;
 mod shapes;
 mod temporary;
 mod tools;
