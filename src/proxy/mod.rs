@@ -38,7 +38,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
@@ -283,11 +283,7 @@ async fn work(
     };
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted.map(|(socket, address)| {
-                let _ = socket.set_nodelay(true);
-                let _ = socket2::SockRef::from(&socket).set_keepalive(true);
-                (ClientStream::Plain(socket), Peer::host(address))
-            }),
+            accepted = listener.accept() => accepted.map(from_network),
             accepted = locally() => accepted.map(|(socket, _)| {
                 let peer = Peer::local(&socket);
                 (ClientStream::Unix(socket), peer)
@@ -303,11 +299,29 @@ async fn work(
             }
         }
     }
+    // Who is connected by now is told that pgflip leaves; closing the listener would reset them.
+    if let Ok(listener) = listener.into_std() {
+        let waiting = std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG as usize);
+        for (socket, address) in waiting {
+            if socket.set_nonblocking(true).is_ok()
+                && let Ok(socket) = TcpStream::from_std(socket)
+            {
+                let (stream, peer) = from_network((socket, address));
+                drop(tokio::spawn(serve_one(worker.clone(), stream, peer)));
+            }
+        }
+    }
     // The Unix socket's file goes with the last worker's.
-    drop((listener, local));
+    drop(local);
     worker.env.gate.shut_down();
     // The sessions' tasks run on until the proxy says that none is left.
     let _ = stopped.wait_for(|now| *now).await;
+}
+
+fn from_network((socket, address): (TcpStream, SocketAddr)) -> (ClientStream, Peer) {
+    let _ = socket.set_nodelay(true);
+    let _ = socket2::SockRef::from(&socket).set_keepalive(true);
+    (ClientStream::Plain(socket), Peer::host(address))
 }
 
 /// Counts a client for as long as it exists.
