@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::proxy::reactor::Socket;
 
@@ -13,7 +13,9 @@ use crate::proxy::reactor::Socket;
 pub(super) enum ClientStream {
     /// Until it has logged in.
     Plain(TcpStream),
-    /// The same, from then on.
+    /// The same, of a Unix socket.
+    Unix(UnixStream),
+    /// Either of them, from then on.
     Ours(Socket),
     Tls(Box<tokio_rustls::server::TlsStream<TcpStream>>),
 }
@@ -23,6 +25,7 @@ impl ClientStream {
     pub fn into_ours(self) -> io::Result<ClientStream> {
         match self {
             ClientStream::Plain(socket) => Ok(ClientStream::Ours(Socket::tcp(socket)?)),
+            ClientStream::Unix(socket) => Ok(ClientStream::Ours(Socket::unix(socket)?)),
             other => Ok(other),
         }
     }
@@ -44,12 +47,13 @@ impl ClientStream {
     /// True once the client has closed its side, even if unread bytes come before that. Completes at once if bytes are
     /// unread.
     pub async fn read_closed(&mut self) -> bool {
-        let socket = match self {
+        let ready = match self {
             ClientStream::Ours(socket) => return socket.is_read_closed(),
-            ClientStream::Plain(socket) => socket,
-            ClientStream::Tls(stream) => stream.get_ref().0,
+            ClientStream::Plain(socket) => socket.ready(Interest::READABLE).await,
+            ClientStream::Unix(socket) => socket.ready(Interest::READABLE).await,
+            ClientStream::Tls(stream) => stream.get_ref().0.ready(Interest::READABLE).await,
         };
-        match socket.ready(Interest::READABLE).await {
+        match ready {
             Ok(ready) => ready.is_read_closed(),
             Err(_) => true,
         }
@@ -57,6 +61,14 @@ impl ClientStream {
 
     pub fn is_tls(&self) -> bool {
         matches!(self, ClientStream::Tls(_))
+    }
+
+    /// The certificate that the client has shown: one that it may (`tls.client_ca`).
+    pub fn client_certificate(&self) -> Option<&[u8]> {
+        match self {
+            ClientStream::Tls(stream) => Some(stream.get_ref().1.peer_certificates()?.first()?),
+            _ => None,
+        }
     }
 }
 
@@ -66,6 +78,7 @@ impl AsyncRead for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Plain(stream) => Pin::new(stream).poll_read(cx, into),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Tls(stream) => Pin::new(stream).poll_read(cx, into),
         }
     }
@@ -77,6 +90,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
@@ -85,6 +99,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
@@ -92,6 +107,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }

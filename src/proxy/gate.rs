@@ -274,7 +274,7 @@ pub(super) struct Shared {
     pub bytes_out: AtomicU64,
     pub queries: AtomicU64,
     pub moved: AtomicU64,
-    pub secret: [u8; 4],
+    pub secret: Vec<u8>,
     pub user: String,
     pub database: String,
     pub application: String,
@@ -828,6 +828,7 @@ impl Gate {
         application: String,
         client: String,
         since: std::time::Instant,
+        secret: Vec<u8>,
     ) -> Arc<Shared> {
         let mut inner = self.inner.lock();
         // Ids are pids for clients: positive Int32s. After two billion sessions they begin again.
@@ -839,7 +840,7 @@ impl Gate {
         };
         let shared = Arc::new(Shared {
             id,
-            secret: rand::random(),
+            secret,
             user,
             database,
             application,
@@ -1286,7 +1287,7 @@ mod tests {
         gate.switch(Upstream { side, epoch: 1 }).expect("the first");
         gate.release();
         let text = || String::from("x");
-        let shared = gate.admit(text(), text(), text(), text(), Instant::now());
+        let shared = gate.admit(text(), text(), text(), text(), Instant::now(), b"key!".to_vec());
         shared.set_server(CancelKey {
             side,
             pid: 1,
@@ -1488,7 +1489,7 @@ mod tests {
     fn a_session_that_arrives_where_the_gate_no_longer_leads_is_noticed() {
         let (gate, _) = open_gate_with_a_session();
         let text = || String::from("x");
-        let late = gate.admit(text(), text(), text(), text(), Instant::now());
+        let late = gate.admit(text(), text(), text(), text(), Instant::now(), b"key!".to_vec());
         let to = gate.try_login(&late).expect("the gate is open");
         // A switch by force waits for nobody.
         gate.switch(Upstream {

@@ -1,6 +1,6 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
-//! `listener (here) → handshake → session ⇄ server`; the `reactor` calls a session when its sockets are ready; `transfer`
+//! `listener (here) → handshake → auth → session ⇄ server`; `peer` is who is at the other end, `failures` who guesses; `replication` is what passes beside sessions; the `reactor` calls a session when its sockets are ready; `transfer`
 //! moves a session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers
 //! bear; `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain
 //! whom others wait for.
@@ -8,18 +8,23 @@
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
 //! its sockets and never leaves its thread.
 
+mod auth;
 mod cancel;
 mod client;
 mod cursors;
+mod failures;
 pub mod gate;
 mod handshake;
 mod pace;
+mod peer;
 mod reactor;
+mod replication;
 mod server;
 mod session;
 mod temporary;
 mod transfer;
 mod turns;
+mod unix;
 mod verifiers;
 
 use std::io;
@@ -28,19 +33,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::{ClientTls, Config};
+use crate::config::{Auth, ClientTls, Config, Verifiers};
 use crate::wire::error::ClientError;
 use crate::wire::scram;
+use client::ClientStream;
 use gate::Gate;
 use handshake::{Arrival, Failed};
+use peer::Peer;
 
 /// Connections the kernel keeps for us, a worker.
 const BACKLOG: i32 = 1024;
@@ -49,7 +57,10 @@ const BACKLOG: i32 = 1024;
 struct Env {
     config: Arc<Config>,
     gate: Arc<Gate>,
-    verifiers: verifiers::Verifiers,
+    /// As the configuration says now.
+    auth: ArcSwap<Auth>,
+    failures: failures::Failures,
+    verifiers: Arc<verifiers::Verifiers>,
     names: transfer::SettingNamesInCatalogs,
     tls: Arc<ArcSwapOption<Tls>>,
     clients: AtomicUsize,
@@ -85,7 +96,9 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         tls.store(Some(Arc::new(acceptor(files)?)));
     }
     let env = Arc::new(Env {
-        verifiers: verifiers::Verifiers::new(config.clone(), gate.clone()),
+        auth: ArcSwap::from_pointee(config.auth.clone()),
+        failures: failures::Failures::default(),
+        verifiers: Arc::new(verifiers::Verifiers::new(config.clone(), gate.clone())),
         names: transfer::SettingNamesInCatalogs::default(),
         gate,
         tls,
@@ -100,6 +113,10 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         address = listener.local_addr()?;
         listeners.push(listener);
     }
+    let unix = match &config.unix_socket {
+        Some(socket) => Some(Arc::new(unix::bind(socket, address.port())?)),
+        None => None,
+    };
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
     for (n, listener) in listeners.into_iter().enumerate() {
@@ -109,6 +126,11 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
             left: Arc::default(),
         });
         let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
+        // All wait at the same one: who is woken by a connection and does not get it goes back to sleep.
+        let local = match &unix {
+            Some(bound) => Some((bound.listener()?, bound.clone())),
+            None => None,
+        };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let poller = reactor::Poller::new()?;
         let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(move || {
@@ -123,7 +145,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
                 if n == 0 {
                     tokio::spawn(turns::watch(worker.env.clone()));
                 }
-                work(worker, listener, shutdown, stopped).await;
+                work(worker, listener, local, shutdown, stopped).await;
             });
         })?;
         threads.push(thread);
@@ -163,7 +185,17 @@ impl Proxy {
         let _ = tokio::time::timeout(Duration::from_secs(5), joined).await;
     }
 
-    /// Reads the certificate and key towards clients again; new connections use them. On an error the old ones stay.
+    /// Takes over how clients log in: new connections do so.
+    pub fn reload_auth(&self, auth: &Auth) {
+        let before = self.env.auth.swap(Arc::new(auth.clone()));
+        // Of passwords in a file nobody remembers whether they are the same.
+        if before.verifiers != auth.verifiers || matches!(auth.verifiers, Verifiers::Userlist(_)) {
+            self.env.verifiers.forget();
+        }
+    }
+
+    /// Reads the certificate and key towards clients again, and the authorities of theirs; new connections use them. On an
+    /// error the old ones stay.
     pub fn reload_tls(&self) -> io::Result<()> {
         if let Some(files) = &self.env.config.client_tls {
             self.env.tls.store(Some(Arc::new(acceptor(files)?)));
@@ -183,14 +215,42 @@ fn acceptor(files: &ClientTls) -> io::Result<Tls> {
     let end_point = chain.first().and_then(|certificate| scram::end_point(certificate));
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| invalid(&files.key, &e))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+    let config = rustls::ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
-        .expect("ring has the default versions")
-        .with_no_client_auth()
+        .expect("ring has the default versions");
+    let config = match &files.client_ca {
+        None => config.with_no_client_auth(),
+        // Who shows none is let in as far as the rules let it.
+        Some(path) => {
+            let mut roots = rustls::RootCertStore::empty();
+            for certificate in CertificateDer::pem_file_iter(path).map_err(|e| invalid(path, &e))? {
+                let certificate = certificate.map_err(|e| invalid(path, &e))?;
+                roots.add(certificate).map_err(|e| invalid(path, &e))?;
+            }
+            let mut revoked = Vec::new();
+            if let Some(path) = &files.client_crl {
+                for list in CertificateRevocationListDer::pem_file_iter(path).map_err(|e| invalid(path, &e))? {
+                    revoked.push(list.map_err(|e| invalid(path, &e))?);
+                }
+                // None at all would mean that nothing is checked.
+                if revoked.is_empty() {
+                    return Err(invalid(path, &"it holds no revocation list"));
+                }
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+                .with_crls(revoked)
+                // As in Postgres, a list that is out of date says nothing about anybody.
+                .enforce_revocation_expiration()
+                .allow_unauthenticated()
+                .build()
+                .map_err(|e| invalid(path, &e))?;
+            config.with_client_cert_verifier(verifier)
+        }
+    };
+    let mut config = config
         .with_single_cert(chain, key)
         .map_err(|e| invalid(&files.cert, &e))?;
-    // Clients that negotiate directly (libpq 17, sslnegotiation=direct) are not served, so none is asked for; those that
-    // name a protocol name this one.
+    // Those that name a protocol name this one.
     config.alpn_protocols = vec![b"postgresql".to_vec()];
     Ok(Tls {
         acceptor: TlsAcceptor::from(Arc::new(config)),
@@ -211,27 +271,57 @@ fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 async fn work(
     worker: Arc<Worker>,
     listener: std::net::TcpListener,
+    local: Option<(std::os::unix::net::UnixListener, Arc<unix::Bound>)>,
     mut shutdown: watch::Receiver<bool>,
     mut stopped: watch::Receiver<bool>,
 ) {
     let listener = TcpListener::from_std(listener).expect("a listener that does not block, in a runtime");
+    let local = local.map(|(local, bound)| (UnixListener::from_std(local).expect("the same"), bound));
+    let locally = async || match &local {
+        Some((local, _)) => local.accept().await,
+        None => std::future::pending().await,
+    };
     loop {
-        tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((socket, peer)) => drop(tokio::spawn(serve_one(worker.clone(), socket, peer))),
-                Err(error) => {
-                    // Out of descriptors, or a connection that ended before it was taken: wait, others may end.
-                    tracing::warn!(%error, "accept");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            },
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted.map(from_network),
+            accepted = locally() => accepted.map(|(socket, _)| {
+                let peer = Peer::local(&socket);
+                (ClientStream::Unix(socket), peer)
+            }),
             _ = shutdown.wait_for(|now| *now) => break,
+        };
+        match accepted {
+            Ok((stream, peer)) => drop(tokio::spawn(serve_one(worker.clone(), stream, peer))),
+            Err(error) => {
+                // Out of descriptors, or a connection that ended before it was taken: wait, others may end.
+                tracing::warn!(%error, "accept");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
         }
     }
-    drop(listener);
+    // Who is connected by now is told that pgflip leaves; closing the listener would reset them.
+    if let Ok(listener) = listener.into_std() {
+        let waiting = std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG as usize);
+        for (socket, address) in waiting {
+            if socket.set_nonblocking(true).is_ok()
+                && let Ok(socket) = TcpStream::from_std(socket)
+            {
+                let (stream, peer) = from_network((socket, address));
+                drop(tokio::spawn(serve_one(worker.clone(), stream, peer)));
+            }
+        }
+    }
+    // The Unix socket's file goes with the last worker's.
+    drop(local);
     worker.env.gate.shut_down();
     // The sessions' tasks run on until the proxy says that none is left.
     let _ = stopped.wait_for(|now| *now).await;
+}
+
+fn from_network((socket, address): (TcpStream, SocketAddr)) -> (ClientStream, Peer) {
+    let _ = socket.set_nodelay(true);
+    let _ = socket2::SockRef::from(&socket).set_keepalive(true);
+    (ClientStream::Plain(socket), Peer::host(address))
 }
 
 /// Counts a client for as long as it exists.
@@ -243,11 +333,9 @@ impl Drop for Counted<'_> {
     }
 }
 
-async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
+async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
     let env = worker.env.clone();
     let since = Instant::now();
-    let _ = socket.set_nodelay(true);
-    let _ = socket2::SockRef::from(&socket).set_keepalive(true);
     let clients = env.clients.fetch_add(1, Ordering::Relaxed);
     let _counted = Counted(&env.clients);
     let limits = &env.config.limits;
@@ -255,7 +343,7 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
     if clients >= limits.max_clients.saturating_mul(2).saturating_add(64) {
         return;
     }
-    let arrival = tokio::time::timeout(limits.client_login_timeout, handshake::receive(&env, socket)).await;
+    let arrival = tokio::time::timeout(limits.client_login_timeout, handshake::receive(&env, stream, &mut peer)).await;
     match arrival {
         Ok(Ok(Arrival::Cancel(_closed_behind_it, pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
         Ok(Ok(Arrival::Client(mut client))) => {
@@ -263,11 +351,15 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
                 handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;
                 return;
             }
-            session::run(worker, *client, peer, since).await;
+            match client.replication {
+                true => replication::run(worker, *client, peer, since).await,
+                false => session::run(worker, *client, peer, since).await,
+            }
         }
         Ok(Err(Failed::Refused(error))) => {
             tracing::info!(%peer, code = error.code, message = error.message, "a client was refused");
         }
+        Ok(Err(Failed::ByServer)) => tracing::info!(%peer, "a client was refused by the active side"),
         Ok(Err(Failed::Io(error))) => {
             tracing::debug!(%peer, %error, "a client went away in its login")
         }

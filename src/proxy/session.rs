@@ -7,7 +7,6 @@
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,6 +24,7 @@ use crate::proxy::gate::{
 };
 use crate::proxy::handshake::Client;
 use crate::proxy::pace::CLOSE_LIMIT;
+use crate::proxy::peer::Peer;
 use crate::proxy::reactor::{self, Socket};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, Pins, State, TransferError};
@@ -50,7 +50,7 @@ const QUIET: Duration = Duration::from_millis(20);
 /// How long the rest of a message that has come in part may take.
 const REST_OF_MESSAGE: Duration = Duration::from_millis(250);
 /// How long a client may take to read its last words.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 const SCRATCH: usize = 64 << 10;
 /// How often a session may read, from each side, before others have their turn.
 const ROUNDS: usize = 32;
@@ -275,7 +275,7 @@ impl Drop for Registered {
 }
 
 /// Runs an authenticated client's session to its end.
-pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, since: std::time::Instant) {
+pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
     let Client {
         stream,
@@ -283,8 +283,12 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         user,
         database,
         application,
+        secret,
+        replication: _,
     } = client;
-    let shared = env.gate.admit(user, database, application, peer.to_string(), since);
+    let shared = env
+        .gate
+        .admit(user, database, application, peer.to_string(), since, secret);
     let mut registered = Registered {
         env: env.clone(),
         shared: shared.clone(),
@@ -354,7 +358,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
 
 /// Waits for the gate and opens the session's first server connection. `Err`: what the client is to be sent, if it is
 /// still there.
-async fn first_server(
+pub(super) async fn first_server(
     env: &Arc<Env>,
     shared: &Arc<Shared>,
     client: &mut crate::proxy::client::ClientStream,
@@ -404,7 +408,7 @@ async fn first_server(
 }
 
 /// Ready with the signals that have come.
-async fn signals(shared: &Shared) -> u8 {
+pub(super) async fn signals(shared: &Shared) -> u8 {
     poll_fn(|_| match shared.signals() {
         0 => Poll::Pending,
         _ => Poll::Ready(shared.take_signals()),
