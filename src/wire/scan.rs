@@ -386,6 +386,9 @@ impl Replies {
             self.answered = requests.sent;
             self.uncertain = false;
             requests.behind_batch = false;
+        } else {
+            // What was sent behind a batch that had failed by then is never answered.
+            self.uncertain |= requests.behind_batch;
         }
     }
 
