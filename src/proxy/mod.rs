@@ -1,9 +1,10 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
-//! `listener (here) → handshake → auth → session ⇄ server`; `peer` is who is at the other end, `failures` who guesses; `replication` is what passes beside sessions; the `reactor` calls a session when its sockets are ready; `transfer`
-//! moves a session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers
-//! bear; `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain
-//! whom others wait for.
+//! `listener (here) → handshake → auth → session ⇄ server`; `peer` is who is at the other end, `failures` who guesses;
+//! `replication` is what passes beside sessions; the `reactor` calls a session when its sockets are ready; `transfer` moves a
+//! session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers bear;
+//! `cancel` passes cancel requests on, `verifiers` knows what clients' passwords are checked with, `turns` lets those through
+//! in a drain whom others wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
 //! its sockets and never leaves its thread.
