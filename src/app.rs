@@ -12,7 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::admin::{self, Admin};
-use crate::config::{ClientAuth, Config};
+use crate::config::Config;
 use crate::controller::Controller;
 use crate::proxy::gate::Gate;
 use crate::proxy::{self, Proxy};
@@ -201,8 +201,8 @@ async fn tell(controller: Arc<Controller>, gate: Arc<Gate>) {
 
 /// Choices that are allowed, but should be known.
 fn warn(config: &Config) {
-    if config.auth == ClientAuth::Trust && !config.listen.ip().is_loopback() {
-        tracing::warn!(listen = %config.listen, "auth.method is \"trust\": everyone who reaches this address is who they say");
+    if config.auth.rules.trust_others() && !config.listen.ip().is_loopback() {
+        tracing::warn!(listen = %config.listen, "auth.method or a rule is \"trust\": who reaches this address from elsewhere is who they say");
     }
     if config.client_tls.is_none() && !config.listen.ip().is_loopback() {
         tracing::warn!(listen = %config.listen, "clients can reach this address from elsewhere, and there is no [tls]");
@@ -229,6 +229,10 @@ fn reload(
         }
     };
     let merged = Arc::new(running.reloaded(&new));
+    proxy.reload_auth(&merged.auth);
+    if merged.auth.rules != running.auth.rules {
+        warn(&merged);
+    }
     for change in running.changes(&new) {
         match change.key {
             "admin.token" if merged.admin.token != new.admin.token => {

@@ -5,6 +5,8 @@
 
 pub mod read;
 pub mod reload;
+pub mod rules;
+pub mod userlist;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,6 +17,8 @@ use std::time::Duration;
 use crate::pg::Side;
 
 pub use read::{ConfigError, Problem};
+use rules::{Network, Rules};
+use userlist::Userlist;
 
 /// A value that is never shown: its Debug and Display say only that it is there.
 #[derive(Clone, PartialEq, Eq)]
@@ -84,17 +88,59 @@ pub struct ClientTls {
     pub cert: PathBuf,
     /// PEM file: private key.
     pub key: PathBuf,
-    /// Refuse clients that don't use TLS.
+    /// Refuse clients that don't use TLS. Those of the Unix socket never do.
     pub required: bool,
+    /// PEM file: the authorities whose certificates clients may show.
+    pub client_ca: Option<PathBuf>,
+    /// PEM file: which of these certificates are revoked. Every authority has to be in it.
+    pub client_crl: Option<PathBuf>,
 }
 
 /// How clients log in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ClientAuth {
-    /// SCRAM-SHA-256 against the verifiers of the active side.
-    Scram,
-    /// Anyone is who they say. For loopback and tests; the servers must trust pgflip's address as well.
-    Trust,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Auth {
+    /// Who, from where, how. Of `auth.method` there is one rule for all.
+    pub rules: Rules,
+    /// What their passwords are checked with.
+    pub verifiers: Verifiers,
+    /// Failed logins of one address, until its next ones are refused unseen. 0: never.
+    pub failures_max: u32,
+    /// How long it takes for that many to be forgotten.
+    pub failures_window: Duration,
+}
+
+impl Default for Auth {
+    /// SCRAM for everybody, against the catalog.
+    fn default() -> Auth {
+        Auth {
+            rules: Rules::everybody(rules::Method::Scram),
+            verifiers: Verifiers::Catalog,
+            failures_max: 10,
+            failures_window: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Where verifiers come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verifiers {
+    /// `pg_authid` of the active side.
+    Catalog,
+    /// This query there: of `$1`, a user's name, its second column is the verifier.
+    Query(String),
+    /// A file.
+    Userlist(Userlist),
+    /// Nowhere: a password in clear is checked by logging in at the active side.
+    Login,
+}
+
+/// Where clients connect on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnixSocket {
+    /// Directory of the socket `.s.PGSQL.<port>`.
+    pub directory: PathBuf,
+    /// Who may connect to it, as chmod has it.
+    pub mode: u32,
 }
 
 /// The admin port.
@@ -226,6 +272,10 @@ pub enum LogFormat {
 pub struct Config {
     /// Where clients connect.
     pub listen: SocketAddr,
+    /// Where they do on this machine, besides.
+    pub unix_socket: Option<UnixSocket>,
+    /// Who names the client's address in a PROXY protocol header before anything else.
+    pub proxy_protocol: Vec<Network>,
     /// Threads that serve clients; each has its own runtime and listener.
     pub workers: usize,
     /// Databases that flip together; the first is the carrier. Never empty.
@@ -237,7 +287,7 @@ pub struct Config {
     /// The admin port.
     pub admin: Admin,
     /// How clients log in.
-    pub auth: ClientAuth,
+    pub auth: Auth,
     /// TLS towards clients.
     pub client_tls: Option<ClientTls>,
     /// Flip limits.

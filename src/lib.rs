@@ -16,13 +16,16 @@
 //!                   sidecars; force: going on without a dead side; sessions: what binds clients to a server;
 //!                   easing: writers slowed down until the target keeps up; oids: the same OIDs for types; rights: what
 //!                   pgflip's own role lacks; finalized: that a migration has ended
-//! 2  proxy/         what a client goes through: listener, handshake, session, boundary, gate, cancel; reactor: the workers'
-//!                   sockets; transfer, temporary and cursors: what a session takes along; sharing, pool, suspects: clients
-//!                   that share servers; pace: connections made and closed without haste; turns: who is let through in a
-//!                   drain because others wait for it
-//! 1  wire/          bytes: scan headers, startup, SCRAM, errors, statements under other names; no sockets inside
+//! 2  proxy/         what a client goes through: listener, handshake, auth, session, boundary, gate, cancel; reactor: the
+//!                   workers' sockets; verifiers: what passwords are checked with; failures: who guesses them; peer and unix:
+//!                   who is at the other end; replication: what passes beside sessions; transfer, temporary and cursors: what
+//!                   a session takes along; sharing, pool, suspects: clients that share servers; pace: connections made and
+//!                   closed without haste; turns: who is let through in a drain because others wait for it
+//! 1  wire/          bytes: scan headers, startup, SCRAM, md5, certificates, errors, statements under other names; no
+//!                   sockets inside
 //!    pg/            the servers: Side, Lsn, Ident, connecting, server features, SQL (`pg/sql/*.sql`)
-//! 0  config.rs      raw → validated; telemetry.rs  every metric's name and meaning; fault.rs  test builds' switches
+//! 0  config.rs      raw → validated, with pg_hba.conf's rules and the userlist; telemetry.rs  every metric's name and
+//!                   meaning; fault.rs  test builds' switches
 //! ```
 //!
 //! Client bytes go `listener → handshake → session ⇄ upstream`; an operator's request goes `admin → controller → step

@@ -17,7 +17,8 @@ pub const SESSIONS: &str = "pgflip_sessions";
 pub const QUERIES: &str = "pgflip_queries_total";
 /// Counter, `direction` = `in` (from clients) or `out` (to clients): bytes passed on.
 pub const BYTES: &str = "pgflip_bytes_total";
-/// Counter, `result` = `ok`, `wrong_password` or `server` (a server refused): logins of clients.
+/// Counter, `result` = `ok`, `wrong_password`, `rejected` (by a rule, or for what was shown instead of a password), `limited` (too
+/// many failures of that address) or `server` (a server refused, or could not be asked): logins of clients.
 pub const LOGINS: &str = "pgflip_logins_total";
 /// Counter: clients that shared servers and have kept one, because of what they hold.
 pub const BOUND: &str = "pgflip_clients_bound_total";
@@ -55,7 +56,8 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
     (
         LOGINS,
         Kind::Counter,
-        "Logins of clients; label result: ok, wrong_password, server (a server refused).",
+        "Logins of clients; label result: ok, wrong_password, rejected (by a rule), limited (too many failures of that address), \
+         server (a server refused).",
     ),
     (
         BOUND,

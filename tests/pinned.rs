@@ -218,6 +218,19 @@ async fn what_binds_sessions_is_shown_at_any_time_and_stops_a_flip_before_anybod
     temporary.query("create temp table \"left behind\" (x int)").await;
     let mut open = login(&rig, port).await;
     open.query("begin").await;
+    let app = rig.app();
+    let blue = rig.admin(Side::Blue).await;
+    blue.batch_execute(&format!("alter role \"{}\" replication", app.user))
+        .await
+        .unwrap();
+    let mut follows = Raw::connect(port).await;
+    let parameters = [
+        ("user", app.user.as_str()),
+        ("database", &app.database),
+        ("replication", "database"),
+    ];
+    follows.startup(0, &parameters).await;
+    follows.authenticate(app.password.expose()).await.expect("a login");
     let until = Instant::now() + LIMIT;
     let answer = loop {
         let (_, answer) = rig.sidecar.get("/v1/sessions").await.expect("an answer");
@@ -235,6 +248,10 @@ async fn what_binds_sessions_is_shown_at_any_time_and_stops_a_flip_before_anybod
             ("advisory lock 1, -2 (shared)".to_owned(), true),
             ("advisory lock 5".to_owned(), true)
         ]
+    );
+    assert_eq!(
+        pins(session(&answer, follows.pid)),
+        [("replication connection".to_owned(), false)]
     );
     let (what, _) = &pins(session(&answer, temporary.pid))[0];
     assert!(what.starts_with("temporary: left behind (pg_temp_"), "{what}");
@@ -267,6 +284,7 @@ async fn what_binds_sessions_is_shown_at_any_time_and_stops_a_flip_before_anybod
         (&waits, true),
         (&temporary, true),
         (&open, true),
+        (&follows, true),
     ] {
         assert_eq!(shown(raw.pid), is_shown, "{}", said.out);
     }
@@ -281,6 +299,7 @@ async fn what_binds_sessions_is_shown_at_any_time_and_stops_a_flip_before_anybod
         found.unwrap_or_else(|| panic!("no {code}: {check}"))["severity"].clone()
     };
     assert_eq!(severity("temporary_objects"), "blocker");
+    assert_eq!(severity("replication_connections"), "blocker");
     assert_eq!(severity("advisory_locks_taken"), "blocker");
     assert_eq!(severity("advisory_waits"), "warning");
     let said = rig.run(&["cutover"]).await;
@@ -301,7 +320,7 @@ async fn what_binds_sessions_is_shown_at_any_time_and_stops_a_flip_before_anybod
     let said = rig.run(&["cutover", "--stragglers", "terminate"]).await;
     assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
     assert_eq!(rig.serving().await, Side::Green);
-    for ended in [&mut waits, &mut temporary, &mut open] {
+    for ended in [&mut waits, &mut temporary, &mut open, &mut follows] {
         assert_eq!(raw::code(&ended.until_closed().await), "57P01");
     }
     assert_eq!(free.value("execute p").await, "1");

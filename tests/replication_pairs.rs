@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgflip::config::{Admin, ClientAuth, Config, Flip, Limits, LogFormat, Secret, Stragglers};
+use pgflip::config::{Admin, Auth, Config, Flip, Limits, LogFormat, Secret, Stragglers};
 use pgflip::controller::operation::{Kind, Operation};
 use pgflip::controller::preflight::{self, Failure};
 use pgflip::controller::recovery::Acting;
@@ -40,6 +40,8 @@ async fn pair(blue: u32, green: u32) -> Pair {
     let second = Duration::from_secs(1);
     let config = Config {
         listen: nowhere,
+        unix_socket: None,
+        proxy_protocol: Vec::new(),
         workers: 1,
         databases: vec!["app".into(), "Second \"db\"".into()],
         blue: blue.server(Side::Blue),
@@ -48,7 +50,7 @@ async fn pair(blue: u32, green: u32) -> Pair {
             listen: nowhere,
             token: None,
         },
-        auth: ClientAuth::Scram,
+        auth: Auth::default(),
         client_tls: None,
         flip: Flip {
             drain_timeout: second * 5,

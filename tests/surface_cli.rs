@@ -1,7 +1,7 @@
 //! The binary as an operator meets it: exit codes, messages, signals, and that no secret is ever shown. No Postgres is
 //! needed: two servers that can't be reached must not stop pgflip from starting.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -47,6 +47,7 @@ struct Running {
     log: std::sync::mpsc::Receiver<String>,
     seen: Vec<String>,
     admin: String,
+    clients: String,
 }
 
 impl Drop for Running {
@@ -79,9 +80,11 @@ impl Running {
             log,
             seen: Vec::new(),
             admin: String::new(),
+            clients: String::new(),
         };
         let up: Value = serde_json::from_str(&running.until("pgflip listens")).unwrap();
         running.admin = format!("http://{}", up["admin"].as_str().unwrap());
+        running.clients = up["clients"].as_str().unwrap().to_owned();
         running
     }
 
@@ -314,11 +317,26 @@ fn it_starts_without_servers_reloads_what_it_can_and_leaves_when_told_to() {
         directory.path(),
         "127.0.0.1:9",
         "127.0.0.1:0",
-        "[log]\nformat = \"json\"\nlevel = \"warn\"\n[flip]\ndrain_timeout = \"1s\"\n",
+        "[log]\nformat = \"json\"\nlevel = \"warn\"\n[flip]\ndrain_timeout = \"1s\"\n[auth]\nrules = \"rules\"\n",
     );
+    std::fs::write(directory.path().join("rules"), "host all all 127.0.0.1/32 reject\n").unwrap();
     running.signal(libc::SIGHUP);
     let kept = running.until("\"key\":\"listen\"");
     assert!(kept.contains("needs a restart"), "{kept}");
+    running.until("\"key\":\"auth.method, auth.rules\"");
+    // Which count for the next client.
+    let mut client = std::net::TcpStream::connect(&running.clients).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    client
+        .write_all(b"\0\0\0\x1e\0\x03\0\0user\0me\0database\0app\0\0")
+        .unwrap();
+    let mut told = Vec::new();
+    client.read_to_end(&mut told).unwrap();
+    assert!(
+        text(&told).contains("pg_hba.conf rejects connection for host \"127.0.0.1\""),
+        "{}",
+        text(&told)
+    );
     let taken = running.until("\"key\":\"[flip]\"");
     assert!(taken.contains("taken over"), "{taken}");
     // A broken file changes nothing and is explained.

@@ -13,8 +13,11 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::rules::{self, Around, Maps, Method, Network, Rules};
+use super::userlist::Userlist;
 use super::{
-    Admin, ClientAuth, ClientTls, Config, Flip, Limits, LogFormat, Pool, PoolMode, Secret, Server, SslMode, Stragglers,
+    Admin, Auth, ClientTls, Config, Flip, Limits, LogFormat, Pool, PoolMode, Secret, Server, SslMode, Stragglers,
+    UnixSocket, Verifiers,
 };
 use crate::pg::Side;
 
@@ -141,6 +144,9 @@ const KEYS: &[(&str, &[&str])] = &[
         "",
         &[
             "listen",
+            "unix_socket_dir",
+            "unix_socket_mode",
+            "proxy_protocol",
             "workers",
             "databases",
             "custom_settings",
@@ -159,8 +165,20 @@ const KEYS: &[(&str, &[&str])] = &[
     ("blue", &["url", "password", "link_host", "link_port"]),
     ("green", &["url", "password", "link_host", "link_port"]),
     ("admin", &["listen", "token"]),
-    ("auth", &["method"]),
-    ("tls", &["cert", "key", "required"]),
+    (
+        "auth",
+        &[
+            "method",
+            "rules",
+            "ident",
+            "verifiers",
+            "query",
+            "userlist",
+            "failures_max",
+            "failures_window",
+        ],
+    ),
+    ("tls", &["cert", "key", "required", "client_ca", "client_crl"]),
     (
         "flip",
         &[
@@ -213,6 +231,9 @@ const SECRET: &[&str] = &[
     "green.password",
     "admin.token",
 ];
+
+/// Of the function that `deploy/auth_query.sql` makes.
+const DEFAULT_QUERY: &str = "select name, verifier from pgflip_auth.verifier($1)";
 
 /// Where a value stands, for messages.
 #[derive(Clone)]
@@ -647,13 +668,10 @@ impl<'a> Reader<'a> {
             );
         }
 
-        let auth = self.choice(
-            "auth",
-            "method",
-            &[("scram", ClientAuth::Scram), ("trust", ClientAuth::Trust)],
-            ClientAuth::Scram,
-        );
         let client_tls = self.client_tls();
+        let auth = self.auth(client_tls.as_ref());
+        let unix_socket = self.unix_socket();
+        let proxy_protocol = self.proxy_protocol();
         let flip = Flip {
             drain_timeout: self.duration("flip", "drain_timeout", s(5), ms(1), s(3600)),
             window_timeout: self.duration("flip", "window_timeout", s(5), ms(10), s(600)),
@@ -694,6 +712,8 @@ impl<'a> Reader<'a> {
         let log_level = self.log_level();
         Some(Config {
             listen,
+            unix_socket,
+            proxy_protocol,
             workers: workers.unsigned_abs() as usize,
             databases,
             blue: blue?,
@@ -882,6 +902,11 @@ impl<'a> Reader<'a> {
         let cert = self.filled("tls", "cert");
         let key = self.filled("tls", "key");
         let required = self.boolean("tls", "required", false);
+        let client_ca = self.filled("tls", "client_ca");
+        let client_crl = self.filled("tls", "client_crl");
+        if let (None, Some((_, at))) = (&client_ca, &client_crl) {
+            self.problem(at, "this is not used", "Set tls.client_ca, or leave it out");
+        }
         for (name, given) in [("cert", &cert), ("key", &key)] {
             if given.is_none() && !self.says("tls", name) {
                 let at = self.at_section("tls", name);
@@ -894,11 +919,150 @@ impl<'a> Reader<'a> {
         }
         let cert = cert.map(|(name, at)| self.file(&name, &at));
         let key = key.map(|(name, at)| self.file(&name, &at));
+        let client_ca = client_ca.map(|(name, at)| self.file(&name, &at));
+        let client_crl = client_crl.map(|(name, at)| self.file(&name, &at));
         Some(ClientTls {
             cert: cert?,
             key: key?,
             required,
+            client_ca,
+            client_crl,
         })
+    }
+
+    fn auth(&mut self, tls: Option<&ClientTls>) -> Auth {
+        let method = self.choice(
+            "auth",
+            "method",
+            &[("scram", Method::Scram), ("trust", Method::Trust)],
+            Method::Scram,
+        );
+        let around = Around {
+            tls: tls.is_some(),
+            ca: tls.is_some_and(|tls| tls.client_ca.is_some()),
+            maps: self.lines_of("ident", |text, _| Maps::parse(text)),
+        };
+        // What is wrong with the maps has been said, and is not said again of the rules.
+        let parsed = match (self.says("auth", "ident"), &around.maps) {
+            (true, None) => None,
+            _ => self.lines_of("rules", |text, _| Rules::parse(text, &around)),
+        };
+        if self.says("auth", "ident") && !self.says("auth", "rules") {
+            let at = self.at_section("auth", "ident");
+            self.problem(&at, "this is not used", "Name its maps in auth.rules, or leave it out");
+        }
+        if self.says("auth", "rules") && self.says("auth", "method") {
+            let at = self.at_section("auth", "method");
+            self.problem(&at, "the rules say that already", "Leave one of the two out");
+        }
+        let from = self.choice(
+            "auth",
+            "verifiers",
+            &[("catalog", 0), ("query", 1), ("userlist", 2), ("login", 3)],
+            0,
+        );
+        let query = self.filled("auth", "query");
+        let userlist = self.lines_of("userlist", Userlist::parse);
+        for (key, chosen) in [("query", 1), ("userlist", 2)] {
+            if self.says("auth", key) && from != chosen {
+                let at = self.at_section("auth", key);
+                self.problem(
+                    &at,
+                    "this is not used",
+                    format!("Set auth.verifiers = {key:?}, or leave it out"),
+                );
+            }
+        }
+        if from == 2 && !self.says("auth", "userlist") {
+            let at = self.at_section("auth", "userlist");
+            self.problem(&at, "this is missing", "Give the path of a file: userlist = \"…\"");
+        }
+        let verifiers = match (from, userlist) {
+            (1, _) => Verifiers::Query(query.map_or_else(|| DEFAULT_QUERY.into(), |(text, _)| text)),
+            (2, Some(list)) => Verifiers::Userlist(list),
+            (3, _) => Verifiers::Login,
+            _ => Verifiers::Catalog,
+        };
+        let (ms, s) = (Duration::from_millis, Duration::from_secs);
+        let default = Auth::default();
+        let max = self.integer("auth", "failures_max", default.failures_max.into(), 0, 1_000_000);
+        Auth {
+            rules: parsed.unwrap_or_else(|| Rules::everybody(method)),
+            verifiers,
+            failures_max: max.unsigned_abs() as u32,
+            failures_window: self.duration("auth", "failures_window", default.failures_window, ms(100), s(86_400)),
+        }
+    }
+
+    /// A file beside the configuration that has a format of its own: each line that is wrong is a problem.
+    fn lines_of<T>(&mut self, key: &str, parse: impl Fn(&str, &Path) -> Result<T, Vec<rules::Wrong>>) -> Option<T> {
+        let (name, at) = self.filled("auth", key)?;
+        let file = self.directory.join(name);
+        let read = std::fs::read_to_string(&file).map(zeroize::Zeroizing::new);
+        match read.map(|text| parse(&text, &file)) {
+            Ok(Ok(parsed)) => return Some(parsed),
+            Ok(Err(wrong)) => {
+                for rules::Wrong { line, what, fix } in wrong {
+                    self.problem(&at, format!("line {line} of {}: {what}", file.display()), fix);
+                }
+            }
+            Err(error) => {
+                let what = format!("{} can't be read: {error}", file.display());
+                self.problem(&at, what, "Give the path of a file that pgflip's user may read");
+            }
+        }
+        None
+    }
+
+    fn unix_socket(&mut self) -> Option<UnixSocket> {
+        let directory = self.filled("", "unix_socket_dir");
+        let mode = self.filled("", "unix_socket_mode");
+        let mode = match &mode {
+            None => 0o777,
+            Some((text, at)) => {
+                let octal = text.bytes().all(|b| b.is_ascii_digit());
+                match u32::from_str_radix(text, 8).ok().filter(|mode| octal && *mode <= 0o777) {
+                    Some(mode) => mode,
+                    None => {
+                        self.problem(
+                            at,
+                            "this is no mode",
+                            "Write it as chmod has it, like \"0770\" (owner and group) or \"0777\" (everybody)",
+                        );
+                        0o777
+                    }
+                }
+            }
+        };
+        let (name, at) = directory?;
+        let directory = self.directory.join(name);
+        // sockaddr_un has 108 bytes, and a zero at their end.
+        if directory.as_os_str().len() + "/.s.PGSQL.65535".len() > 107 {
+            self.problem(&at, "this is too long for a Unix socket", "Use a shorter path");
+        }
+        if !directory.is_dir() {
+            let what = format!("there is no directory {}", directory.display());
+            self.problem(&at, what, "Make it, writable for pgflip's user and for nobody else");
+        }
+        Some(UnixSocket { directory, mode })
+    }
+
+    fn proxy_protocol(&mut self) -> Vec<Network> {
+        let Some((texts, _)) = self.strings("", "proxy_protocol") else {
+            return Vec::new();
+        };
+        let mut networks = Vec::new();
+        for (text, at) in texts {
+            match Network::parse(&text) {
+                Some(network) => networks.push(network),
+                None => self.problem(
+                    &at,
+                    "this is no range of addresses",
+                    "Write it like \"10.0.0.0/8\" or \"127.0.0.1/32\"",
+                ),
+            }
+        }
+        networks
     }
 
     fn server(&mut self, side: Side, databases: &[String]) -> Option<Server> {

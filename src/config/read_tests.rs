@@ -44,7 +44,8 @@ fn the_smallest_configuration_gets_the_defaults() {
     assert_eq!(config.admin.listen.to_string(), "127.0.0.1:6433");
     assert_eq!(config.admin.token, None);
     assert_eq!(config.databases, ["app"]);
-    assert_eq!(config.auth, ClientAuth::Scram);
+    assert_eq!(config.auth.rules, Rules::everybody(Method::Scram));
+    assert_eq!(config.auth.verifiers, Verifiers::Catalog);
     assert_eq!(config.flip.stragglers, Stragglers::Unwind);
     assert_eq!(config.flip.drain_timeout, Duration::from_secs(5));
     assert_eq!(config.log_level, "info");
@@ -84,6 +85,9 @@ fn the_example_that_is_shipped_is_valid_and_says_what_the_defaults_say() {
         assert!(
             problem.what.contains("can't be read")
                 || problem.what.contains("no pg_dump")
+                || problem.what.contains("no directory")
+                || problem.what.contains("not used")
+                || problem.what.contains("say that already")
                 || problem.what.contains("not set"),
             "{problem:?}"
         );
@@ -551,4 +555,78 @@ fn a_users_pool_mode_counts_before_a_databases_and_that_before_the_rest() {
     assert_eq!(pool.mode("other", "app"), PoolMode::Session);
     assert_eq!(pool.mode("other", "app2"), PoolMode::Transaction);
     assert_eq!(pool.pool_size, 3);
+}
+
+#[test]
+fn who_logs_in_how_is_read_from_files_beside_the_configuration() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.toml");
+    let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();
+    let parse = |keys: &str| parse_with(&format!("{keys}\n{GOOD}"), &path, &env);
+    let problems = |auth: &str| match parse_with(&format!("{GOOD}{auth}"), &path, &env) {
+        Err(ConfigError::Invalid { problems, .. }) => problems,
+        other => panic!("{auth}: {other:?}"),
+    };
+    write(
+        "rules",
+        "host all all 10.0.0.0/8 scram-sha-256\nhost all all all ldap\nhost all\n",
+    );
+    let found = problems("[auth]\nrules = \"rules\"\n");
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found[0].what.starts_with("line 2 of ") && found[0].what.ends_with("the method ldap is not supported"));
+    assert!(found[1].what.starts_with("line 3 of ") && found[1].fix == "Write: host DATABASE USER ADDRESS METHOD");
+    assert_eq!(
+        (found[0].key.as_str(), found[0].value.as_deref()),
+        ("auth.rules", Some("\"rules\""))
+    );
+    write("rules", "host all all 10.0.0.0/8 scram-sha-256\n");
+    write("users", "\"app\" \"hunter2-list\"\n");
+    for (auth, what) in [
+        ("rules = \"rules\"\nmethod = \"trust\"", "say that already"),
+        ("rules = \"nowhere\"", "can't be read"),
+        ("userlist = \"users\"", "not used"),
+        ("query = \"select 1\"", "not used"),
+        ("verifiers = \"userlist\"", "missing"),
+        ("verifiers = \"file\"", "not one of the choices"),
+        ("failures_max = -1", "out of range"),
+    ] {
+        let found = problems(&format!("[auth]\n{auth}\n"));
+        assert!(found.len() == 1 && found[0].what.contains(what), "{auth}: {found:?}");
+    }
+    let whole =
+        format!("{GOOD}[auth]\nrules = \"rules\"\nverifiers = \"userlist\"\nuserlist = \"users\"\nfailures_max = 3\n");
+    let config = parse_with(&whole, &path, &env).unwrap();
+    assert_eq!(config.auth.failures_max, 3);
+    assert!(matches!(config.auth.verifiers, Verifiers::Userlist(_)));
+    assert!(
+        !format!("{config:?}").contains("hunter2-list"),
+        "a password is not kept"
+    );
+    // What is taken over at once.
+    write("rules", "host all all all trust\n");
+    let new = parse_with(&whole, &path, &env).unwrap();
+    let changes = config.changes(&new);
+    assert!(
+        changes.len() == 1 && changes[0].now && changes[0].key.contains("auth.rules"),
+        "{changes:?}"
+    );
+    assert_eq!(config.reloaded(&new).auth, new.auth);
+
+    let config =
+        parse("unix_socket_dir = \".\"\nunix_socket_mode = \"0770\"\nproxy_protocol = [\"10.0.0.0/8\", \"::1\"]")
+            .unwrap();
+    assert_eq!(config.unix_socket.as_ref().unwrap().mode, 0o770);
+    assert_eq!(config.proxy_protocol.len(), 2);
+    for (keys, what) in [
+        ("unix_socket_dir = \"nowhere\"".to_owned(), "no directory"),
+        (format!("unix_socket_dir = \"{}\"", "x".repeat(100)), "too long"),
+        ("unix_socket_dir = \".\"\nunix_socket_mode = \"rw\"".into(), "no mode"),
+        ("unix_socket_dir = \".\"\nunix_socket_mode = \"1777\"".into(), "no mode"),
+        ("proxy_protocol = [\"10.0.0.0/33\"]".into(), "no range"),
+    ] {
+        match parse(&keys) {
+            Err(ConfigError::Invalid { problems, .. }) => assert!(problems[0].what.contains(what), "{problems:?}"),
+            other => panic!("{keys}: {other:?}"),
+        }
+    }
 }

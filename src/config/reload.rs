@@ -17,6 +17,8 @@ impl Config {
         // Taken apart so that a new field can't be forgotten here.
         let Config {
             listen,
+            unix_socket,
+            proxy_protocol,
             workers,
             databases,
             blue,
@@ -34,13 +36,25 @@ impl Config {
         } = self;
         let compared = [
             ("listen", false, *listen != new.listen),
+            (
+                "unix_socket_dir, unix_socket_mode",
+                false,
+                *unix_socket != new.unix_socket,
+            ),
+            ("proxy_protocol", false, *proxy_protocol != new.proxy_protocol),
             ("workers", false, *workers != new.workers),
             ("databases", false, *databases != new.databases),
             ("[blue]", false, *blue != new.blue),
             ("[green]", false, *green != new.green),
             ("admin.listen", false, admin.listen != new.admin.listen),
             ("admin.token", true, admin.token != new.admin.token),
-            ("auth.method", false, *auth != new.auth),
+            ("auth.method, auth.rules", true, auth.rules != new.auth.rules),
+            ("auth.verifiers", true, auth.verifiers != new.auth.verifiers),
+            (
+                "auth.failures_max, auth.failures_window",
+                true,
+                (auth.failures_max, auth.failures_window) != (new.auth.failures_max, new.auth.failures_window),
+            ),
             ("[tls]", false, *client_tls != new.client_tls),
             ("[flip]", true, *flip != new.flip),
             ("[limits]", false, *limits != new.limits),
@@ -62,6 +76,7 @@ impl Config {
     pub fn reloaded(&self, new: &Config) -> Config {
         let mut config = self.clone();
         config.flip = new.flip.clone();
+        config.auth = new.auth.clone();
         config.log_level = new.log_level.clone();
         if new.admin.token.is_some() || self.admin.listen.ip().is_loopback() {
             config.admin.token = new.admin.token.clone();

@@ -13,6 +13,7 @@ use super::links::{self, Ends, Regime, conninfo, list, slot_name};
 use super::state::{self, State};
 use super::{drift, finalized, oids, replication, rights, roles, schema};
 use crate::config::Config;
+use crate::config::rules::Method;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::origin::{self, connect_with_origin};
@@ -410,7 +411,7 @@ pub async fn for_replication(config: &Config) -> Vec<Finding> {
         if let Some((_, client)) = on(source)
             && may(source, |rights| rights.verifiers)
         {
-            credentials(source, client, &mut found).await;
+            credentials(config, source, client, &mut found).await;
         }
     }
     found.sort_by_key(|finding| finding.severity);
@@ -1033,15 +1034,23 @@ async fn probe(config: &Config, to: Side, here: &str, client: &Client, there: &s
 }
 
 /// Roles that could not log in through pgflip.
-async fn credentials(side: Side, client: &Client, found: &mut Vec<Finding>) {
+async fn credentials(config: &Config, side: Side, client: &Client, found: &mut Vec<Finding>) {
+    // Who lets such roles in has thought of them.
+    if [Method::Md5, Method::Password]
+        .into_iter()
+        .any(|method| config.auth.rules.use_method(method))
+    {
+        return;
+    }
     match roles::without_scram(client, side).await {
         Ok((md5, _)) => {
             if !md5.is_empty() {
                 found.push(Finding::warning(
                     "md5_password",
                     format!("Roles with an md5 password: {}.", list(&md5)),
-                    "They can't log in through pgflip: only SCRAM proves a password to the proxy and opens the server with it.",
-                    "With password_encryption = 'scram-sha-256', set their passwords again: ALTER ROLE … PASSWORD '…';",
+                    "They can't log in through pgflip: as it is configured, it takes SCRAM only.",
+                    "With password_encryption = 'scram-sha-256', set their passwords again: ALTER ROLE … PASSWORD '…'; or let them \
+                     in by a line with md5 in auth.rules.",
                 ));
             }
         }

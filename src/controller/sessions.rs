@@ -20,6 +20,8 @@ use crate::pg::{Client, Purpose, Side, borrow};
 use crate::proxy::gate::{Gate, SessionId, SessionView, UNSEEN_SETTINGS};
 
 const PURPOSE: Purpose = Purpose("sessions");
+/// What binds a connection that is none of a session.
+const REPLICATION: &str = "replication connection";
 /// So many are named in a finding.
 const SHOWN: usize = 5;
 
@@ -200,6 +202,7 @@ async fn outside(config: &Config, side: Side, database: &str, pids: &[i32]) -> R
         let (what, movable) = match row.get("kind") {
             "lock" => (format!("advisory lock {what}"), true),
             "wait" => (format!("waits for advisory lock {what}"), false),
+            "replication" => (REPLICATION.into(), false),
             _ => (what, false),
         };
         pins.push((row.get("pid"), Pin { what, movable, since_s }));
@@ -267,6 +270,7 @@ pub async fn findings(config: &Config, gate: &Gate, source: Side, stragglers: St
     }
     let mut temporary = Vec::new();
     let mut waits = Vec::new();
+    let mut replicating = Vec::new();
     for session in sessions.iter().filter(|session| session.view.side == Some(source)) {
         let of_this: Vec<&str> = session
             .unmovable()
@@ -275,6 +279,9 @@ pub async fn findings(config: &Config, gate: &Gate, source: Side, stragglers: St
             .collect();
         if !of_this.is_empty() {
             temporary.push(format!("{}: {}", session.name(), of_this.join(", ")));
+        }
+        if session.unmovable().any(|pin| pin.what == REPLICATION) {
+            replicating.push(session.name());
         }
         for pin in session.unmovable().filter(|pin| pin.what.starts_with("waits for ")) {
             let seconds = pin.since_s.unwrap_or_default();
@@ -314,6 +321,14 @@ pub async fn findings(config: &Config, gate: &Gate, source: Side, stragglers: St
             "They can't be moved: the flip would be unwound.",
             "End what they do, DROP what is temporary, or flip with `--stragglers terminate`. What a crash has left behind a \
              superuser drops by its schema.",
+        ));
+    }
+    if !replicating.is_empty() {
+        found.push(finding(
+            "replication_connections",
+            format!("Replication connections of clients: {}.", named(&replicating)),
+            "They can't be moved, because their slots are on this server: the flip would be unwound.",
+            "End who follows them, and make its slot on the other side when that is active; or flip with `--stragglers terminate`.",
         ));
     }
     if !waits.is_empty() {

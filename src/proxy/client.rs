@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::proxy::reactor::Socket;
 
@@ -13,11 +13,19 @@ use crate::proxy::reactor::Socket;
 pub(super) enum ClientStream {
     /// Until it has logged in.
     Plain(TcpStream),
+    /// The same, of a Unix socket.
+    Unix(UnixStream),
     /// On its way from one thread to another.
-    Unsettled(std::net::TcpStream),
-    /// The same, from then on.
+    Unsettled(Unsettled),
+    /// Any of them, from then on.
     Ours(Socket),
     Tls(Box<tokio_rustls::server::TlsStream<TcpStream>>),
+}
+
+/// A socket that belongs to no runtime.
+pub(super) enum Unsettled {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
 }
 
 impl ClientStream {
@@ -25,6 +33,7 @@ impl ClientStream {
     pub fn into_ours(self) -> io::Result<ClientStream> {
         match self {
             ClientStream::Plain(socket) => Ok(ClientStream::Ours(Socket::tcp(socket)?)),
+            ClientStream::Unix(socket) => Ok(ClientStream::Ours(Socket::unix(socket)?)),
             other => Ok(other),
         }
     }
@@ -32,7 +41,8 @@ impl ClientStream {
     /// Leaves its thread. One with TLS stays with the runtime there, which wakes its task here.
     pub fn unsettle(self) -> io::Result<ClientStream> {
         match self {
-            ClientStream::Plain(socket) => Ok(ClientStream::Unsettled(socket.into_std()?)),
+            ClientStream::Plain(socket) => Ok(ClientStream::Unsettled(Unsettled::Tcp(socket.into_std()?))),
+            ClientStream::Unix(socket) => Ok(ClientStream::Unsettled(Unsettled::Unix(socket.into_std()?))),
             other => Ok(other),
         }
     }
@@ -40,7 +50,8 @@ impl ClientStream {
     /// Has arrived.
     pub fn settle(self) -> io::Result<ClientStream> {
         match self {
-            ClientStream::Unsettled(socket) => Ok(ClientStream::Plain(TcpStream::from_std(socket)?)),
+            ClientStream::Unsettled(Unsettled::Tcp(socket)) => Ok(ClientStream::Plain(TcpStream::from_std(socket)?)),
+            ClientStream::Unsettled(Unsettled::Unix(socket)) => Ok(ClientStream::Unix(UnixStream::from_std(socket)?)),
             other => Ok(other),
         }
     }
@@ -62,13 +73,14 @@ impl ClientStream {
     /// True once the client has closed its side, even if unread bytes come before that. Completes at once if bytes are
     /// unread.
     pub async fn read_closed(&mut self) -> bool {
-        let socket = match self {
+        let ready = match self {
             ClientStream::Ours(socket) => return socket.is_read_closed(),
-            ClientStream::Plain(socket) => socket,
+            ClientStream::Plain(socket) => socket.ready(Interest::READABLE).await,
+            ClientStream::Unix(socket) => socket.ready(Interest::READABLE).await,
             ClientStream::Unsettled(_) => return true,
-            ClientStream::Tls(stream) => stream.get_ref().0,
+            ClientStream::Tls(stream) => stream.get_ref().0.ready(Interest::READABLE).await,
         };
-        match socket.ready(Interest::READABLE).await {
+        match ready {
             Ok(ready) => ready.is_read_closed(),
             Err(_) => true,
         }
@@ -76,6 +88,14 @@ impl ClientStream {
 
     pub fn is_tls(&self) -> bool {
         matches!(self, ClientStream::Tls(_))
+    }
+
+    /// The certificate that the client has shown: one that it may (`tls.client_ca`).
+    pub fn client_certificate(&self) -> Option<&[u8]> {
+        match self {
+            ClientStream::Tls(stream) => Some(stream.get_ref().1.peer_certificates()?.first()?),
+            _ => None,
+        }
     }
 }
 
@@ -86,6 +106,7 @@ impl AsyncRead for ClientStream {
             ClientStream::Ours(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Plain(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Tls(stream) => Pin::new(stream).poll_read(cx, into),
         }
     }
@@ -98,6 +119,7 @@ impl AsyncWrite for ClientStream {
             ClientStream::Ours(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
@@ -107,6 +129,7 @@ impl AsyncWrite for ClientStream {
             ClientStream::Ours(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
@@ -115,6 +138,7 @@ impl AsyncWrite for ClientStream {
             ClientStream::Ours(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+            ClientStream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }

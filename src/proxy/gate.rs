@@ -275,7 +275,7 @@ pub(super) struct Shared {
     pub bytes_out: AtomicU64,
     pub queries: AtomicU64,
     pub moved: AtomicU64,
-    pub secret: [u8; 4],
+    pub secret: Vec<u8>,
     pub user: String,
     pub database: String,
     pub application: String,
@@ -864,6 +864,7 @@ impl Gate {
         client: String,
         since: std::time::Instant,
         shares: bool,
+        secret: Vec<u8>,
     ) -> Arc<Shared> {
         let mut inner = self.inner.lock();
         // Ids are pids for clients: positive Int32s. After two billion sessions they begin again.
@@ -875,7 +876,7 @@ impl Gate {
         };
         let shared = Arc::new(Shared {
             id,
-            secret: rand::random(),
+            secret,
             user,
             database,
             application,
@@ -1391,7 +1392,7 @@ mod tests {
         gate.switch(Upstream { side, epoch: 1 }).expect("the first");
         gate.release();
         let text = || String::from("x");
-        let shared = gate.admit(text(), text(), text(), text(), Instant::now(), false);
+        let shared = gate.admit(text(), text(), text(), text(), Instant::now(), false, b"key!".to_vec());
         shared.set_server(Arc::new(CancelKey {
             side,
             pid: 1,
@@ -1593,7 +1594,7 @@ mod tests {
     fn a_session_that_arrives_where_the_gate_no_longer_leads_is_noticed() {
         let (gate, _) = open_gate_with_a_session();
         let text = || String::from("x");
-        let late = gate.admit(text(), text(), text(), text(), Instant::now(), false);
+        let late = gate.admit(text(), text(), text(), text(), Instant::now(), false, b"key!".to_vec());
         let to = gate.try_login(&late).expect("the gate is open");
         // A switch by force waits for nobody.
         gate.switch(Upstream {

@@ -1,24 +1,29 @@
 //! What a client goes through. Knows nothing of the controller: they meet at the [`gate`].
 //!
-//! `listener (here) → handshake → session ⇄ server`; the `reactor` calls a session when its sockets are ready; `transfer`
-//! moves a session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers
-//! bear; `sharing` serves clients that borrow a server from a `pool` for each transaction (`suspects`: what may change more than
-//! that); `cancel` passes cancel requests on, `verifiers` knows clients' SCRAM verifiers, `turns` lets those through in a drain
-//! whom others wait for.
+//! `listener (here) → handshake → auth → session ⇄ server`; `peer` is who is at the other end, `failures` who guesses;
+//! `replication` is what passes beside sessions; the `reactor` calls a session when its sockets are ready; `transfer` moves a
+//! session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers bear;
+//! `sharing` serves clients that borrow a server from a `pool` for each transaction (`suspects`: what may change more than
+//! that); `cancel` passes cancel requests on, `verifiers` knows what clients' passwords are checked with, `turns` lets those
+//! through in a drain whom others wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
 //! its sockets and never leaves its thread.
 
+mod auth;
 mod cancel;
 mod client;
 mod cursors;
+mod failures;
 pub mod gate;
 mod handshake;
 mod held;
 mod outbox;
 mod pace;
+mod peer;
 mod pool;
 mod reactor;
+mod replication;
 mod server;
 mod session;
 mod sharing;
@@ -26,6 +31,7 @@ mod suspects;
 mod temporary;
 mod transfer;
 mod turns;
+mod unix;
 mod verifiers;
 
 use std::hash::{Hash, Hasher};
@@ -35,19 +41,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::{ClientTls, Config, PoolMode};
+use crate::config::{Auth, ClientTls, Config, PoolMode, Verifiers};
 use crate::wire::error::ClientError;
 use crate::wire::scram;
+use client::ClientStream;
 use gate::Gate;
 use handshake::{Arrival, Failed};
+use peer::Peer;
 
 /// Connections the kernel keeps for us, a worker.
 const BACKLOG: i32 = 1024;
@@ -56,7 +65,10 @@ const BACKLOG: i32 = 1024;
 struct Env {
     config: Arc<Config>,
     gate: Arc<Gate>,
-    verifiers: verifiers::Verifiers,
+    /// As the configuration says now.
+    auth: ArcSwap<Auth>,
+    failures: failures::Failures,
+    verifiers: Arc<verifiers::Verifiers>,
     names: transfer::SettingNamesInCatalogs,
     suspects: suspects::Known,
     /// Clients that share servers, on their way to the thread of their pool.
@@ -77,7 +89,7 @@ impl Env {
 /// A client that has logged in.
 struct Newcomer {
     client: Box<handshake::Client>,
-    peer: SocketAddr,
+    peer: Peer,
     since: Instant,
     counted: Counted,
 }
@@ -115,7 +127,9 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     let (homes, newcomers): (Vec<_>, Vec<_>) = (0..config.workers.max(1)).map(|_| mpsc::unbounded_channel()).unzip();
     let env = Arc::new(Env {
         homes,
-        verifiers: verifiers::Verifiers::new(config.clone(), gate.clone()),
+        auth: ArcSwap::from_pointee(config.auth.clone()),
+        failures: failures::Failures::default(),
+        verifiers: Arc::new(verifiers::Verifiers::new(config.clone(), gate.clone())),
         names: transfer::SettingNamesInCatalogs::default(),
         suspects: suspects::Known::default(),
         gate,
@@ -131,6 +145,10 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         address = listener.local_addr()?;
         listeners.push(listener);
     }
+    let unix = match &config.unix_socket {
+        Some(socket) => Some(Arc::new(unix::bind(socket, address.port())?)),
+        None => None,
+    };
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
     for (n, (listener, newcomers)) in listeners.into_iter().zip(newcomers).enumerate() {
@@ -141,6 +159,11 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
             left: Arc::default(),
         });
         let (shutdown, stopped) = (shutdown.clone(), stopped.clone());
+        // All wait at the same one: who is woken by a connection and does not get it goes back to sleep.
+        let local = match &unix {
+            Some(bound) => Some((bound.listener()?, bound.clone())),
+            None => None,
+        };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let poller = reactor::Poller::new()?;
         let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(move || {
@@ -156,7 +179,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
                     tokio::spawn(turns::watch(worker.env.clone()));
                 }
                 tokio::spawn(welcome(worker.clone(), newcomers));
-                work(worker, listener, shutdown, stopped).await;
+                work(worker, listener, local, shutdown, stopped).await;
             });
         })?;
         threads.push(thread);
@@ -196,7 +219,17 @@ impl Proxy {
         let _ = tokio::time::timeout(Duration::from_secs(5), joined).await;
     }
 
-    /// Reads the certificate and key towards clients again; new connections use them. On an error the old ones stay.
+    /// Takes over how clients log in: new connections do so.
+    pub fn reload_auth(&self, auth: &Auth) {
+        let before = self.env.auth.swap(Arc::new(auth.clone()));
+        // Of passwords in a file nobody remembers whether they are the same.
+        if before.verifiers != auth.verifiers || matches!(auth.verifiers, Verifiers::Userlist(_)) {
+            self.env.verifiers.forget();
+        }
+    }
+
+    /// Reads the certificate and key towards clients again, and the authorities of theirs; new connections use them. On an
+    /// error the old ones stay.
     pub fn reload_tls(&self) -> io::Result<()> {
         if let Some(files) = &self.env.config.client_tls {
             self.env.tls.store(Some(Arc::new(acceptor(files)?)));
@@ -216,14 +249,42 @@ fn acceptor(files: &ClientTls) -> io::Result<Tls> {
     let end_point = chain.first().and_then(|certificate| scram::end_point(certificate));
     let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|e| invalid(&files.key, &e))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+    let config = rustls::ServerConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
-        .expect("ring has the default versions")
-        .with_no_client_auth()
+        .expect("ring has the default versions");
+    let config = match &files.client_ca {
+        None => config.with_no_client_auth(),
+        // Who shows none is let in as far as the rules let it.
+        Some(path) => {
+            let mut roots = rustls::RootCertStore::empty();
+            for certificate in CertificateDer::pem_file_iter(path).map_err(|e| invalid(path, &e))? {
+                let certificate = certificate.map_err(|e| invalid(path, &e))?;
+                roots.add(certificate).map_err(|e| invalid(path, &e))?;
+            }
+            let mut revoked = Vec::new();
+            if let Some(path) = &files.client_crl {
+                for list in CertificateRevocationListDer::pem_file_iter(path).map_err(|e| invalid(path, &e))? {
+                    revoked.push(list.map_err(|e| invalid(path, &e))?);
+                }
+                // None at all would mean that nothing is checked.
+                if revoked.is_empty() {
+                    return Err(invalid(path, &"it holds no revocation list"));
+                }
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+                .with_crls(revoked)
+                // As in Postgres, a list that is out of date says nothing about anybody.
+                .enforce_revocation_expiration()
+                .allow_unauthenticated()
+                .build()
+                .map_err(|e| invalid(path, &e))?;
+            config.with_client_cert_verifier(verifier)
+        }
+    };
+    let mut config = config
         .with_single_cert(chain, key)
         .map_err(|e| invalid(&files.cert, &e))?;
-    // Clients that negotiate directly (libpq 17, sslnegotiation=direct) are not served, so none is asked for; those that
-    // name a protocol name this one.
+    // Those that name a protocol name this one.
     config.alpn_protocols = vec![b"postgresql".to_vec()];
     Ok(Tls {
         acceptor: TlsAcceptor::from(Arc::new(config)),
@@ -244,27 +305,57 @@ fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 async fn work(
     worker: Arc<Worker>,
     listener: std::net::TcpListener,
+    local: Option<(std::os::unix::net::UnixListener, Arc<unix::Bound>)>,
     mut shutdown: watch::Receiver<bool>,
     mut stopped: watch::Receiver<bool>,
 ) {
     let listener = TcpListener::from_std(listener).expect("a listener that does not block, in a runtime");
+    let local = local.map(|(local, bound)| (UnixListener::from_std(local).expect("the same"), bound));
+    let locally = async || match &local {
+        Some((local, _)) => local.accept().await,
+        None => std::future::pending().await,
+    };
     loop {
-        tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((socket, peer)) => drop(tokio::spawn(serve_one(worker.clone(), socket, peer))),
-                Err(error) => {
-                    // Out of descriptors, or a connection that ended before it was taken: wait, others may end.
-                    tracing::warn!(%error, "accept");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            },
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted.map(from_network),
+            accepted = locally() => accepted.map(|(socket, _)| {
+                let peer = Peer::local(&socket);
+                (ClientStream::Unix(socket), peer)
+            }),
             _ = shutdown.wait_for(|now| *now) => break,
+        };
+        match accepted {
+            Ok((stream, peer)) => drop(tokio::spawn(serve_one(worker.clone(), stream, peer))),
+            Err(error) => {
+                // Out of descriptors, or a connection that ended before it was taken: wait, others may end.
+                tracing::warn!(%error, "accept");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
         }
     }
-    drop(listener);
+    // Who is connected by now is told that pgflip leaves; closing the listener would reset them.
+    if let Ok(listener) = listener.into_std() {
+        let waiting = std::iter::from_fn(|| listener.accept().ok()).take(BACKLOG as usize);
+        for (socket, address) in waiting {
+            if socket.set_nonblocking(true).is_ok()
+                && let Ok(socket) = TcpStream::from_std(socket)
+            {
+                let (stream, peer) = from_network((socket, address));
+                drop(tokio::spawn(serve_one(worker.clone(), stream, peer)));
+            }
+        }
+    }
+    // The Unix socket's file goes with the last worker's.
+    drop(local);
     worker.env.gate.shut_down();
     // The sessions' tasks run on until the proxy says that none is left.
     let _ = stopped.wait_for(|now| *now).await;
+}
+
+fn from_network((socket, address): (TcpStream, SocketAddr)) -> (ClientStream, Peer) {
+    let _ = socket.set_nodelay(true);
+    let _ = socket2::SockRef::from(&socket).set_keepalive(true);
+    (ClientStream::Plain(socket), Peer::host(address))
 }
 
 /// Takes over clients that other workers have let in, to share servers here.
@@ -297,11 +388,9 @@ impl Drop for Counted {
     }
 }
 
-async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
+async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
     let env = worker.env.clone();
     let since = Instant::now();
-    let _ = socket.set_nodelay(true);
-    let _ = socket2::SockRef::from(&socket).set_keepalive(true);
     let clients = env.clients.fetch_add(1, Ordering::Relaxed);
     let counted = Counted(env.clone());
     let limits = &env.config.limits;
@@ -309,13 +398,16 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
     if clients >= limits.max_clients.saturating_mul(2).saturating_add(64) {
         return;
     }
-    let arrival = tokio::time::timeout(limits.client_login_timeout, handshake::receive(&env, socket)).await;
+    let arrival = tokio::time::timeout(limits.client_login_timeout, handshake::receive(&env, stream, &mut peer)).await;
     match arrival {
         Ok(Ok(Arrival::Cancel(_closed_behind_it, pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
         Ok(Ok(Arrival::Client(mut client))) => {
             if clients >= limits.max_clients {
                 handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;
                 return;
+            }
+            if client.replication {
+                return replication::run(worker, *client, peer, since).await;
             }
             if env.config.pool.mode(&client.user, &client.database) == PoolMode::Session {
                 return session::run(worker, *client, peer, since).await;
@@ -340,6 +432,7 @@ async fn serve_one(worker: Arc<Worker>, socket: TcpStream, peer: SocketAddr) {
         Ok(Err(Failed::Refused(error))) => {
             tracing::info!(%peer, code = error.code, message = error.message, "a client was refused");
         }
+        Ok(Err(Failed::ByServer)) => tracing::info!(%peer, "a client was refused by the active side"),
         Ok(Err(Failed::Io(error))) => {
             tracing::debug!(%peer, %error, "a client went away in its login")
         }

@@ -204,7 +204,10 @@ pub(super) fn join(
         });
         let id = PoolId(id);
         let pool = here.pool(id).expect("by_key lists only what there is");
-        pool.login.keys = login.keys.clone();
+        // Who has shown nothing that opens a server does not take away what others have shown.
+        if login.keys.is_some() {
+            pool.login.keys = login.keys.clone();
+        }
         pool.clients += 1;
         let known = pool.parameters.clone();
         if !std::mem::replace(&mut here.tidying, true) {

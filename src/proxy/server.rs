@@ -5,19 +5,23 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 use crate::config::Server;
 use crate::pg::{ConnectError, Side, Stream};
+use crate::proxy::auth;
 use crate::proxy::client::ServerStream;
 use crate::wire::error::ClientError;
+use crate::wire::md5;
 use crate::wire::message::{self, ErrorFields, Pair};
 use crate::wire::scan;
-use crate::wire::scram::{self, ClientExchange, Keys, MECHANISM, MECHANISM_PLUS, ScramError};
+use crate::wire::scram::{self, ClientExchange, MECHANISM, MECHANISM_PLUS, ScramError};
 
 /// Longest message read into memory while pgflip itself speaks: what it asks for is small, statements aside.
 const MAX_MESSAGE: usize = 64 << 20;
@@ -31,8 +35,79 @@ const MAX_LOGIN: usize = 1 << 20;
 pub(super) struct Login {
     /// The client's startup parameters as they came, but for those that are pgflip's business (`_pq_.…`).
     pub parameters: Vec<Pair>,
-    /// From its proof. None: `auth = "trust"`.
+    /// From its proof. None: it gave none (`trust`, `cert`, `peer`).
     pub keys: Option<Keys>,
+}
+
+/// What opens servers in a client's name: of its password what they can be answered with, and never the password.
+#[derive(Clone, Debug)]
+pub(super) enum Keys {
+    Scram(scram::Keys),
+    Md5(md5::Hash),
+    /// Those of a password that pgflip has seen.
+    Learnt(Arc<Learnt>),
+}
+
+/// What one password is on each side: where verifiers can't be carried over, each server has salted it by itself.
+#[derive(Debug, Default)]
+pub(super) struct Learnt([OnceLock<Proven>; 2]);
+
+impl Proven {
+    /// Whether they are of the same password at the same server.
+    pub fn is(&self, other: &Proven) -> bool {
+        match (self, other) {
+            (Proven::Scram { keys, .. }, Proven::Scram { keys: others, .. }) => keys.is(others),
+            (Proven::Md5(hash), Proven::Md5(other)) => hash.is(other),
+            _ => false,
+        }
+    }
+}
+
+impl Learnt {
+    /// What is known of a side.
+    pub fn at(&self, side: Side) -> &OnceLock<Proven> {
+        &self.0[match side {
+            Side::Blue => 0,
+            Side::Green => 1,
+        }]
+    }
+}
+
+impl Keys {
+    /// What answers this side: of a learnt password that nobody has shown it yet, what answers the other one, whose verifier it
+    /// may have.
+    fn at(&self, side: Side) -> Keys {
+        match self {
+            Keys::Learnt(learnt) => match learnt.at(side).get().or_else(|| learnt.at(side.other()).get()) {
+                Some(Proven::Scram { keys, .. }) => Keys::Scram(keys.clone()),
+                Some(Proven::Md5(hash)) => Keys::Md5(hash.clone()),
+                None => self.clone(),
+            },
+            other => other.clone(),
+        }
+    }
+}
+
+/// What a password is at a server that has checked it.
+#[derive(Clone, Debug)]
+pub(super) enum Proven {
+    Scram {
+        keys: scram::Keys,
+        salt: Vec<u8>,
+        iterations: u32,
+    },
+    Md5(md5::Hash),
+}
+
+/// What answers a server that asks who is there.
+enum Secret<'a> {
+    Keys(Option<Keys>),
+    Password {
+        user: &'a [u8],
+        password: &'a Zeroizing<Vec<u8>>,
+        /// Once the server has asked for it. With SCRAM it has been checked by then.
+        proven: Option<Proven>,
+    },
 }
 
 /// A logged-in server connection at its boundary.
@@ -68,6 +143,8 @@ pub(super) enum LoginError {
     Refused(Vec<u8>),
     #[error("the server asks for {0}")]
     Asks(&'static str),
+    #[error("the server asks pgflip for no password, so that none can be checked there")]
+    Unchecked,
     #[error("{0}")]
     Scram(#[from] ScramError),
 }
@@ -78,6 +155,7 @@ impl LoginError {
         match self {
             LoginError::Refused(body) => message::put(into, b'E', |to| to.extend_from_slice(body)),
             LoginError::Asks(what) => ClientError::server_authentication(side, what).encode(into),
+            LoginError::Unchecked => ClientError::not_checked(side).encode(into),
             LoginError::Scram(_) => ClientError::server_authentication(side, "another verifier").encode(into),
             _ => ClientError::server_unreachable(side).encode(into),
         }
@@ -86,25 +164,76 @@ impl LoginError {
 
 /// Opens a connection to `server` and logs in. `limit` bounds reaching it and the login, each.
 pub(super) async fn open(server: &Server, login: &Login, limit: Duration) -> Result<ServerConn, LoginError> {
-    let bounded = async |stream| {
-        timeout(limit, log_in(server, stream, login))
-            .await
-            .map_err(|_| LoginError::Timeout(limit))?
+    open_with(
+        server,
+        &login.parameters,
+        &mut Secret::Keys(login.keys.as_ref().map(|keys| keys.at(server.side))),
+        limit,
+    )
+    .await
+}
+
+/// Has a server check a user's password, by a login that is over at once. A server that lets in whoever comes has checked
+/// nothing, which is an error.
+pub(super) async fn check(
+    server: &Server,
+    user: &[u8],
+    database: &[u8],
+    password: &Zeroizing<Vec<u8>>,
+    limit: Duration,
+) -> Result<Proven, LoginError> {
+    let parameters = [
+        (&b"user"[..], user),
+        (b"database", database),
+        (b"application_name", b"pgflip: a login"),
+    ];
+    let parameters = parameters.map(|(name, value)| (name.to_vec(), value.to_vec()));
+    let mut secret = Secret::Password {
+        user,
+        password,
+        proven: None,
     };
+    let conn = open_with(server, &parameters, &mut secret, limit).await?;
+    conn.close(limit, true).await;
+    match secret {
+        Secret::Password {
+            proven: Some(proven), ..
+        } => Ok(proven),
+        _ => Err(LoginError::Unchecked),
+    }
+}
+
+async fn open_with(
+    server: &Server,
+    parameters: &[Pair],
+    secret: &mut Secret<'_>,
+    limit: Duration,
+) -> Result<ServerConn, LoginError> {
     let stream = crate::pg::dial(server, limit).await?;
     let tls = stream.is_tls();
-    let refused = match bounded(stream).await {
-        Err(refused @ LoginError::Refused(_)) => refused,
-        done => return done,
+    let refused = match timeout(limit, log_in(server, stream, parameters, secret)).await {
+        Err(_) => return Err(LoginError::Timeout(limit)),
+        Ok(Err(refused @ LoginError::Refused(_))) => refused,
+        Ok(done) => return done,
     };
     match crate::pg::dial_again(server, tls, limit).await {
-        Some(Ok(stream)) => bounded(stream).await,
+        Some(Ok(stream)) => timeout(limit, log_in(server, stream, parameters, secret))
+            .await
+            .map_err(|_| LoginError::Timeout(limit))?,
         // What the server said tells more than why there is no other stream.
         Some(Err(_)) | None => Err(refused),
     }
 }
 
-async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<ServerConn, LoginError> {
+async fn log_in(
+    server: &Server,
+    stream: Stream,
+    parameters: &[Pair],
+    secret: &mut Secret<'_>,
+) -> Result<ServerConn, LoginError> {
+    if let Secret::Password { proven, .. } = secret {
+        *proven = None;
+    }
     let mut conn = ServerConn {
         stream: ServerStream::new(stream)?,
         side: server.side,
@@ -117,12 +246,13 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
         aside: Vec::new(),
     };
     let mut out = Vec::new();
-    message::put_startup(&mut out, &login.parameters);
+    message::put_startup(&mut out, parameters);
     conn.stream.write_all(&out).await?;
     conn.stream.flush().await?;
     let mut exchange: Option<ClientExchange> = None;
     // It has shown that it holds the role's verifier; it has let us in.
-    let (mut proven, mut authenticated) = (false, false);
+    let (mut signed, mut authenticated) = (false, false);
+    let mut derived: Option<Proven> = None;
     let bad = || {
         LoginError::Io(io::Error::new(
             io::ErrorKind::InvalidData,
@@ -135,7 +265,7 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
         out.clear();
         match kind {
             b'R' if !authenticated => match message::int32(&mut rest).ok_or_else(bad)? {
-                0 if exchange.is_some() && !proven => {
+                0 if exchange.is_some() && !signed => {
                     return Err(LoginError::Scram(ScramError(
                         "the server has not shown its SCRAM signature",
                     )));
@@ -149,11 +279,15 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
                         plus |= name == MECHANISM_PLUS.as_bytes();
                     }
                     let bound_to = conn.stream.certificate().filter(|_| plus).and_then(scram::end_point);
-                    let keys = login
-                        .keys
-                        .clone()
-                        .filter(|_| offered || bound_to.is_some())
-                        .ok_or(LoginError::Asks("a password"))?;
+                    let keys = match secret {
+                        _ if !offered && bound_to.is_none() => return Err(LoginError::Asks("a password")),
+                        Secret::Keys(Some(Keys::Scram(keys))) => Some(keys.clone()),
+                        Secret::Keys(Some(Keys::Md5(_) | Keys::Learnt(_))) => {
+                            return Err(LoginError::Asks("a SCRAM proof, of a role with an md5 password"));
+                        }
+                        Secret::Keys(None) => return Err(LoginError::Asks("a password")),
+                        Secret::Password { .. } => None,
+                    };
                     let mechanism = match bound_to {
                         Some(_) => MECHANISM_PLUS,
                         None => MECHANISM,
@@ -168,21 +302,51 @@ async fn log_in(server: &Server, stream: Stream, login: &Login) -> Result<Server
                     });
                 }
                 11 => {
-                    let answer = exchange.as_mut().ok_or_else(bad)?.respond(rest)?;
+                    let exchange = exchange.as_mut().ok_or_else(bad)?;
+                    if let Secret::Password { password, .. } = secret {
+                        let (salt, iterations) = ClientExchange::salt(rest).ok_or_else(bad)?;
+                        let (password, with) = (password.clone(), salt.clone());
+                        let keys = auth::derive(move || scram::Keys::derive(&password, &with, iterations)).await;
+                        let keys = keys.ok_or(ScramError("the server asks for too many iterations"))?;
+                        exchange.with(keys.clone());
+                        derived = Some(Proven::Scram { keys, salt, iterations });
+                    }
+                    let answer = exchange.respond(rest)?;
                     message::put(&mut out, b'p', |body| body.extend_from_slice(answer.as_bytes()));
                 }
                 12 => {
                     exchange.as_ref().ok_or_else(bad)?.finish(rest)?;
-                    proven = true;
+                    signed = true;
+                    if let Secret::Password { proven, .. } = secret {
+                        *proven = derived.take();
+                    }
+                }
+                5 => {
+                    let salt: md5::Salt = rest.try_into().map_err(|_| bad())?;
+                    let hash = match secret {
+                        Secret::Keys(Some(Keys::Md5(hash))) => hash.clone(),
+                        Secret::Keys(_) => return Err(LoginError::Asks("an md5 password")),
+                        Secret::Password { user, password, proven } => {
+                            let hash = md5::Hash::of(user, password);
+                            *proven = Some(Proven::Md5(hash.clone()));
+                            hash
+                        }
+                    };
+                    message::put(&mut out, b'p', |body| {
+                        body.extend_from_slice(&hash.answer(salt));
+                        body.push(0);
+                    });
                 }
                 10 => return Err(bad()),
                 3 => return Err(LoginError::Asks("a cleartext password")),
-                5 => return Err(LoginError::Asks("an md5 password")),
                 7..=9 => return Err(LoginError::Asks("GSSAPI or SSPI")),
                 _ => return Err(LoginError::Asks("an unknown authentication")),
             },
             b'K' if authenticated => {
                 conn.pid = message::int32(&mut rest).ok_or_else(bad)? as u32;
+                if !(4..=message::MAX_KEY).contains(&rest.len()) {
+                    return Err(bad());
+                }
                 conn.key = rest.to_vec();
             }
             b'Z' if authenticated => {

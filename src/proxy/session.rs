@@ -6,7 +6,6 @@
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -27,6 +26,7 @@ use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
 use crate::proxy::outbox::Outbox;
 use crate::proxy::pace::CLOSE_LIMIT;
+use crate::proxy::peer::Peer;
 use crate::proxy::reactor::{self, Lying, Relays, Socket};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, Pins, State, TransferError};
@@ -224,7 +224,7 @@ impl Drop for Registered {
 }
 
 /// Runs an authenticated client's session to its end.
-pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, since: std::time::Instant) {
+pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
     let Client {
         stream,
@@ -232,10 +232,12 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         user,
         database,
         application,
+        secret,
+        replication: _,
     } = client;
     let shared = env
         .gate
-        .admit(user, database, application, peer.to_string(), since, false);
+        .admit(user, database, application, peer.to_string(), since, false, secret);
     let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());
@@ -282,7 +284,7 @@ pub(super) async fn go_on(session: Box<Session>) -> bool {
 
 /// Waits for the gate and opens the session's first server connection. `Err`: what the client is to be sent, if it is
 /// still there.
-async fn first_server(
+pub(super) async fn first_server(
     env: &Arc<Env>,
     shared: &Arc<Shared>,
     client: &mut ClientStream,

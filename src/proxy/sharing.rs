@@ -10,7 +10,6 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,6 +24,7 @@ use crate::proxy::gate::{Phase, Shared, add, signal};
 use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
 use crate::proxy::outbox::Outbox;
+use crate::proxy::peer::Peer;
 use crate::proxy::pool::{self, Lent, Member, PoolId};
 use crate::proxy::reactor::{self, Lying, Relays, Socket};
 use crate::proxy::server::Login;
@@ -76,7 +76,7 @@ pub(super) struct Sharing {
 }
 
 /// Runs an authenticated client's session to its end.
-pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, since: std::time::Instant) {
+pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
     let Client {
         stream,
@@ -84,10 +84,12 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: SocketAddr, s
         user,
         database,
         application,
+        secret,
+        replication: _,
     } = client;
     let shared = env
         .gate
-        .admit(user, database, application, peer.to_string(), since, true);
+        .admit(user, database, application, peer.to_string(), since, true, secret);
     let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());

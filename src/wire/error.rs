@@ -1,5 +1,6 @@
 //! Every error pgflip itself sends to a client: one place, so that each has the right SQLSTATE and says what to do.
 
+use crate::config::rules::{Origin, Who};
 use crate::wire::message;
 
 /// How bad it is for the client's connection.
@@ -52,6 +53,65 @@ impl ClientError {
         ClientError::fatal("28P01", format!("password authentication failed for user \"{user}\""))
     }
 
+    /// No rule fits, or one that refuses whom it fits: Postgres's words for its own `pg_hba.conf`.
+    pub fn no_rule(who: &Who<'_>, rejected: bool) -> ClientError {
+        let begin = if rejected {
+            "pg_hba.conf rejects connection for"
+        } else {
+            "no pg_hba.conf entry for"
+        };
+        let host = match who.origin {
+            Origin::Local => "[local]".to_owned(),
+            Origin::Host(address) => address.to_string(),
+        };
+        let text = |name| String::from_utf8_lossy(name);
+        let encryption = if who.tls { "SSL encryption" } else { "no encryption" };
+        let (user, database) = (text(who.user), text(who.database));
+        ClientError::fatal(
+            "28000",
+            format!("{begin} host \"{host}\", user \"{user}\", database \"{database}\", {encryption}"),
+        )
+        .detail("These are pgflip's rules (auth.rules), not the server's.")
+    }
+
+    /// A rule asks for a client certificate.
+    pub fn no_certificate() -> ClientError {
+        ClientError::fatal("28000", "connection requires a valid client certificate")
+            .hint("Give the client a certificate (sslcert, sslkey) of an authority that pgflip knows (tls.client_ca).")
+    }
+
+    /// `what` (Postgres's word for the method) shows somebody else.
+    pub fn not_this_user(what: &str, user: &str) -> ClientError {
+        ClientError::fatal("28000", format!("{what} authentication failed for user \"{user}\""))
+    }
+
+    /// A rule says `password`, and others could read it on its way.
+    pub fn password_needs_tls() -> ClientError {
+        ClientError::fatal("28000", "pgflip takes passwords in clear over TLS only")
+            .hint("Connect with sslmode=require.")
+    }
+
+    /// `auth.failures_max` of one address.
+    pub fn too_many_failures(wait: std::time::Duration) -> ClientError {
+        let seconds = wait.as_secs() + 1;
+        ClientError::fatal("28000", "too many failed logins from this address")
+            .hint(format!("Try again in {seconds} s, with another password."))
+    }
+
+    /// A load balancer that does not say whom it speaks for.
+    pub fn no_proxy_header() -> ClientError {
+        ClientError::fatal("08P01", "expected a PROXY protocol header, version 2")
+            .hint("Have the load balancer send one, or take its address out of pgflip's proxy_protocol.")
+    }
+
+    /// Direct TLS without ALPN: it may be another protocol's client that somebody has led here.
+    pub fn no_alpn() -> ClientError {
+        ClientError::fatal(
+            "08P01",
+            "received direct SSL connection request without ALPN protocol negotiation extension",
+        )
+    }
+
     /// A message that breaks the protocol.
     pub fn protocol(what: impl Into<String>) -> ClientError {
         ClientError::fatal("08P01", what)
@@ -67,7 +127,7 @@ impl ClientError {
     pub fn unsupported_protocol(major: u16, minor: u16) -> ClientError {
         ClientError::fatal(
             "0A000",
-            format!("unsupported frontend protocol {major}.{minor}: pgflip supports 3.0"),
+            format!("unsupported frontend protocol {major}.{minor}: pgflip supports 3.0 to 3.2"),
         )
     }
 
@@ -81,10 +141,10 @@ impl ClientError {
         ClientError::fatal("28000", "pgflip accepts only TLS connections").hint("Connect with sslmode=require.")
     }
 
-    /// Replication connections can't be moved from one server to the other.
+    /// Physical replication is no client's of a database.
     pub fn replication_connection() -> ClientError {
-        ClientError::fatal("0A000", "pgflip does not carry replication connections")
-            .hint("A replication stream can't be moved to another server: connect to the server itself.")
+        ClientError::fatal("0A000", "pgflip does not carry physical replication connections")
+            .hint("Connect to the server itself. Logical ones (replication=database) are carried.")
     }
 
     /// Not one of the databases that flip together.
@@ -148,6 +208,15 @@ impl ClientError {
         ClientError::fatal(
             "28000",
             format!("the server ({side}) asks pgflip for {what}, which it can't answer"),
+        )
+        .hint("Let the server's pg_hba.conf ask for scram-sha-256 from pgflip's address.")
+    }
+
+    /// A server was to check a password and lets in whoever comes.
+    pub fn not_checked(side: crate::pg::Side) -> ClientError {
+        ClientError::fatal(
+            "28000",
+            format!("the server ({side}) asks pgflip for no password, so that none can be checked there"),
         )
         .hint("Let the server's pg_hba.conf ask for scram-sha-256 from pgflip's address.")
     }

@@ -2,6 +2,10 @@
 
 /// Longest startup packet (src/include/libpq/pqcomm.h, MAX_STARTUP_PACKET_LENGTH).
 pub const MAX_STARTUP: usize = 10_000;
+/// The newest version spoken is 3.2, whose one difference is that keys for cancel requests are longer.
+pub const MINOR: u16 = 2;
+/// Longest such key.
+pub const MAX_KEY: usize = 256;
 /// SSLRequest's code.
 pub const SSL_REQUEST: u32 = 80_877_103;
 /// GSSENCRequest's code.
@@ -62,8 +66,7 @@ pub fn opening(body: &[u8]) -> Result<Opening, Malformed> {
         SSL_REQUEST => Ok(Opening::Ssl),
         GSSENC_REQUEST => Ok(Opening::Gss),
         CANCEL_REQUEST => {
-            // Keys have up to 256 bytes since protocol 3.2.
-            if !(8..=260).contains(&rest.len()) {
+            if !(8..=4 + MAX_KEY).contains(&rest.len()) {
                 return Err(Malformed("cancel request"));
             }
             let pid = u32::from_be_bytes(rest[..4].try_into().expect("four bytes"));
@@ -135,10 +138,11 @@ fn put_cstr(into: &mut Vec<u8>, text: &[u8]) {
     into.push(0);
 }
 
-/// StartupMessage 3.0.
+/// StartupMessage 3.2. Servers that don't know that version say so, and go on with theirs.
 pub fn put_startup(into: &mut Vec<u8>, parameters: &[Pair]) {
     let at = into.len();
-    into.extend_from_slice(&[0, 0, 0, 0, 0, 3, 0, 0]);
+    into.extend_from_slice(&[0, 0, 0, 0, 0, 3]);
+    into.extend_from_slice(&MINOR.to_be_bytes());
     for (name, value) in parameters {
         put_cstr(into, name);
         put_cstr(into, value);
@@ -158,11 +162,11 @@ pub fn cancel_request(pid: u32, key: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// NegotiateProtocolVersion: 3.0 is what is spoken, and these options are not understood.
-pub fn put_negotiate(into: &mut Vec<u8>, unknown: &[&[u8]]) {
+/// NegotiateProtocolVersion: 3.`minor` is what is spoken, and these options are not understood.
+pub fn put_negotiate(into: &mut Vec<u8>, minor: u16, unknown: &[&[u8]]) {
     put(into, b'v', |body| {
-        // The newest minor version supported, as the whole version number (as Postgres sends it).
-        body.extend_from_slice(&(3u32 << 16).to_be_bytes());
+        // The whole version number, as Postgres sends it.
+        body.extend_from_slice(&(3u32 << 16 | u32::from(minor)).to_be_bytes());
         body.extend_from_slice(&(unknown.len() as u32).to_be_bytes());
         for name in unknown {
             put_cstr(body, name);
@@ -344,7 +348,7 @@ mod tests {
         put_startup(&mut bytes, &parameters);
         match opening(&bytes[4..]).unwrap() {
             Opening::Startup(startup) => {
-                assert_eq!((startup.major, startup.minor), (3, 0));
+                assert_eq!((startup.major, startup.minor), (3, MINOR));
                 assert_eq!(startup.parameters, parameters);
                 assert_eq!(startup.parameter(b"user"), Some(&b"j\xf6rg"[..]));
             }

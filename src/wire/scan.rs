@@ -489,7 +489,7 @@ impl Replies {
             self.uncertain = false;
             requests.behind_batch = false;
         } else {
-            // What was sent behind a batch that had failed by then will not be answered.
+            // What was sent behind a batch that had failed by then is never answered.
             self.uncertain |= requests.behind_batch;
         }
     }

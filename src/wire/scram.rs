@@ -71,6 +71,13 @@ impl Verifier {
         })
     }
 
+    /// What a password gives, if it is the one. Takes as long as the verifier's iterations, whether or not it is.
+    pub fn check(&self, password: &[u8]) -> Option<Keys> {
+        let keys = Keys::derive(password, &self.salt, self.iterations)?;
+        let right = sha256(&keys.client_key).ct_eq(&self.stored_key) & keys.server_key.ct_eq(&self.server_key);
+        bool::from(right).then_some(keys)
+    }
+
     /// For a user without a usable verifier: the exchange goes on as for any other, with a salt that is always the same
     /// for this name, and fails at its end. `key` is the same in all sidecars.
     pub fn mock(user: &[u8], key: &[u8]) -> Verifier {
@@ -84,7 +91,7 @@ impl Verifier {
     }
 }
 
-/// What a client's proof gives: opens any server with the same verifier. Never shown.
+/// What a client's proof, or its password, gives: opens any server with the same verifier. Never shown.
 #[derive(Clone)]
 pub struct Keys {
     client_key: Key,
@@ -94,6 +101,55 @@ pub struct Keys {
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("[secret]")
+    }
+}
+
+/// Most iterations that are computed here: ten million take seconds. Postgres's default is 4096.
+pub const MAX_ITERATIONS: u32 = 10_000_000;
+
+impl Keys {
+    /// Those of a password. Takes as long as `iterations` say, milliseconds or more. `None`: these are too many.
+    pub fn derive(password: &[u8], salt: &[u8], iterations: u32) -> Option<Keys> {
+        if !(1..=MAX_ITERATIONS).contains(&iterations) {
+            return None;
+        }
+        // What SASLprep forbids is taken as it came, as Postgres does.
+        let prepared = std::str::from_utf8(password)
+            .ok()
+            .and_then(|p| stringprep::saslprep(p).ok());
+        let password = prepared.as_ref().map_or(password, |prepared| prepared.as_bytes());
+        let keyed = <Hmac<Sha256> as Mac>::new_from_slice(password).expect("HMAC takes keys of any length");
+        let mut round: Key = keyed
+            .clone()
+            .chain_update(salt)
+            .chain_update([0, 0, 0, 1])
+            .finalize()
+            .into_bytes()
+            .into();
+        let mut salted = round;
+        for _ in 1..iterations {
+            round = keyed.clone().chain_update(round).finalize().into_bytes().into();
+            salted = xor(salted, &round);
+        }
+        Some(Keys {
+            client_key: hmac(&salted, &[b"Client Key"]),
+            server_key: hmac(&salted, &[b"Server Key"]),
+        })
+    }
+
+    /// Whether they are the same.
+    pub fn is(&self, other: &Keys) -> bool {
+        (self.client_key.ct_eq(&other.client_key) & self.server_key.ct_eq(&other.server_key)).into()
+    }
+
+    /// What checks them, and the password that they are of.
+    pub fn verifier(&self, salt: Vec<u8>, iterations: u32) -> Verifier {
+        Verifier {
+            iterations,
+            salt,
+            stored_key: sha256(&self.client_key),
+            server_key: self.server_key,
+        }
     }
 }
 
@@ -271,7 +327,7 @@ impl ServerExchange {
 
 /// The client's half.
 pub struct ClientExchange {
-    keys: Keys,
+    keys: Option<Keys>,
     gs2_and_binding: Vec<u8>,
     client_first_bare: String,
     nonce: String,
@@ -279,8 +335,9 @@ pub struct ClientExchange {
 }
 
 impl ClientExchange {
-    /// The second value is the client's first message. `bound_to`: the server's [`end_point`], for [`MECHANISM_PLUS`].
-    pub fn begin(keys: Keys, bound_to: Option<&[u8]>) -> (ClientExchange, String) {
+    /// The second value is the client's first message. `bound_to`: the server's [`end_point`], for [`MECHANISM_PLUS`]. Who has
+    /// only a password has no keys before it knows the [`ClientExchange::salt`].
+    pub fn begin(keys: Option<Keys>, bound_to: Option<&[u8]>) -> (ClientExchange, String) {
         let nonce = STANDARD.encode(rand::random::<[u8; 18]>());
         let bare = format!("n=,r={nonce}");
         let gs2 = match bound_to {
@@ -300,6 +357,19 @@ impl ClientExchange {
         )
     }
 
+    /// Of the server's first message, what a password's keys are derived with: salt and iterations.
+    pub fn salt(server_first: &[u8]) -> Option<(Vec<u8>, u32)> {
+        let mut attributes = std::str::from_utf8(server_first).ok()?.split(',').skip(1);
+        let salt = STANDARD.decode(attributes.next()?.strip_prefix("s=")?).ok()?;
+        let iterations = attributes.next()?.strip_prefix("i=")?.parse().ok()?;
+        Some((salt, iterations))
+    }
+
+    /// With these keys from now on.
+    pub fn with(&mut self, keys: Keys) {
+        self.keys = Some(keys);
+    }
+
     /// Takes the server's first message and answers with the client's final one.
     pub fn respond(&mut self, server_first: &[u8]) -> Result<String, ScramError> {
         let malformed = ScramError("the server sent a malformed SCRAM message");
@@ -315,6 +385,7 @@ impl ClientExchange {
         if !nonce.starts_with(&self.nonce) || nonce.len() == self.nonce.len() {
             return Err(malformed);
         }
+        let keys = self.keys.as_ref().ok_or(ScramError("there are no keys"))?;
         let without_proof = format!("c={},r={nonce}", STANDARD.encode(&self.gs2_and_binding));
         let auth = [
             self.client_first_bare.as_bytes(),
@@ -323,8 +394,8 @@ impl ClientExchange {
             b",",
             without_proof.as_bytes(),
         ];
-        let proof = xor(self.keys.client_key, &hmac(&sha256(&self.keys.client_key), &auth));
-        self.expected = Some(hmac(&self.keys.server_key, &auth));
+        let proof = xor(keys.client_key, &hmac(&sha256(&keys.client_key), &auth));
+        self.expected = Some(hmac(&keys.server_key, &auth));
         Ok(format!("{without_proof},p={}", STANDARD.encode(proof)))
     }
 
@@ -346,47 +417,26 @@ impl ClientExchange {
 mod tests {
     use super::*;
 
+    const SALT: &[u8] = b"0123456789abcdef";
+
     fn verifier(password: &[u8]) -> Verifier {
-        let (salt, iterations) = (b"0123456789abcdef".to_vec(), 4096);
-        let mut block = hmac(password, &[&salt, &[0, 0, 0, 1]]);
-        let mut salted = block;
-        for _ in 1..iterations {
-            block = hmac(password, &[&block]);
-            salted = xor(salted, &block);
-        }
-        let stored_key = sha256(&hmac(&salted, &[b"Client Key"]));
-        Verifier {
-            iterations,
-            salt,
-            stored_key,
-            server_key: hmac(&salted, &[b"Server Key"]),
-        }
+        client_key(password).verifier(SALT.to_vec(), 4096)
     }
 
     fn client_key(password: &[u8]) -> Keys {
-        let verifier = verifier(password);
-        let mut block = hmac(password, &[&verifier.salt, &[0, 0, 0, 1]]);
-        let mut salted = block;
-        for _ in 1..verifier.iterations {
-            block = hmac(password, &[&block]);
-            salted = xor(salted, &block);
-        }
-        Keys {
-            client_key: hmac(&salted, &[b"Client Key"]),
-            server_key: verifier.server_key,
-        }
+        Keys::derive(password, SALT, 4096).unwrap()
     }
 
     #[test]
     fn the_key_in_a_right_proof_opens_the_next_server() {
-        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"), None);
+        let (mut client, first) = ClientExchange::begin(Some(client_key(b"sesame")), None);
         let (server, server_first) =
             ServerExchange::begin(verifier(b"sesame"), Binding::Impossible, first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
         let (keys, server_final) = server.finish(last.as_bytes()).unwrap().expect("the proof is right");
         client.finish(server_final.as_bytes()).unwrap();
 
-        let (mut onward, first) = ClientExchange::begin(keys, None);
+        let (mut onward, first) = ClientExchange::begin(Some(keys), None);
         let (server, server_first) =
             ServerExchange::begin(verifier(b"sesame"), Binding::Impossible, first.as_bytes()).unwrap();
         let last = onward.respond(server_first.as_bytes()).unwrap();
@@ -396,7 +446,7 @@ mod tests {
 
     #[test]
     fn a_wrong_proof_a_foreign_nonce_and_channel_binding_that_was_not_offered_are_refused() {
-        let (mut client, first) = ClientExchange::begin(client_key(b"sesam"), None);
+        let (mut client, first) = ClientExchange::begin(Some(client_key(b"sesam")), None);
         let (server, server_first) =
             ServerExchange::begin(verifier(b"sesame"), Binding::Impossible, first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
@@ -413,7 +463,7 @@ mod tests {
     #[test]
     fn a_login_is_bound_to_the_certificate_that_the_client_has_seen() {
         let login = |seen: &[u8], shown: &[u8]| {
-            let (mut client, first) = ClientExchange::begin(client_key(b"sesame"), Some(seen));
+            let (mut client, first) = ClientExchange::begin(Some(client_key(b"sesame")), Some(seen));
             let (server, server_first) =
                 ServerExchange::begin(verifier(b"sesame"), Binding::To(shown), first.as_bytes()).unwrap();
             let last = client.respond(server_first.as_bytes()).unwrap();
@@ -455,7 +505,7 @@ mod tests {
         let (a, b) = (Verifier::mock(b"eve", b"key"), Verifier::mock(b"eve", b"key"));
         assert_eq!(a.salt, b.salt);
         assert_ne!(a.salt, Verifier::mock(b"bob", b"key").salt);
-        let (mut client, first) = ClientExchange::begin(client_key(b"sesame"), None);
+        let (mut client, first) = ClientExchange::begin(Some(client_key(b"sesame")), None);
         let (server, server_first) = ServerExchange::begin(a, Binding::Impossible, first.as_bytes()).unwrap();
         let last = client.respond(server_first.as_bytes()).unwrap();
         assert!(server.finish(last.as_bytes()).unwrap().is_none());
@@ -476,6 +526,27 @@ mod tests {
         let last = b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=";
         let (_, server_final) = server.finish(last).unwrap().expect("RFC 7677's proof");
         assert_eq!(server_final, "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=");
+        // Its password, in clear.
+        let verifier = Verifier::parse(text).unwrap();
+        assert!(verifier.check(b"pencil").is_some() && verifier.check(b"pencil ").is_none());
+        assert!(Verifier::mock(b"eve", b"key").check(b"pencil").is_none());
         assert!(Verifier::parse("md5abc").is_none());
+    }
+
+    #[test]
+    fn a_password_is_prepared_as_postgres_does_and_a_claim_of_endless_work_is_refused() {
+        let same = |a: &[u8], b: &[u8]| verifier(a).check(b).is_some();
+        // RFC 4013, 3: soft hyphens vanish, a Roman numeral is two letters, a no-break space is a space.
+        assert!(same("I\u{ad}X".as_bytes(), b"IX") && same("\u{2168}".as_bytes(), b"IX"));
+        assert!(same("a\u{a0}b".as_bytes(), b"a b"));
+        // Forbidden, or no UTF-8: as they came.
+        assert!(same(b"a\x07", b"a\x07") && !same(b"a\x07", b"a"));
+        assert!(same(b"\xff\xfe", b"\xff\xfe") && !same(b"\xff\xfe", b"\xff"));
+        assert!(Keys::derive(b"x", SALT, 0).is_none() && Keys::derive(b"x", SALT, u32::MAX).is_none());
+        assert_eq!(
+            ClientExchange::salt(b"r=abc,s=MDEy,i=4096"),
+            Some((b"012".to_vec(), 4096))
+        );
+        assert_eq!(ClientExchange::salt(b"r=abc,s=MDEy,i=-1"), None);
     }
 }

@@ -342,7 +342,7 @@ pub fn scram(mut input: &[u8]) {
         changed |= bytes != message.as_bytes();
         bytes
     };
-    let (mut client, client_first) = ClientExchange::begin(keys(), None);
+    let (mut client, client_first) = ClientExchange::begin(Some(keys()), None);
     let client_first = pass(0, &client_first);
     let Ok((server, server_first)) = ServerExchange::begin(verifier(), Binding::Impossible, &client_first) else {
         return assert!(changed);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pgflip::demo::cluster::Cluster;
 use pgflip::pg::Side;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SerialNumber};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::AsyncReadExt as _;
@@ -49,13 +49,35 @@ impl Authority {
 
     /// Certificate and key for a name, in files.
     fn sign(&self, name: &str) -> (PathBuf, PathBuf) {
-        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.serial_number = Some(SerialNumber::from_slice(name.as_bytes()));
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let path = |extension| self.directory.path().join(format!("{name}.{extension}"));
         std::fs::write(path("crt"), certificate.pem()).unwrap();
         std::fs::write(path("key"), key.serialize_pem()).unwrap();
         (path("crt"), path("key"))
+    }
+
+    /// A list of these, that has been the newest until then.
+    fn revoke(&self, names: &[&str], until: i32) -> String {
+        let (this_update, next_update) = (rcgen::date_time_ymd(2020, 1, 1), rcgen::date_time_ymd(until, 1, 1));
+        let revoked = names.iter().map(|name| rcgen::RevokedCertParams {
+            serial_number: SerialNumber::from_slice(name.as_bytes()),
+            revocation_time: this_update,
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = rcgen::CertificateRevocationListParams {
+            this_update,
+            next_update,
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
     }
 }
 
@@ -296,4 +318,200 @@ async fn clients_with_tls_are_served_and_bytes_before_it_are_refused() {
     assert_eq!(front.raw().await.value("select 1").await, "1");
     let said = psql("sslmode=disable", front.port()).await;
     assert!(said.contains("channel binding"), "{said}");
+}
+
+/// What a client without its own idea of certificates trusts, and shows.
+fn connector(root: &Path, shows: Option<&(PathBuf, PathBuf)>, alpn: bool) -> tokio_rustls::TlsConnector {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(root).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    let mut config = match shows {
+        None => config.with_no_client_auth(),
+        Some((certificate, key)) => config
+            .with_client_auth_cert(
+                vec![CertificateDer::from_pem_file(certificate).unwrap()],
+                rustls::pki_types::PrivateKeyDer::from_pem_file(key).unwrap(),
+            )
+            .unwrap(),
+    };
+    if alpn {
+        config.alpn_protocols = vec![b"postgresql".to_vec()];
+    }
+    tokio_rustls::TlsConnector::from(Arc::new(config))
+}
+
+/// Over TLS, asked for or begun with at once. `None`: the connection ended in the handshake, or right behind it.
+async fn over_tls(
+    connector: &tokio_rustls::TlsConnector,
+    port: u16,
+    direct: bool,
+    user: &str,
+) -> Option<Result<Raw, String>> {
+    let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    if !direct {
+        tokio::io::AsyncWriteExt::write_all(&mut socket, &SSL_REQUEST)
+            .await
+            .unwrap();
+        assert_eq!(socket.read_u8().await.unwrap(), b'S');
+    }
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    let stream = connector.connect(name, socket).await.ok()?;
+    let mut raw = Raw::on(Box::new(stream), port);
+    let mut startup = Vec::new();
+    let pairs = [("user", user), ("database", "app")].map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
+    pgflip::wire::message::put_startup(&mut startup, &pairs);
+    tokio::io::AsyncWriteExt::write_all(&mut raw.stream, &startup)
+        .await
+        .ok()?;
+    tokio::io::AsyncWriteExt::flush(&mut raw.stream).await.ok()?;
+    // In TLS 1.3 a client hears only then that its certificate is refused.
+    let (kind, body) = raw.next().await?;
+    if kind == b'E' {
+        return Some(Err(pgflip::wire::message::ErrorFields(&body).describe()));
+    }
+    assert_eq!((kind, &body[..]), (b'R', &[0, 0, 0, 0][..]), "nothing is asked");
+    raw.until_ready().await;
+    Some(Ok(raw))
+}
+
+#[tokio::test]
+async fn client_certificates_name_their_user_and_tls_may_come_first() {
+    let servers = Servers::start("").await;
+    let (authority, clients, strangers) = (Authority::new(), Authority::new(), Authority::new());
+    let (certificate, key) = authority.sign("127.0.0.1");
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let ca = file("clients.crt", &std::fs::read_to_string(clients.root()).unwrap());
+    let crl = file("clients.crl", &clients.revoke(&[], 2100));
+    let quoted = PASSWORD.replace('"', "\"\"");
+    let sections = |rules: &str| {
+        format!(
+            "[tls]\ncert = \"{}\"\nkey = \"{}\"\nclient_ca = \"{ca}\"\nclient_crl = \"{crl}\"\n\
+             [auth]\nrules = \"{}\"\nident = \"{}\"\nverifiers = \"userlist\"\nuserlist = \"{}\"",
+            certificate.display(),
+            key.display(),
+            file("pg_hba.conf", rules),
+            file("pg_ident.conf", "people other app\n"),
+            file("userlist.txt", &format!("\"app\" \"{quoted}\"\n")),
+        )
+    };
+    let front = servers.serve("sslmode=disable", &sections("hostssl all all all cert\n"));
+    let (app, other, forged) = (clients.sign("app"), clients.sign("other"), strangers.sign("app"));
+    let root = authority.root();
+    let [app, other, forged, none] =
+        [Some(&app), Some(&other), Some(&forged), None].map(|shows| connector(&root, shows, true));
+    let port = front.port();
+    let failed = "certificate authentication failed for user \"app\" (28000)";
+    let mut raw = over_tls(&app, port, false, "app")
+        .await
+        .unwrap()
+        .expect("its own certificate");
+    assert_eq!(
+        over_tls(&other, port, false, "app").await.unwrap().map(|_| ()),
+        Err(failed.to_owned())
+    );
+    let no = "connection requires a valid client certificate (28000)".to_owned();
+    assert_eq!(
+        over_tls(&none, port, false, "app").await.unwrap().map(|_| ()),
+        Err(no.clone())
+    );
+    assert!(
+        over_tls(&forged, port, false, "app").await.is_none(),
+        "of another authority"
+    );
+    front.flip().await;
+    assert_eq!(raw.value("select session_user").await, "app");
+
+    // CVE-2021-3935: what was sent before TLS was up was taken for its owner's who has the certificate.
+    let mut early = SSL_REQUEST.to_vec();
+    pgflip::wire::message::put_startup(&mut early, &[(b"user".to_vec(), b"app".to_vec())]);
+    early.extend_from_slice(&raw::query("drop table everything"));
+    let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut socket, &early).await.unwrap();
+    assert_eq!(
+        socket.read_u8().await.unwrap(),
+        b'E',
+        "nobody is let on to TLS with that"
+    );
+    let mut rest = Vec::new();
+    let _ = socket.read_to_end(&mut rest).await;
+    assert!(String::from_utf8_lossy(&rest).contains("received unencrypted data after SSL request"));
+
+    // Beside a method: a certificate of the authority's, or one that names the user.
+    front.reload(&servers, &sections("hostssl all all all trust clientcert=verify-ca\n"));
+    assert!(over_tls(&other, port, false, "app").await.unwrap().is_ok());
+    assert_eq!(over_tls(&none, port, false, "app").await.unwrap().map(|_| ()), Err(no));
+    front.reload(
+        &servers,
+        &sections("hostssl all all all trust clientcert=verify-full\n"),
+    );
+    assert!(over_tls(&app, port, false, "app").await.unwrap().is_ok());
+    assert_eq!(
+        over_tls(&other, port, false, "app").await.unwrap().map(|_| ()),
+        Err(failed.to_owned())
+    );
+
+    // A map names whom somebody may be.
+    front.reload(&servers, &sections("hostssl all all all cert map=people\n"));
+    assert!(over_tls(&other, port, false, "app").await.unwrap().is_ok());
+    assert_eq!(
+        over_tls(&app, port, false, "app").await.unwrap().map(|_| ()),
+        Err(failed.to_owned())
+    );
+    front.reload(&servers, &sections("hostssl all all all trust clientcert=verify-ca\n"));
+
+    // TLS first: only from who says that it speaks Postgres in there.
+    let mut raw = over_tls(&app, port, true, "app").await.unwrap().expect("direct TLS");
+    assert_eq!(raw.value("select session_user").await, "app");
+    let unnamed = connector(&root, None, false);
+    let told = over_tls(&unnamed, port, true, "app")
+        .await
+        .unwrap()
+        .map(|_| ())
+        .unwrap_err();
+    assert_eq!(
+        told,
+        "received direct SSL connection request without ALPN protocol negotiation extension (08P01)"
+    );
+    // And not within TLS.
+    let socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let stream = app
+        .connect(ServerName::try_from("127.0.0.1").unwrap(), socket)
+        .await
+        .unwrap();
+    let mut twice = Raw::on(Box::new(stream), port);
+    twice.send(&SSL_REQUEST).await;
+    assert_eq!(raw::code(&[twice.message().await]), "08P01");
+
+    // A certificate that is revoked, by a list that is read again; one that is out of date, or none at all.
+    let reload = || front.proxy.as_ref().unwrap().reload_tls();
+    file("clients.crl", &clients.revoke(&["other"], 2100));
+    reload().unwrap();
+    assert!(over_tls(&other, port, false, "app").await.is_none());
+    assert!(over_tls(&app, port, false, "app").await.unwrap().is_ok());
+    file("clients.crl", "");
+    assert!(reload().unwrap_err().to_string().contains("holds no revocation list"));
+    assert!(
+        over_tls(&other, port, false, "app").await.is_none(),
+        "nothing has changed"
+    );
+    file("clients.crl", &clients.revoke(&[], 2021));
+    reload().unwrap();
+    assert!(over_tls(&app, port, false, "app").await.is_none(), "who knows");
+
+    // An authority that is exchanged counts for the next client.
+    std::fs::copy(strangers.root(), &ca).unwrap();
+    file("clients.crl", &strangers.revoke(&[], 2100));
+    reload().unwrap();
+    assert!(over_tls(&app, port, false, "app").await.is_none());
+    assert!(over_tls(&forged, port, false, "app").await.unwrap().is_ok());
+    assert_eq!(raw.value("select 'who is in stays in'").await, "who is in stays in");
 }

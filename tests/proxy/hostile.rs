@@ -1,7 +1,8 @@
 //! Clients that are none, and servers that lie: each is cut off with an error, at a bounded cost, and the others go on.
 //!
 //! Classes of defects that poolers had are named where their like is tried: PgBouncer's CVE-2021-3935, 2025-2291, 2025-12819,
-//! 2026-6664 to 6667, 6669, 107348 to 107350, and Odyssey's CVE-2021-43766 and 43767.
+//! 2026-6664 to 6667, 6669, 107348 to 107350, and Odyssey's CVE-2021-43766 and 43767. (Bytes that a client seems to have sent
+//! before TLS, 3935 and 43766, are in `encryption`.)
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

@@ -89,10 +89,11 @@ async fn trust_needs_no_password_where_the_server_trusts_as_well() {
 async fn newer_minor_versions_and_protocol_options_are_negotiated_down() {
     let servers = Servers::start("").await;
     let front = servers.serve("sslmode=disable", "");
-    for (minor, options) in [
-        (2, vec![]),
-        (9999, vec![("_pq_.grease", "1"), ("_pq_.x", "2")]),
-        (0, vec![("_pq_.y", "")]),
+    for (minor, spoken, options) in [
+        (9999, 2u32, vec![("_pq_.grease", "1"), ("_pq_.x", "2")]),
+        (3, 2, vec![]),
+        (2, 2, vec![("_pq_.y", "")]),
+        (0, 0, vec![("_pq_.y", "")]),
     ] {
         let mut raw = Raw::connect(front.port()).await;
         let mut parameters = vec![("user", "app"), ("database", "app")];
@@ -101,15 +102,62 @@ async fn newer_minor_versions_and_protocol_options_are_negotiated_down() {
         let seen = raw.authenticate(PASSWORD).await.expect("a login");
         let (kind, body) = &seen[0];
         assert_eq!(*kind, b'v', "3.{minor}: {}", raw::kinds(&seen));
-        assert_eq!(body[..4], (3u32 << 16).to_be_bytes());
+        assert_eq!(body[..4], (3u32 << 16 | spoken).to_be_bytes());
         assert_eq!(body[4..8], (options.len() as u32).to_be_bytes());
         let names: String = options.iter().map(|(name, _)| format!("{name}\0")).collect();
         assert_eq!(body[8..], *names.as_bytes());
         assert_eq!(raw.value("select 1").await, "1");
+        assert_eq!(raw.key.len(), if spoken == 2 { 32 } else { 4 });
     }
     let mut raw = Raw::connect(front.port()).await;
     raw.send(&[0, 0, 0, 9, 0, 2, 0, 0, 0]).await;
     assert_eq!(raw::code(&[raw.message().await]), "0A000");
+}
+
+#[tokio::test]
+async fn a_long_cancel_key_cancels_and_a_part_of_it_does_not() {
+    // A server of each kind: 16 has short keys, 18 has long ones.
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", "");
+    let mut long = Raw::connect(front.port()).await;
+    long.startup(2, &[("user", "app"), ("database", "app")]).await;
+    let seen = long.authenticate(PASSWORD).await.expect("a login");
+    assert!(!raw::kinds(&seen).contains('v') && long.key.len() == 32);
+    let mut short = front.raw().await;
+    assert_eq!(short.key.len(), 4);
+    for side in Side::BOTH {
+        let asleep = async || {
+            let sleeping = "pg_stat_activity where wait_event = 'PgSleep' and usename = 'app'";
+            let until = Instant::now() + super::LIMIT;
+            while servers.count(side, sleeping).await == 0 {
+                assert!(Instant::now() < until, "nothing sleeps");
+            }
+        };
+        for raw in [&mut long, &mut short] {
+            // After a flip it is first told what is different there.
+            assert_eq!(raw.value("select 1").await, "1");
+            raw.send(&raw::query("select pg_sleep(60)")).await;
+            asleep().await;
+            let (first, mut last) = (raw.key[..4].to_vec(), raw.key.clone());
+            *last.last_mut().unwrap() ^= 1;
+            let mut others = vec![raw.key.repeat(2), last];
+            if raw.key.len() > 4 {
+                others.extend([first, raw.key[..31].to_vec()]);
+            }
+            for other in others {
+                raw::cancel(front.port(), raw.pid, &other).await;
+            }
+            assert!(
+                raw.is_silent(Duration::from_millis(200)).await,
+                "canceled with another key"
+            );
+            raw.cancel().await;
+            assert_eq!(raw::code(&raw.until_ready().await), "57014", "{side}");
+        }
+        if side == Side::Blue {
+            front.flip().await;
+        }
+    }
 }
 
 #[tokio::test]
@@ -119,7 +167,7 @@ async fn what_pgflip_does_not_serve_is_refused_by_name() {
     for (parameters, code) in [
         (vec![("user", "app"), ("database", "other")], "3D000"),
         (
-            vec![("user", "app"), ("database", "app"), ("replication", "database")],
+            vec![("user", "app"), ("database", "app"), ("replication", "true")],
             "0A000",
         ),
         (vec![("database", "app")], "28000"),

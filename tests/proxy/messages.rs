@@ -106,6 +106,14 @@ async fn a_query_behind_a_batch_without_sync_ends_the_batch() {
     front.flip().await;
     assert_eq!(raw.value("select count(*) from t").await, "0");
     assert_eq!(kinds(&raw.query("select 3").await), "TDCZ");
+    // Also where the client has seen that by then.
+    raw.send(&parse("x", "select nonsense")).await;
+    raw.send(&flush()).await;
+    assert_eq!(raw.message().await.0, b'E');
+    raw.send(&[query("insert into t values (1)"), sync()].concat()).await;
+    assert_eq!(kinds(&raw.until_ready().await), "Z");
+    front.flip().await;
+    assert_eq!(raw.value("select count(*) from t").await, "0");
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 //! driver does not do, or hides, is said byte by byte ([`raw`]).
 
 mod alike;
+mod auth;
 mod cancel_race;
 mod cursors;
 mod encryption;
@@ -13,6 +14,7 @@ mod moved;
 mod pinned;
 mod process;
 pub mod raw;
+mod replication;
 mod shapes;
 mod sharing;
 mod temporary;
@@ -125,16 +127,37 @@ impl Servers {
     }
 
     fn serve_closed(&self, query: &str, sections: &str, open: bool) -> Front {
-        let url = |cluster: &Cluster| {
-            let (password, port) = (cluster.password().expose(), cluster.port());
-            format!("postgresql://postgres:{password}@127.0.0.1:{port}?{query}")
-        };
-        let front = front_as(&[url(&self.blue), url(&self.green)], "", sections);
+        let front = front_as(&self.urls(query), "", sections);
         if open {
             front.open(self.epoch.load(std::sync::atomic::Ordering::SeqCst));
         }
         front
     }
+
+    fn urls(&self, query: &str) -> [String; 2] {
+        [&self.blue, &self.green].map(|cluster| {
+            let (password, port) = (cluster.password().expose(), cluster.port());
+            format!("postgresql://postgres:{password}@127.0.0.1:{port}?{query}")
+        })
+    }
+
+    /// `sections` may begin with keys that stand above all sections.
+    fn config(&self, port: u16, query: &str, sections: &str) -> Config {
+        config(&self.urls(query), port, "", sections)
+    }
+}
+
+/// `top`, and what `sections` begins with before the first one, stands above all sections.
+fn config([blue, green]: &[String; 2], port: u16, top: &str, sections: &str) -> Config {
+    let first = match sections.starts_with('[') {
+        true => 0,
+        false => sections.find("\n[").map_or(sections.len(), |at| at + 1),
+    };
+    let (above, sections) = sections.split_at(first);
+    let text = format!(
+        "listen = \"127.0.0.1:{port}\"\ndatabases = [\"app\"]\nworkers = 2\n{top}\n{above}\n[blue]\nurl = \"{blue}\"\n[green]\nurl = \"{green}\"\n{sections}\n",
+    );
+    Config::parse(&text, Path::new("/nowhere/pgflip.toml")).expect("a valid configuration")
 }
 
 /// A proxy before the servers at these URLs, open, on the first.
@@ -145,14 +168,10 @@ fn front(urls: &[String; 2], sections: &str) -> Front {
 }
 
 /// One that is not open yet. `top`: lines of the configuration before its first section.
-fn front_as([blue, green]: &[String; 2], top: &str, sections: &str) -> Front {
+fn front_as(urls: &[String; 2], top: &str, sections: &str) -> Front {
     let port = Port::take().expect("a port");
     let sections = with_pool(sections.to_owned());
-    let text = format!(
-        "listen = \"127.0.0.1:{}\"\ndatabases = [\"app\"]\nworkers = 2\n{top}\n[blue]\nurl = \"{blue}\"\n[green]\nurl = \"{green}\"\n{sections}\n",
-        port.number(),
-    );
-    let config = Arc::new(Config::parse(&text, Path::new("/nowhere/pgflip.toml")).expect("a valid configuration"));
+    let config = Arc::new(config(urls, port.number(), top, &sections));
     let gate = Gate::new();
     let (stop, stopped) = watch::channel(false);
     let proxy = proxy::serve(config, gate.clone(), stopped).expect("the proxy starts");
@@ -200,6 +219,12 @@ impl Front {
         let (client, connection) = options.connect(tokio_postgres::NoTls).await.expect("a login");
         tokio::spawn(connection);
         client
+    }
+
+    /// Takes over `[auth]`, as on SIGHUP.
+    fn reload(&self, servers: &Servers, sections: &str) {
+        let config = servers.config(self.port(), "sslmode=disable", sections);
+        self.proxy.as_ref().expect("it runs").reload_auth(&config.auth);
     }
 
     fn upstream(&self) -> Upstream {

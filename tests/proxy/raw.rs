@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
+use pgflip::wire::md5;
 use pgflip::wire::message::{self, ErrorFields};
 
 use super::LIMIT;
@@ -33,6 +34,9 @@ pub struct Raw {
     pub told: Vec<String>,
     /// The salt and iterations of the SCRAM exchange.
     pub salt: String,
+    /// What the login was asked for: 3 (a password in clear), 5 (md5), 10 (SCRAM).
+    pub asked: Vec<u8>,
+    user: String,
 }
 
 fn hmac(key: &[u8], text: &[u8]) -> [u8; 32] {
@@ -83,7 +87,16 @@ impl Raw {
             parameters: BTreeMap::new(),
             told: Vec::new(),
             salt: String::new(),
+            asked: Vec::new(),
+            user: String::new(),
         }
+    }
+
+    /// Over a Unix socket in this directory.
+    pub async fn local(directory: &std::path::Path, port: u16) -> Raw {
+        let path = directory.join(format!(".s.PGSQL.{port}"));
+        let stream = tokio::net::UnixStream::connect(path).await.expect("a connection");
+        Raw::on(Box::new(stream), port)
     }
 
     /// Logged in.
@@ -101,6 +114,8 @@ impl Raw {
 
     /// StartupMessage 3.`minor`.
     pub async fn startup(&mut self, minor: u16, parameters: &[(&str, &str)]) {
+        let user = parameters.iter().find(|(name, _)| *name == "user");
+        self.user = user.map(|(_, user)| (*user).to_owned()).unwrap_or_default();
         let pairs: Vec<_> = parameters
             .iter()
             .map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec()))
@@ -139,13 +154,22 @@ impl Raw {
             .is_err()
     }
 
-    /// From StartupMessage to ReadyForQuery; trust and SCRAM. `Err`: the server's error.
+    /// From StartupMessage to ReadyForQuery, whatever is asked. `Err`: the server's error.
     pub async fn authenticate(&mut self, password: &str) -> Result<Vec<Message>, Message> {
         let mut seen = Vec::new();
         let first_bare = format!("n=,r={}", STANDARD.encode(rand::random::<[u8; 18]>()));
         loop {
             let (kind, body) = self.message().await;
+            if let (b'R', Some([0, 0, 0, code @ (3 | 5 | 10)])) = (kind, body.get(..4)) {
+                self.asked.push(*code);
+            }
             match (kind, body.get(..4)) {
+                (b'R', Some([0, 0, 0, 3])) => self.send(&plain(b'p', format!("{password}\0").as_bytes())).await,
+                (b'R', Some([0, 0, 0, 5])) => {
+                    let hash = md5::Hash::of(self.user.as_bytes(), password.as_bytes());
+                    let answer = hash.answer(body[4..8].try_into().unwrap());
+                    self.send(&plain(b'p', &[&answer[..], b"\0"].concat())).await;
+                }
                 (b'R', Some([0, 0, 0, 10])) => {
                     let first = format!("n,,{first_bare}");
                     let mut bytes = Vec::new();

@@ -7,7 +7,7 @@ with locks as materialized (
                          else classid::int4 || ', ' || objid::int4 end as key
       from pg_locks where locktype = 'advisory'),
 activity as materialized (
-    select pid, state, extract(epoch from clock_timestamp() - xact_start)::float8 as xact_s,
+    select pid, state, backend_type, extract(epoch from clock_timestamp() - xact_start)::float8 as xact_s,
            extract(epoch from clock_timestamp() - query_start)::float8 as query_s
       from pg_stat_activity where pid = any ($1))
 select pid, 'lock' as kind, key || case mode when 'ShareLock' then ' (shared)' else '' end as what, null::float8 as since_s
@@ -21,6 +21,8 @@ select w.pid, 'wait', w.key || coalesce(' of process ' || string_agg(distinct h.
    and (h.database, h.classid, h.objid, h.objsubid) = (w.database, w.classid, w.objid, w.objsubid)
  where not w.granted
  group by w.pid, w.key, a.query_s
+union all
+select pid, 'replication', null, null from activity where backend_type = 'walsender'
 union all
 select pid, 'transaction', state, xact_s from activity where xact_s is not null
 order by 1, 2, 3
