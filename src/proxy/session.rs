@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::pg::Side;
+use crate::proxy::client::ClientStream;
 use crate::proxy::gate::{
     Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
 };
@@ -50,7 +51,7 @@ const QUIET: Duration = Duration::from_millis(20);
 /// How long the rest of a message that has come in part may take.
 const REST_OF_MESSAGE: Duration = Duration::from_millis(250);
 /// How long a client may take to read its last words.
-pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS: Duration = Duration::from_secs(1);
 const SCRATCH: usize = 64 << 10;
 /// How often a session may read, from each side, before others have their turn.
 const ROUNDS: usize = 32;
@@ -215,7 +216,7 @@ pub(super) struct Session {
     parked: bool,
     /// A canceled batch: everything up to the next Sync is dropped.
     dropping_batch: bool,
-    client: crate::proxy::client::ClientStream,
+    client: ClientStream,
     quiet: Option<Pin<Box<Sleep>>>,
     to_client: Outbox,
     to_server: Outbox,
@@ -262,10 +263,21 @@ enum IdleLimit {
 }
 
 /// Leaves the gate's registry, even when the task is dropped.
-struct Registered {
+pub(super) struct Registered {
     env: Arc<Env>,
     shared: Arc<Shared>,
-    not_moved: bool,
+    /// It ends because it could not be moved.
+    pub not_moved: bool,
+}
+
+impl Registered {
+    pub fn new(env: Arc<Env>, shared: Arc<Shared>) -> Registered {
+        Registered {
+            env,
+            shared,
+            not_moved: false,
+        }
+    }
 }
 
 impl Drop for Registered {
@@ -289,11 +301,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
     let shared = env
         .gate
         .admit(user, database, application, peer.to_string(), since, secret);
-    let mut registered = Registered {
-        env: env.clone(),
-        shared: shared.clone(),
-        not_moved: false,
-    };
+    let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());
         Poll::Ready(())
@@ -308,12 +316,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         Ok(server) => server,
         Err(error) => {
             if let Some(bytes) = error {
-                let last = async {
-                    client.write_all(&bytes).await?;
-                    client.flush().await?;
-                    client.shutdown().await
-                };
-                let _ = timeout(LAST_WORDS, last).await;
+                say_last(&mut client, &bytes).await;
             }
             return;
         }
@@ -356,12 +359,35 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
     session.finish(end).await;
 }
 
+/// A client's last words.
+pub(super) async fn say_last(client: &mut ClientStream, bytes: &[u8]) {
+    let last = async {
+        client.write_all(bytes).await?;
+        client.flush().await?;
+        client.shutdown().await
+    };
+    let _ = timeout(LAST_WORDS, last).await;
+}
+
+/// What a client is told when its first server connection is ready.
+pub(super) fn greeting(server: &mut ServerConn, shared: &Shared) -> Vec<u8> {
+    let mut out = Vec::new();
+    message::put_authentication(&mut out, 0, &[]);
+    for (name, value) in &server.parameters {
+        message::put_parameter_status(&mut out, name, value);
+    }
+    out.append(&mut server.aside);
+    message::put_key(&mut out, shared.id.0, &shared.secret);
+    message::put_ready(&mut out, b'I');
+    out
+}
+
 /// Waits for the gate and opens the session's first server connection. `Err`: what the client is to be sent, if it is
 /// still there.
 pub(super) async fn first_server(
     env: &Arc<Env>,
     shared: &Arc<Shared>,
-    client: &mut crate::proxy::client::ClientStream,
+    client: &mut ClientStream,
     held: &mut Vec<u8>,
     login: &Login,
 ) -> Result<ServerConn, Option<Vec<u8>>> {
@@ -427,7 +453,7 @@ async fn killed(shared: &Shared) {
 
 /// Keeps what the client sends meanwhile; returns when it has gone. `waiting` learns that it has sent something: a cancel
 /// that comes now is for that. May be cancelled.
-async fn gone(client: &mut crate::proxy::client::ClientStream, held: &mut Vec<u8>, waiting: Option<&Shared>) {
+async fn gone(client: &mut ClientStream, held: &mut Vec<u8>, waiting: Option<&Shared>) {
     loop {
         if held.len() >= HELD_MAX {
             if client.read_closed().await {
@@ -449,18 +475,10 @@ async fn gone(client: &mut crate::proxy::client::ClientStream, held: &mut Vec<u8
 }
 
 impl Session {
-    /// What a client is told when its first server connection is ready.
+    /// Its first server connection is ready.
     fn greet(&mut self) {
-        let mut out = Vec::new();
-        message::put_authentication(&mut out, 0, &[]);
-        for (name, value) in &self.server.parameters {
-            message::put_parameter_status(&mut out, name, value);
-        }
         self.replies.parameters = self.server.parameters.clone();
-        out.append(&mut self.server.aside);
-        message::put_key(&mut out, self.shared.id.0, &self.shared.secret);
-        message::put_ready(&mut out, b'I');
-        self.to_client.rest = out;
+        self.to_client.rest = greeting(&mut self.server, &self.shared);
         self.take_server();
     }
 
