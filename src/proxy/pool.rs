@@ -6,16 +6,18 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::pg::Side;
 use crate::proxy::Worker;
 use crate::proxy::gate::{Ahead, CancelKey, Orders, Shared};
 use crate::proxy::pace::CLOSE_LIMIT;
+use crate::proxy::reactor;
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, State};
 use crate::wire::message::{ErrorFields, Pair};
@@ -79,7 +81,13 @@ struct Pool {
     ahead: Vec<Box<Lent>>,
     /// Of the prepare for which they are made: its number, whether they are made, and who wants to know.
     prepared: (u64, bool, Vec<Arc<Shared>>),
-    waiting: VecDeque<oneshot::Sender<Result<Box<Lent>, Arc<LoginError>>>>,
+    /// Clients that wait for one, the first first: by their tickets' numbers, which rise.
+    waiting: VecDeque<Waiting>,
+    last_ticket: u64,
+    /// What those have got whose turn has come, until they take it.
+    served: Vec<(u64, Served)>,
+    /// Somebody looks after those who wait for too long.
+    watched: bool,
     /// Servers: idle, lent, kept by a client, being opened.
     places: usize,
     /// Of these, those that one client keeps.
@@ -113,6 +121,94 @@ pub(super) struct Lent {
     used: Instant,
 }
 
+/// What a client gets that has waited.
+pub(super) enum Served {
+    /// It may be on a side where nobody goes any more.
+    With(Box<Lent>),
+    /// The server lets this user in no more.
+    Not(Arc<LoginError>),
+    /// `pool.query_wait_timeout`.
+    Late,
+}
+
+/// Whom to call when its turn has come.
+pub(super) enum Call {
+    /// It lies in this place of the reactor.
+    Lying(u32),
+    Task(Waker),
+    /// It looks by itself.
+    Nobody,
+}
+
+impl Call {
+    fn call(&self) {
+        match self {
+            Call::Lying(place) => reactor::call(*place),
+            Call::Task(waker) => waker.wake_by_ref(),
+            Call::Nobody => {}
+        }
+    }
+}
+
+struct Waiting {
+    ticket: u64,
+    call: Call,
+    since: Instant,
+}
+
+/// A client's turn in the queue for its pool's servers. Whoever drops it has no turn any more.
+pub(super) struct Ticket {
+    pool: PoolId,
+    number: u64,
+}
+
+impl Ticket {
+    /// What it has got. `None`: its turn has not come, and `call` is called when it has. After anything else there is nothing more
+    /// to be had.
+    pub fn redeem(&self, call: Call) -> Option<Served> {
+        HERE.with_borrow_mut(|here| {
+            let Some(pool) = here.pool(self.pool) else {
+                return Some(Served::Late);
+            };
+            if let Some(at) = pool.served.iter().position(|(number, _)| *number == self.number) {
+                return Some(pool.served.swap_remove(at).1);
+            }
+            match pool.waits(self.number) {
+                Some(at) => pool.waiting[at].call = call,
+                None => return Some(Served::Late),
+            }
+            None
+        })
+    }
+
+    /// From now on this is whom to call. For who has not got anything yet.
+    pub fn moves(&self, call: Call) {
+        HERE.with_borrow_mut(|here| {
+            let Some(pool) = here.pool(self.pool) else { return };
+            if let Some(at) = pool.waits(self.number) {
+                pool.waiting[at].call = call;
+            }
+        });
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        // At the thread's end there is nothing to tidy.
+        let _ = HERE.try_with(|here| {
+            let Ok(mut here) = here.try_borrow_mut() else { return };
+            let Some(pool) = here.pool(self.pool) else { return };
+            if let Some(at) = pool.waits(self.number) {
+                pool.waiting.remove(at);
+            } else if let Some(at) = pool.served.iter().position(|(number, _)| *number == self.number)
+                && let Served::With(lent) = pool.served.swap_remove(at).1
+            {
+                here.take_back(lent);
+            }
+        });
+    }
+}
+
 /// Room for one server in a pool.
 pub(super) struct Place {
     pool: PoolId,
@@ -132,6 +228,7 @@ impl Place {
             if let Some(pool) = here.pool(self.pool) {
                 pool.kept += 1;
             }
+            here.fill(self.pool);
         });
     }
 }
@@ -191,6 +288,9 @@ pub(super) fn join(
                 ahead: Vec::new(),
                 prepared: (0, true, Vec::new()),
                 waiting: VecDeque::new(),
+                last_ticket: 0,
+                served: Vec::new(),
+                watched: false,
                 places: 0,
                 kept: 0,
                 opening: 0,
@@ -252,36 +352,85 @@ fn is_same(one: Option<&Arc<State>>, other: Option<&Arc<State>>) -> bool {
     }
 }
 
-/// A server, if possible one with this state, when it is this client's turn. It may be on a side where nobody goes any more. May
-/// be cancelled.
+/// True if a client that wants a server now has to wait for one that somebody has.
+#[inline]
+pub(super) fn is_busy(id: PoolId) -> bool {
+    HERE.with_borrow_mut(|here| {
+        let pool = here.pool(id);
+        pool.is_some_and(|pool| pool.idle.is_empty() || !pool.waiting.is_empty())
+    })
+}
+
+/// What a client gets, if possible a server with this state, when it is its turn. `ticket` and `served`: its turn, if it waits
+/// already, and what has come of that. May be cancelled, and goes on where it was.
 pub(super) async fn borrow(
     id: PoolId,
     active: Option<Side>,
     state: Option<&Arc<State>>,
-) -> Result<Box<Lent>, Arc<LoginError>> {
-    struct Waits(oneshot::Receiver<Result<Box<Lent>, Arc<LoginError>>>);
-    impl Drop for Waits {
-        fn drop(&mut self) {
-            self.0.close();
-            if let Ok(Ok(lent)) = self.0.try_recv() {
-                give_back(lent);
-            }
-        }
+    ticket: &mut Option<Ticket>,
+    served: &mut Option<Served>,
+) -> Served {
+    if let Some(served) = served.take() {
+        return served;
     }
-    if let Some(lent) = active.and_then(|side| try_borrow(id, side, state)) {
-        return Ok(lent);
-    }
-    let (tell, told) = oneshot::channel();
-    HERE.with_borrow_mut(|here| {
-        if let Some(pool) = here.pool(id) {
-            pool.waiting.push_back(tell);
+    if ticket.is_none() {
+        if let Some(lent) = active.and_then(|side| try_borrow(id, side, state)) {
+            return Served::With(lent);
         }
-        here.fill(id);
+        *ticket = Some(queue(id, Call::Nobody));
+    }
+    let waits = ticket.as_ref().expect("one was taken");
+    let served = poll_fn(|cx| match waits.redeem(Call::Task(cx.waker().clone())) {
+        Some(served) => Poll::Ready(served),
+        None => Poll::Pending,
     });
-    let mut waits = Waits(told);
-    match (&mut waits.0).await {
-        Ok(answer) => answer,
-        Err(_) => Err(Arc::new(LoginError::Io(std::io::ErrorKind::NotConnected.into()))),
+    let served = served.await;
+    *ticket = None;
+    served
+}
+
+/// Takes a client's place in the queue for a server. `call` is called when its turn has come, perhaps at once.
+pub(super) fn queue(id: PoolId, call: Call) -> Ticket {
+    HERE.with_borrow_mut(|here| {
+        let number = match here.pool(id) {
+            None => 0,
+            Some(pool) => {
+                pool.last_ticket += 1;
+                pool.waiting.push_back(Waiting {
+                    ticket: pool.last_ticket,
+                    call,
+                    since: Instant::now(),
+                });
+                if !std::mem::replace(&mut pool.watched, true) {
+                    tokio::spawn(watch(id));
+                }
+                pool.last_ticket
+            }
+        };
+        here.fill(id);
+        Ticket { pool: id, number }
+    })
+}
+
+/// Sees to it that nobody waits for longer than `pool.query_wait_timeout`. For as long as somebody waits.
+async fn watch(id: PoolId) {
+    loop {
+        let next = HERE.with_borrow_mut(|here| {
+            let pool = here.pool(id)?;
+            let limit = pool.worker.env.config.pool.query_wait_timeout;
+            let now = Instant::now();
+            while let Some(first) = pool.waiting.front().filter(|first| now - first.since >= limit) {
+                let (number, call) = (first.ticket, pool.waiting.pop_front()?.call);
+                pool.served.push((number, Served::Late));
+                call.call();
+            }
+            pool.watched = !pool.waiting.is_empty();
+            Some(pool.waiting.front()?.since + limit)
+        });
+        match next {
+            Some(next) => sleep_until(next).await,
+            None => return,
+        }
     }
 }
 
@@ -500,17 +649,8 @@ impl Pools {
             return pool.close(lent);
         }
         lent.used = now;
-        let mut lent = Ok(lent);
-        while let Some(waiter) = pool.waiting.pop_front() {
-            match waiter.send(lent) {
-                Ok(()) => return,
-                // It waits no more.
-                Err(back) => lent = back,
-            }
-        }
-        if let Ok(lent) = lent {
-            pool.idle.push(lent);
-        }
+        pool.idle.push(lent);
+        pool.serve();
     }
 
     /// Has as many servers opened as clients wait for, and as there is room for.
@@ -520,9 +660,9 @@ impl Pools {
         let Some(side) = pool.worker.env.gate.active() else {
             return;
         };
-        pool.waiting.retain(|waiter| !waiter.is_closed());
         pool.go_to(side);
-        while pool.opening < pool.waiting.len() && pool.places < size {
+        pool.serve();
+        while pool.opening < pool.waiting.len() && pool.places - pool.kept - pool.ahead.len() < size {
             pool.opening += 1;
             let place = Place::new(pool, id);
             tokio::spawn(open(id, place, pool.worker.clone(), pool.login.clone(), side));
@@ -582,8 +722,9 @@ async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side:
                     return Some(pause);
                 }
                 // What the server says to one it says to all.
-                for waiter in pool.waiting.drain(..) {
-                    let _ = waiter.send(Err(error.clone()));
+                for waiting in pool.waiting.drain(..) {
+                    pool.served.push((waiting.ticket, Served::Not(error.clone())));
+                    waiting.call.call();
                 }
                 None
             });
@@ -630,6 +771,28 @@ impl Lent {
 }
 
 impl Pool {
+    /// Where in the queue this ticket is.
+    fn waits(&self, ticket: u64) -> Option<usize> {
+        self.waiting
+            .binary_search_by_key(&ticket, |waiting| waiting.ticket)
+            .ok()
+    }
+
+    /// Gives what is idle to those who wait.
+    fn serve(&mut self) {
+        while !self.waiting.is_empty()
+            && let Some(mut lent) = self.idle.pop()
+        {
+            if !lent.conn.stream.is_silent() {
+                self.close(lent);
+                continue;
+            }
+            let first = self.waiting.pop_front().expect("seen above");
+            self.served.push((first.ticket, Served::With(lent)));
+            first.call.call();
+        }
+    }
+
     /// Those on the other side are of no use any more; those made ahead are.
     #[cold]
     fn go_to(&mut self, side: Side) {

@@ -49,6 +49,10 @@ struct Reactor {
     /// By the same number: the tasks that wait to read and to write.
     waiting: Vec<[Option<Waker>; 2]>,
     relays: Slab<Relay>,
+    /// Places of sessions that others have called ([`call`]) and that have not heard it yet.
+    calls: Vec<u32>,
+    /// Whoever has called them hears that there are some.
+    delivers: bool,
 }
 
 /// Whose a socket is.
@@ -367,6 +371,8 @@ impl Poller {
             users: Slab::new(),
             waiting: Vec::new(),
             relays: Slab::new(),
+            calls: Vec::new(),
+            delivers: false,
         }));
         async move {
             match drive(self.poll).await {
@@ -375,6 +381,14 @@ impl Poller {
             }
         }
     }
+}
+
+fn set_delivers(delivers: bool) {
+    HERE.with_borrow_mut(|here| {
+        if let Some(here) = here {
+            here.delivers = delivers;
+        }
+    });
 }
 
 async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
@@ -391,10 +405,13 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
                 Err(error) => return Err(error),
             }
             let mut taken = 0;
+            set_delivers(true);
             for ready in &events {
                 deliver(ready);
+                deliver_calls();
                 taken += 1;
             }
+            set_delivers(false);
             if taken < EVENTS {
                 break;
             }
@@ -447,6 +464,12 @@ fn deliver(ready: &Ready) {
         return;
     };
     hear(&mut session, end, bits);
+    run(place, session, waker);
+}
+
+/// Has a session pass on what there is.
+#[inline]
+fn run(place: u32, mut session: Lying, waker: Waker) {
     // A session that panics takes no other with it.
     let mut cx = Context::from_waker(&waker);
     let why = match catch_unwind(AssertUnwindSafe(|| session.poll_relay(&mut cx))) {
@@ -465,6 +488,43 @@ fn deliver(ready: &Ready) {
         let relay = here.as_mut().and_then(|here| here.relays.get_mut(place as usize));
         *relay.expect("only its task takes it away, and that does not run now") = after;
     });
+}
+
+/// Has the session that lies in this place look for something else than its sockets. Whoever calls may be a session itself:
+/// then it comes behind that one.
+pub(super) fn call(place: u32) {
+    HERE.with_borrow_mut(|here| {
+        let Some(here) = here else { return };
+        if here.delivers {
+            here.calls.push(place);
+        } else if let Some(Relay::Lies(_, waker)) = here.relays.get(place as usize) {
+            waker.wake_by_ref();
+        }
+    });
+}
+
+#[inline]
+fn deliver_calls() {
+    loop {
+        let called = HERE.with_borrow_mut(|here| {
+            let here = here.as_mut()?;
+            loop {
+                let place = here.calls.pop()?;
+                let Some(relay) = here.relays.get_mut(place as usize) else {
+                    continue;
+                };
+                match std::mem::replace(relay, Relay::Runs) {
+                    Relay::Lies(session, waker) => return Some((place, session, waker)),
+                    // Its task will look.
+                    other => *relay = other,
+                }
+            }
+        });
+        match called {
+            Some((place, session, waker)) => run(place, session, waker),
+            None => return,
+        }
+    }
 }
 
 #[inline]

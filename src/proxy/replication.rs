@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::timeout;
 
 use crate::proxy::client::ClientStream;
 use crate::proxy::gate::{Ahead, CancelKey, Outcome, Shared, add, signal};
@@ -18,29 +17,15 @@ use crate::proxy::handshake::Client;
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::peer::Peer;
 use crate::proxy::server::ServerConn;
-use crate::proxy::session::{LAST_WORDS, first_server, signals};
+use crate::proxy::session::{self, Registered, first_server, say_last, signals};
 use crate::proxy::{Env, Worker};
 use crate::wire::error::ClientError;
-use crate::wire::message;
 use crate::wire::scan::Frames;
 
 /// Read at once, in each direction.
 const BUFFER: usize = 16 << 10;
 
 const UNMOVABLE: &str = "it is a replication connection: its slot is on the server where it is";
-
-/// Leaves the gate's registry, even when the task is dropped.
-struct Registered {
-    env: Arc<Env>,
-    shared: Arc<Shared>,
-    not_moved: bool,
-}
-
-impl Drop for Registered {
-    fn drop(&mut self) {
-        self.env.gate.leave(&self.shared, self.not_moved);
-    }
-}
 
 /// Why it ends.
 enum End {
@@ -64,11 +49,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         false,
         client.secret,
     );
-    let mut registered = Registered {
-        env: env.clone(),
-        shared: shared.clone(),
-        not_moved: false,
-    };
+    let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());
         Poll::Ready(())
@@ -81,7 +62,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
     let mut early = Vec::new();
     let mut server = match first_server(&env, &shared, &mut stream, &mut early, &client.login).await {
         Ok(server) => server,
-        Err(Some(bytes)) => return say(&mut stream, &bytes).await,
+        Err(Some(bytes)) => return say_last(&mut stream, &bytes).await,
         Err(None) => return,
     };
     metrics::counter!("pgflip_logins_total", "result" => "ok").increment(1);
@@ -98,18 +79,8 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
     if let Some(error) = error.filter(|_| frames.between_messages()) {
         error.encode(&mut bytes);
     }
-    say(&mut stream, &bytes).await;
+    say_last(&mut stream, &bytes).await;
     server.close(CLOSE_LIMIT, false).await;
-}
-
-/// A client's last words.
-async fn say(stream: &mut ClientStream, bytes: &[u8]) {
-    let last = async {
-        stream.write_all(bytes).await?;
-        stream.flush().await?;
-        stream.shutdown().await
-    };
-    let _ = timeout(LAST_WORDS, last).await;
 }
 
 /// Greets the client and passes on what the two say. `frames`: of what the client has been sent by then.
@@ -121,14 +92,7 @@ async fn relay(
     early: &[u8],
     frames: &mut Frames,
 ) -> End {
-    let mut greeting = Vec::new();
-    message::put_authentication(&mut greeting, 0, &[]);
-    for (name, value) in &server.parameters {
-        message::put_parameter_status(&mut greeting, name, value);
-    }
-    greeting.append(&mut server.aside);
-    message::put_key(&mut greeting, shared.id.0, &shared.secret);
-    message::put_ready(&mut greeting, b'I');
+    let mut greeting = session::greeting(server, shared);
     greeting.append(&mut server.take_buffer());
     let key = CancelKey {
         side: server.side,

@@ -204,6 +204,7 @@ enum IdleLimit {
 pub(super) struct Registered {
     env: Arc<Env>,
     shared: Arc<Shared>,
+    /// It ends because it could not be moved.
     pub not_moved: bool,
 }
 
@@ -253,12 +254,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         Ok(server) => server,
         Err(error) => {
             if let Some(bytes) = error {
-                let last = async {
-                    client.write_all(&bytes).await?;
-                    client.flush().await?;
-                    client.shutdown().await
-                };
-                let _ = timeout(LAST_WORDS, last).await;
+                say_last(&mut client, &bytes).await;
             }
             return;
         }
@@ -280,6 +276,29 @@ pub(super) async fn go_on(session: Box<Session>) -> bool {
     tracing::debug!(session = session.shared.id.0, ?end, "a session ended");
     session.finish(end).await;
     not_moved
+}
+
+/// A client's last words.
+pub(super) async fn say_last(client: &mut ClientStream, bytes: &[u8]) {
+    let last = async {
+        client.write_all(bytes).await?;
+        client.flush().await?;
+        client.shutdown().await
+    };
+    let _ = timeout(LAST_WORDS, last).await;
+}
+
+/// What a client is told when its first server connection is ready.
+pub(super) fn greeting(server: &mut ServerConn, shared: &Shared) -> Vec<u8> {
+    let mut out = Vec::new();
+    message::put_authentication(&mut out, 0, &[]);
+    for (name, value) in &server.parameters {
+        message::put_parameter_status(&mut out, name, value);
+    }
+    out.append(&mut server.aside);
+    message::put_key(&mut out, shared.id.0, &shared.secret);
+    message::put_ready(&mut out, b'I');
+    out
 }
 
 /// Waits for the gate and opens the session's first server connection. `Err`: what the client is to be sent, if it is
@@ -483,18 +502,10 @@ impl Session {
         session
     }
 
-    /// What a client is told when its first server connection is ready.
+    /// Its first server connection is ready.
     fn greet(&mut self) {
-        let mut out = Vec::new();
-        message::put_authentication(&mut out, 0, &[]);
-        for (name, value) in &self.server.parameters {
-            message::put_parameter_status(&mut out, name, value);
-        }
         self.replies.parameters = self.server.parameters.clone();
-        out.append(&mut self.server.aside);
-        message::put_key(&mut out, self.shared.id.0, &self.shared.secret);
-        message::put_ready(&mut out, b'I');
-        self.to_client.add(out);
+        self.to_client.add(greeting(&mut self.server, &self.shared));
         self.take_server();
     }
 

@@ -25,7 +25,7 @@ use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
 use crate::proxy::outbox::Outbox;
 use crate::proxy::peer::Peer;
-use crate::proxy::pool::{self, Lent, Member, PoolId};
+use crate::proxy::pool::{self, Call, Lent, Member, PoolId, Served, Ticket};
 use crate::proxy::reactor::{self, Lying, Relays, Socket};
 use crate::proxy::server::Login;
 use crate::proxy::session::{
@@ -40,6 +40,9 @@ use crate::wire::message::{self, Pair};
 use crate::wire::scan::{BadLength, Replies, Requests, Unnamed, at_boundary};
 use crate::wire::statements::{Names, Refused, Stop, To, worth_a_server};
 
+/// A server in COPY IN that has said nothing for so long waits for data.
+const COPY_QUIET: Duration = Duration::from_millis(250);
+
 /// In this order: what a query needs comes first and lies together (see [`reactor`]).
 #[repr(C, align(64))]
 pub(super) struct Sharing {
@@ -51,6 +54,8 @@ pub(super) struct Sharing {
     /// Where it lies in the reactor.
     place: Option<u32>,
     server: Option<Box<Lent>>,
+    /// Its turn in the queue for one.
+    ticket: Option<Ticket>,
     client: ClientStream,
     to_client: Outbox,
     to_server: Outbox,
@@ -68,8 +73,12 @@ pub(super) struct Sharing {
     dialect: u64,
     /// Number of the parameters that it knows.
     version: u64,
+    /// See [`To::at_once`].
+    at_once: bool,
     worker: Arc<Worker>,
     login: Login,
+    /// What it has waited for and not taken yet.
+    served: Option<Served>,
     quiet: Option<Pin<Box<Sleep>>>,
     /// What is forwarded, while it is put together.
     out: Vec<u8>,
@@ -113,6 +122,8 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         stop: Stop::No,
         place: None,
         server: None,
+        ticket: None,
+        served: None,
         client,
         to_client: Outbox::default(),
         to_server: Outbox::default(),
@@ -123,6 +134,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         suspects: Arc::default(),
         member,
         version: 0,
+        at_once: false,
         worker,
         quiet: None,
         out: Vec::new(),
@@ -181,6 +193,9 @@ impl Relays for Sharing {
 
     fn place(&mut self, place: Option<u32>) {
         self.place = place;
+        if let Some(ticket) = &self.ticket {
+            ticket.moves(self.call());
+        }
     }
 
     fn lying(self: Box<Self>) -> Lying {
@@ -199,6 +214,14 @@ impl Relays for Sharing {
     fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         for _ in 0..ROUNDS {
             let mut progress = false;
+
+            if self.ticket.is_some() {
+                match self.poll_turn() {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(event)) => return Poll::Ready(event),
+                    Poll::Pending => {}
+                }
+            }
 
             // Server to client.
             match self.to_client.poll_empty(cx, &mut self.client) {
@@ -246,8 +269,36 @@ impl Relays for Sharing {
                 self.quiet = None;
                 continue;
             }
-            if self.replies.uncertain && self.poll_quiet(cx).is_ready() {
-                return Poll::Ready(Event::Settle);
+            if (self.replies.uncertain || self.replies.copy_in) && self.poll_quiet(cx).is_ready() {
+                if !self.copies_and_waits() {
+                    return Poll::Ready(Event::Settle);
+                }
+                self.go_on_at_once();
+                continue;
+            }
+            if std::env::var("DBGS").is_ok() {
+                eprintln!(
+                    "DBG {} server {} goodbye {} stop {:?} ticket {} sent {} answered {} settled {} status {} sent_at_ready {} copy_in {} batch_open {} betw {} {} to_server {} to_client {} uncertain {} cut {} held {:?} ",
+                    self.shared.id.0,
+                    self.server.is_some(),
+                    self.names.goodbye,
+                    self.stop,
+                    self.ticket.is_some(),
+                    self.requests.sent,
+                    self.replies.answered,
+                    self.names.is_settled(),
+                    self.replies.status as char,
+                    self.replies.sent_at_ready,
+                    self.replies.copy_in,
+                    self.requests.batch_open,
+                    self.requests.between_messages(),
+                    self.replies.between_messages(),
+                    self.to_server.is_empty(),
+                    self.to_client.is_empty(),
+                    self.replies.uncertain,
+                    self.cut.len(),
+                    String::from_utf8_lossy(&self.held.bytes[..self.held.bytes.len().min(60)])
+                );
             }
             return Poll::Pending;
         }
@@ -260,6 +311,11 @@ impl Relays for Sharing {
 impl Sharing {
     fn pool(&self) -> PoolId {
         self.member.0
+    }
+
+    /// Whom to call when its turn has come.
+    fn call(&self) -> Call {
+        self.place.map_or(Call::Nobody, Call::Lying)
     }
 
     /// What the gate may have changed that concerns this client's pool.
@@ -352,6 +408,11 @@ impl Sharing {
         if bits & signal::CANCEL_HELD != 0 && self.server.is_none() {
             self.held.cancel(&mut self.to_client)?;
         }
+        // It waits for a flip, which does not count; or for nothing any more.
+        if self.ticket.is_some() && (self.env.gate.attention() || self.held.bytes.is_empty()) {
+            self.ticket = None;
+            self.shared.set_waiting(!self.held.bytes.is_empty());
+        }
         self.look();
         if self.server.is_none() && self.env.gate.orders().shutdown {
             return Err(End::Tell(ClientError::shutting_down()));
@@ -411,7 +472,10 @@ impl Sharing {
             for at in &self.replies.pids {
                 let place: &mut [u8; 4] = (&mut bytes[*at..*at + 4]).try_into().expect("four bytes");
                 let pid = u32::from_be_bytes(*place);
-                let known_as = self.env.gate.known_as(lent.conn.side, pid, self.shared.id);
+                let known_as = match pid == lent.conn.pid {
+                    true => self.shared.id.0,
+                    false => self.env.gate.known_as(lent.conn.side, pid, self.shared.id),
+                };
                 *place = known_as.to_be_bytes();
             }
         }
@@ -506,12 +570,23 @@ impl Sharing {
             && self.env.gate.attention()
     }
 
+    /// What it has sent has to wait until that is answered which was sent on before.
+    #[inline]
+    fn waits_for_answers(&self) -> bool {
+        match self.stop {
+            Stop::Answers => !self.names.is_settled(),
+            Stop::AllAnswers => self.outstanding() || !self.names.is_settled(),
+            Stop::No | Stop::Incomplete | Stop::One => false,
+        }
+    }
+
     /// One read from the client, sent on. `Ok(false)`: it needs a server.
     #[inline]
     fn poll_client(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
         if self.names.goodbye
+            || self.ticket.is_some()
             || self.server.is_some() && self.holds_back()
-            || self.stop == Stop::Answers && (self.outstanding() || !self.names.is_settled())
+            || self.waits_for_answers()
         {
             return Poll::Pending;
         }
@@ -583,11 +658,54 @@ impl Sharing {
             }
             if !self.try_take_server() {
                 self.hold(bytes, Stop::One);
-                return Ok(false);
+                return Ok(self.wait_here());
             }
         }
         self.forward(cx, bytes)?;
         Ok(self.update())
+    }
+
+    /// Waits where it lies, if servers are all it has to wait for.
+    fn wait_here(&mut self) -> bool {
+        let here = !self.env.gate.attention() && self.client.ours().is_some() && pool::is_busy(self.pool());
+        if here {
+            self.shared.set_waiting(true);
+            self.ticket = Some(pool::queue(self.pool(), self.call()));
+        }
+        here
+    }
+
+    /// Ready when it need not wait any more, with a server. [`Event::Attention`]: with what is not to be taken here.
+    fn poll_turn(&mut self) -> Poll<Result<(), Event>> {
+        if self.shared.signals() != 0 {
+            return Poll::Ready(Err(Event::Signals(self.shared.take_signals())));
+        }
+        if self.client.ours().is_none_or(|socket| socket.is_read_closed()) {
+            return Poll::Ready(Err(Event::ClientGone));
+        }
+        let call = self.call();
+        let Some(served) = self.ticket.as_ref().and_then(|ticket| ticket.redeem(call)) else {
+            return Poll::Pending;
+        };
+        self.ticket = None;
+        match served {
+            Served::With(lent) if self.fits(&lent) && !self.env.gate.attention() => {
+                if self.begin(lent).is_err() {
+                    return Poll::Ready(Err(Event::Attention));
+                }
+                self.stop = Stop::No;
+                self.shared.set_waiting(false);
+                if self.shared.signals() != 0 {
+                    // A cancel that found the request waiting, just before it goes on.
+                    return Poll::Ready(Err(Event::Signals(self.shared.take_signals())));
+                }
+                Poll::Ready(Ok(()))
+            }
+            other => {
+                self.served = Some(other);
+                Poll::Ready(Err(Event::Attention))
+            }
+        }
     }
 
     fn hold(&mut self, bytes: &[u8], why: Stop) {
@@ -615,6 +733,7 @@ impl Sharing {
                 words: &suspects.words,
                 dialect: (!self.replies.state_changed && !self.names.suspect).then_some(self.dialect),
                 status: self.replies.status,
+                at_once: self.at_once,
                 answered: self.replies.answered,
                 statement_max: self.env.config.limits.unnamed_statement_max,
                 prepared_max: pool.max_prepared_statements,
@@ -628,6 +747,7 @@ impl Sharing {
             Refused::TooLong => Event::Protocol("a prepared statement is longer than limits.unnamed_statement_max"),
         })?;
         self.stop = stop;
+        self.at_once = false;
         if self.to_server.push(cx, &mut lent.conn.stream, &self.out).is_err() {
             // The server has closed; what it said before that is read first.
             self.to_server = Outbox::default();
@@ -653,11 +773,17 @@ impl Sharing {
         let Some(lent) = pool::try_borrow(self.pool(), side, self.state.as_ref()) else {
             return false;
         };
-        if !lent.suits(self.state.as_ref()) || lent.version != self.version {
+        if !self.fits(&lent) {
             pool::give_back(lent);
             return false;
         }
         self.begin(lent).is_ok()
+    }
+
+    /// True if nothing has to be said to a server, or to the client, before it serves the client.
+    #[inline]
+    fn fits(&self, lent: &Lent) -> bool {
+        lent.suits(self.state.as_ref()) && lent.version == self.version
     }
 
     /// The server serves this client from now on, if the gate lets it begin; else it is given back.
@@ -742,7 +868,6 @@ impl Sharing {
     /// held. `None`: with `only_if_held`, nothing is held any more.
     async fn borrow(&mut self, only_if_held: bool) -> Result<Option<Box<Lent>>, End> {
         let config = self.env.config.clone();
-        let mut waits_since = Instant::now();
         let mut held_since = None;
         loop {
             self.shared.set_waiting(!self.held.bytes.is_empty());
@@ -757,17 +882,17 @@ impl Sharing {
                 return Err(End::Tell(ClientError::shutting_down()));
             }
             let open = !orders.held && orders.upstream.is_some();
-            let deadline = match open {
-                true => {
-                    if held_since.take().is_some() {
-                        // What it waited for a flip does not count.
-                        waits_since = Instant::now();
-                    }
-                    waits_since + config.pool.query_wait_timeout
+            if open {
+                held_since = None;
+            } else {
+                // What it waits for a flip does not count.
+                self.ticket = None;
+                if let Some(Served::With(lent)) = self.served.take() {
+                    pool::give_back(lent);
                 }
-                false => *held_since.get_or_insert_with(Instant::now) + config.limits.hold_timeout,
-            };
+            }
             let pool = self.pool();
+            let held_until = *held_since.get_or_insert_with(Instant::now) + config.limits.hold_timeout;
             let Sharing {
                 shared,
                 client,
@@ -776,6 +901,8 @@ impl Sharing {
                 state,
                 env,
                 replies,
+                ticket,
+                served,
                 ..
             } = self;
             let limit = config.limits.server_connect_timeout;
@@ -784,7 +911,7 @@ impl Sharing {
                 .filter_map(|name| Some((name.to_vec(), replies.parameters.get(*name)?.clone())));
             let served = async {
                 match open {
-                    true => pool::borrow(pool, env.gate.active(), state.as_ref()).await,
+                    true => pool::borrow(pool, env.gate.active(), state.as_ref(), ticket, served).await,
                     false => std::future::pending().await,
                 }
             };
@@ -792,16 +919,17 @@ impl Sharing {
                 biased;
                 bits = session::signals(shared) => bits,
                 served = served => match served {
-                    Ok(lent) if env.gate.active() == Some(lent.conn.side) => match dress(lent, state.as_ref(), kept, limit).await {
+                    Served::With(lent) if env.gate.active() == Some(lent.conn.side) => match dress(lent, state.as_ref(), kept, limit).await {
                         Ok(Some(lent)) => return Ok(Some(lent)),
                         Ok(None) => 0,
                         Err(why) => return Err(End::Tell(ClientError::settings(&why))),
                     },
-                    Ok(lent) => {
+                    Served::With(lent) => {
                         pool::give_back(lent);
                         0
                     }
-                    Err(error) => {
+                    Served::Late => return Err(End::Tell(ClientError::no_server_free(config.pool.query_wait_timeout))),
+                    Served::Not(error) => {
                         let mut bytes = Vec::new();
                         error.tell(env.gate.active().unwrap_or(crate::pg::Side::Blue), &mut bytes);
                         to_client.add(bytes);
@@ -810,11 +938,8 @@ impl Sharing {
                     }
                 },
                 () = gone(client, &mut held.bytes, Some(shared)) => return Err(End::Client),
-                () = sleep_until(deadline) => {
-                    return Err(End::Tell(match open {
-                        true => ClientError::no_server_free(config.pool.query_wait_timeout),
-                        false => ClientError::not_now(orders.upstream.is_some()),
-                    }));
+                () = sleep_until(held_until), if !open => {
+                    return Err(End::Tell(ClientError::not_now(orders.upstream.is_some())));
                 }
             };
             if bits & signal::KILL != 0 {
@@ -987,8 +1112,8 @@ impl Sharing {
     fn may_settle(&self) -> bool {
         self.server.is_some()
             && self.outstanding()
-            // Within a transaction only if the client waits for that.
-            && (self.replies.status == b'I' || self.stop == Stop::Answers)
+            // Within a transaction only if the client waits for that, or has gone.
+            && (self.replies.status == b'I' || self.waits_for_answers() || self.names.goodbye)
             // A request sent since then is running, and its answer will come.
             && self.replies.sent_at_ready == self.requests.sent
             && !self.replies.copy_in
@@ -999,13 +1124,33 @@ impl Sharing {
             && self.to_client.is_empty()
     }
 
+    /// The server waits for data to copy, as far as is known, and has answered all that it will before it gets some; and the client
+    /// waits for more.
+    fn copies_and_waits(&self) -> bool {
+        self.server.is_some() && self.replies.copy_in && self.waits_for_answers()
+    }
+
+    /// See [`To::at_once`].
+    fn go_on_at_once(&mut self) {
+        let Some(lent) = &mut self.server else { return };
+        // It may be that it does not wait and only takes long.
+        lent.on.spoilt = true;
+        self.names.settle(&mut lent.on);
+        self.at_once = true;
+        self.stop = Stop::No;
+    }
+
     #[cold]
     fn poll_quiet(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.may_settle() {
-            self.quiet = None;
-            return Poll::Pending;
-        }
-        let quiet = self.quiet.get_or_insert_with(|| Box::pin(sleep(QUIET)));
+        let limit = match self.copies_and_waits() {
+            true => COPY_QUIET,
+            false if self.replies.uncertain && self.may_settle() => QUIET,
+            false => {
+                self.quiet = None;
+                return Poll::Pending;
+            }
+        };
+        let quiet = self.quiet.get_or_insert_with(|| Box::pin(sleep(limit)));
         match quiet.as_mut().poll(cx) {
             Poll::Ready(()) => {
                 self.quiet = None;

@@ -297,6 +297,8 @@ pub struct Replies {
     pub uncertain: bool,
     /// The last message was an ErrorResponse.
     pub error_last: bool,
+    /// An ErrorResponse has come since the last ReadyForQuery.
+    failed: bool,
     /// Of the NotificationResponse under way the pid is still to come.
     pid_due: bool,
     /// A LISTEN has been answered; DISCARD ALL has not been since.
@@ -328,6 +330,7 @@ impl Default for Replies {
             tag_length: 0,
             parameters: BTreeMap::new(),
             error_last: false,
+            failed: false,
             pids: Vec::new(),
             marking: false,
             state_changed: false,
@@ -416,7 +419,7 @@ impl Replies {
                     self.revalidated |=
                         !part.last || memchr::memmem::find(part.body, b"RevalidateCachedQuery").is_some();
                     self.copy_in = false;
-                    self.uncertain |= requests.behind_batch;
+                    self.failed = true;
                 }
                 b'C' if part.first && part.last => {
                     self.copy_in = false;
@@ -489,9 +492,10 @@ impl Replies {
             self.uncertain = false;
             requests.behind_batch = false;
         } else {
-            // What was sent behind a batch that had failed by then is never answered.
-            self.uncertain |= requests.behind_batch;
+            // What was sent behind a batch that has failed is never answered, whether the error was seen before that or not.
+            self.uncertain |= requests.behind_batch && self.failed;
         }
+        self.failed = false;
     }
 
     /// The tag of a CommandComplete.

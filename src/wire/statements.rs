@@ -21,6 +21,8 @@ use crate::wire::scan::{BadLength, Mark, Requests};
 
 /// What names on servers begin with, so that pgflip's own reading of a session's state passes them over.
 const PREFIX: &str = "pgflip:";
+/// A text is prepared under this name to see whether that can be done now.
+const AGAIN: &[u8] = b"pgflip:again";
 /// A portal and a statement of this name exist nowhere.
 const NOWHERE: &[u8] = b"pgflip:nowhere";
 /// And one of this name is asked for where a client has one whose columns have changed since. Longer than what the server is
@@ -228,6 +230,8 @@ enum What {
     BeforeUnnamed(Option<Arc<Statement>>, Option<u64>),
     /// In the place of a Parse.
     Known(Vec<u8>, Option<Arc<Statement>>),
+    /// The client's Parse of what the server has already.
+    Again(Vec<u8>, Option<Arc<Statement>>),
     /// One that the client has prepared on another server.
     Own(u64),
     OwnUnnamed,
@@ -250,8 +254,10 @@ pub enum Stop {
     No,
     /// A message has to come whole first.
     Incomplete,
-    /// Answers to an earlier request have to come first.
+    /// Answers to statements of earlier requests have to come first.
     Answers,
+    /// All earlier requests have to be answered first.
+    AllAnswers,
     /// One request was asked for.
     One,
 }
@@ -292,6 +298,8 @@ pub struct To<'a> {
     pub dialect: Option<u64>,
     /// The last ReadyForQuery's status.
     pub status: u8,
+    /// Nothing is to be waited for: the server waits for data to copy, and whatever else comes it passes over.
+    pub at_once: bool,
     /// ReadyForQuery seen.
     pub answered: u64,
     /// The longest Parse that is kept, in bytes.
@@ -393,7 +401,7 @@ impl Names {
                 // It may be one DEALLOCATE.
                 b'Q' if !whole && length <= QUERY_MIN => return Ok((at, Stop::Incomplete)),
                 b'Q' => {
-                    // Behind an open batch nothing may be put.
+                    // Behind an open batch that fails it is not read.
                     let instead = match whole && !to.requests.batch_open {
                         true => match self.deallocate(body, to)? {
                             Ok(instead) => instead,
@@ -401,6 +409,8 @@ impl Names {
                         },
                         false => None,
                     };
+                    // Behind a batch that fails it is passed over.
+                    self.before_unnamed(to)?;
                     to.on.unnamed = None;
                     self.unnamed = None;
                     self.last_query = to.requests.sent;
@@ -416,6 +426,8 @@ impl Names {
                     self.goodbye = true;
                     return Ok((input.len(), Stop::No));
                 }
+                // A batch that begins with one can't be asked where it is once it has begun.
+                b'E' | b'H' if self.is_early() => return Ok((at, Stop::Answers)),
                 // By OID.
                 b'F' => {
                     self.suspect = true;
@@ -435,6 +447,13 @@ impl Names {
             }
         }
         Ok((at, Stop::No))
+    }
+
+    /// Whether what is under way comes to be, nobody knows yet: within one batch it does, or what follows is passed over as well.
+    #[inline]
+    fn is_early(&self) -> bool {
+        let first = self.pending.front();
+        first.is_some_and(|pending| pending.resumes < self.resumes)
     }
 
     #[inline]
@@ -490,13 +509,12 @@ impl Names {
                 false => Ok(Err(Stop::Incomplete)),
             };
         };
-        // Whether what is under way comes to be, nobody knows yet: within one batch it does, or this is passed over.
-        if self
-            .pending
-            .front()
-            .is_some_and(|pending| pending.resumes < self.resumes)
-        {
+        if self.is_early() {
             return Ok(Err(Stop::Answers));
+        }
+        // What deallocates all is under way: whether a name is still there has to be known first.
+        if self.unsure && target == b'S' && to.requests.sent != to.answered && !to.requests.batch_open && !to.at_once {
+            return Ok(Err(Stop::AllAnswers));
         }
         if target == b'P' {
             if kind == b'C' {
@@ -599,8 +617,19 @@ impl Names {
             self.close_unsure(&statement, to)?;
         }
         if to.on.prepared.contains_key(&statement.number) {
-            self.expect(to, What::Known(name.to_vec(), before));
-            return self.send(to, |out| message::put_close_portal(out, NOWHERE));
+            to.on.used(statement.number);
+            // In a transaction that has failed it is refused; and whether it has, nobody knows while answers are due.
+            if to.status != b'E' && to.requests.sent == to.answered {
+                self.expect(to, What::Known(name.to_vec(), before));
+                return self.send(to, |out| message::put_close_portal(out, NOWHERE));
+            }
+            for what in [What::Again(name.to_vec(), before), What::CloseStranger] {
+                self.expect(to, what);
+            }
+            return self.send(to, |out| {
+                statement.put_parse(out, AGAIN);
+                message::put_close_statement(out, AGAIN);
+            });
         }
         self.make_room(to)?;
         to.on.used(statement.number);
@@ -706,7 +735,7 @@ impl Names {
     /// statements themselves stay there, for others. Within: what to send instead; `None`: the text as it is.
     fn deallocate(&mut self, text: &[u8], to: &mut To<'_>) -> Result<Result<Option<Vec<u8>>, Stop>, Refused> {
         // In a failed transaction it is refused as it is.
-        if self.named.is_empty() || to.status == b'E' {
+        if self.named.is_empty() || to.status == b'E' || to.at_once {
             return Ok(Ok(None));
         }
         let mut found = deallocated(text);
@@ -716,7 +745,7 @@ impl Names {
         }
         // Whether those come to be has to be known first; and behind a request that fails the server would pass this over.
         if !self.deallocating.is_empty() || to.requests.sent != to.answered && !to.requests.batch_open {
-            return Ok(Err(Stop::Answers));
+            return Ok(Err(Stop::AllAnswers));
         }
         let (mut instead, mut from) = (Vec::new(), 0);
         for (n, (at, name)) in found.into_iter().enumerate() {
@@ -816,7 +845,7 @@ impl Names {
                     on.used(*number);
                 }
                 What::Own(number) => on.used(*number),
-                What::Known(name, _) => drop(later.insert(name.clone())),
+                What::Known(name, _) | What::Again(name, _) => drop(later.insert(name.clone())),
                 _ => {}
             }
         }
@@ -844,7 +873,7 @@ impl Names {
                     restore(&mut self.named, name, before);
                     on.prepared.remove(&number);
                 }
-                What::Known(name, before) => restore(&mut self.named, name, before),
+                What::Known(name, before) | What::Again(name, before) => restore(&mut self.named, name, before),
                 What::Own(number) => drop(on.prepared.remove(&number)),
                 What::Evict(number) => on.used(number),
                 What::Close(name, statement) => drop(self.named.insert(name, statement)),
@@ -934,8 +963,11 @@ fn deallocated(text: &[u8]) -> Vec<(Range<usize>, Vec<u8>)> {
     for hit in WORD.find_iter(text) {
         let before = &text[..hit.start()];
         let begins = before.trim_ascii_end().last().is_none_or(|byte| *byte == b';');
-        let plain =
-            !before.iter().any(|byte| matches!(byte, b'\'' | b'$')) && memchr::memmem::find(before, b"--").is_none();
+        // A parameter's `$` begins no quotation.
+        let quotes = |at: usize| {
+            before[at] == b'\'' || before[at] == b'$' && !before[at + 1..].first().is_some_and(u8::is_ascii_digit)
+        };
+        let plain = !(0..before.len()).any(quotes) && memchr::memmem::find(before, b"--").is_none();
         if !begins || !plain || memchr::memmem::find(before, b"/*").is_some() || word(hit.end()) != hit.end() {
             continue;
         }
@@ -1168,6 +1200,7 @@ mod tests {
                         words: &words,
                         dialect: Some(0),
                         status: client.replies.status,
+                        at_once: false,
                         answered: client.replies.answered,
                         statement_max: 1 << 16,
                         prepared_max,
@@ -1248,7 +1281,9 @@ mod tests {
             names("savepoint s;DEALLOCATE \"_PLAN1\";release s; deallocate b"),
             ["_PLAN1", "b"]
         );
+        assert_eq!(names("prepare p as select $1; deallocate s1"), ["s1"]);
         for other in [
+            "select $a1$; deallocate a$a1$",
             "deallocate all",
             "deallocate prepare all",
             "select deallocate a",

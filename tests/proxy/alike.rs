@@ -286,8 +286,9 @@ impl Inventor<'_> {
                 "select current_user, session_user",
             ]),
             15 => self.text(&[
-                "prepare s1 as select $1::int + {n}",
-                "prepare s2 (int) as select * from {t} where n < $1 order by n, v",
+                // Nor are names of both kinds the same there.
+                if shares() { "prepare p as select $1::int + {n}" } else { "prepare s1 as select $1::int + {n}" },
+                if shares() { "select 15" } else { "prepare s2 (int) as select * from {t} where n < $1 order by n, v" },
                 "prepare q as insert into {t} values ($1, 'prepared')",
                 if shares() { "select 15" } else { "execute s1({n})" },
                 if shares() { "select 15" } else { "execute s2({n})" },
@@ -362,6 +363,11 @@ impl Inventor<'_> {
             .filter(|parameter| text.contains(*parameter))
             .count();
         self.parsed.insert(statement, n);
+        // Where servers are shared, one that is itself prepared does not find the client's names, or not before its batch's end.
+        let text = match shares() && (text.starts_with("deallocate") || text == "discard all") {
+            true => "select 15".to_owned(),
+            false => text,
+        };
         Say::Parse(statement, text)
     }
 
@@ -521,8 +527,28 @@ impl Inventor<'_> {
             1 => step.push(Say::CopyData(b"9\tlate\n".to_vec())),
             _ => {}
         }
+        if shares() {
+            step = closed(step);
+        }
         step
     }
+}
+
+/// With no Query or FunctionCall behind an open batch. If that has failed, so is what the client has prepared before: it loses its
+/// unnamed statement where it shares servers, and no driver does so.
+fn closed(step: Step) -> Step {
+    let mut open = false;
+    let mut all = Vec::new();
+    for say in step {
+        match say {
+            Say::Sync => open = false,
+            Say::Query(_) | Say::Function(..) if std::mem::take(&mut open) => all.push(Say::Sync),
+            Say::Parse(..) | Say::Bind(..) | Say::Describe(..) | Say::Execute(..) | Say::Close(..) => open = true,
+            _ => {}
+        }
+        all.push(say);
+    }
+    all
 }
 
 /// What all the clients of a conversation say.
@@ -657,7 +683,12 @@ impl Client {
         match *kind {
             // Statements of clients that share servers have other names there.
             b'E' if shares() => {
-                *body = [b"C", ErrorFields(body).code(), b"\0\0"].concat();
+                // Of several things that are wrong with a statement another one may be named.
+                let code = match ErrorFields(body).code() {
+                    b"25P02" | b"42P05" | b"42601" | b"26000" | b"08P01" | b"42P01" => b"wrong",
+                    code => code,
+                };
+                *body = [b"C", code, b"\0\0"].concat();
             }
             b'A' if body[..4] == self.raw.pid.to_be_bytes() => body[..4].copy_from_slice(b"mine"),
             b'T' => {
