@@ -20,6 +20,8 @@
 //! server itself refuses it as it does after DDL (0A000 from `RevalidateCachedQuery`), from which drivers know how to go on.
 //! The stand-in's text has the statement's in it: on the way back that is prepared again.
 //!
+//! No FETCH is described: a server that is asked to describe one whose cursor is gone does not survive it ([`is_fetch`]).
+//!
 //! # What others may see of a session: LISTEN and advisory locks
 //!
 //! These two can't be taken along when a session goes over: by then something may have been missed, or somebody else may have
@@ -285,7 +287,7 @@ fn stand_in(text: &[u8], shape: &Shape) -> Vec<u8> {
     let shape = match shape {
         Shape::Columns(columns) => [b"c", columns.as_slice()].concat(),
         Shape::NoRows => b"n".to_vec(),
-        Shape::Unknown | Shape::Unusable => b"u".to_vec(),
+        Shape::Unknown | Shape::Unusable | Shape::NotAsked => b"u".to_vec(),
     };
     let inner = format!("{} {}", BASE64_STANDARD.encode(text), BASE64_STANDARD.encode(shape));
     [STAND_IN[0], inner.as_bytes(), STAND_IN[1]].concat()
@@ -301,6 +303,8 @@ enum Shape {
     Columns(Vec<u8>),
     /// The server refuses to describe it: it is of no use any more.
     Unusable,
+    /// See [`is_fetch`].
+    NotAsked,
 }
 
 impl Shape {
@@ -461,13 +465,18 @@ pub(super) async fn harvest(
 ) -> Result<State, TransferError> {
     let names = names.join("\x01");
     let asked_for_unnamed = unnamed.too_long || !unnamed.body.is_empty();
+    // Its name comes before its text.
+    let may_describe = !unnamed.too_long && !is_fetch(unnamed.body.get(1..).unwrap_or_default());
     let mut why = String::new();
     for _ in 0..TRIES {
         let mut out = Vec::new();
         // Is there an unnamed statement? Only this tells: a simple Query or a failed Parse has destroyed it. Not asked
         // where there never was one: the server logs each such question as an error.
-        if asked_for_unnamed {
+        if asked_for_unnamed && may_describe {
             message::put_describe_statement(&mut out, b"");
+        } else if asked_for_unnamed {
+            message::put_bind(&mut out, PORTAL, b"", &[]);
+            message::put_close_portal(&mut out, PORTAL);
         }
         message::put_sync(&mut out);
         put_begin(&mut out);
@@ -484,7 +493,9 @@ pub(super) async fn harvest(
         if state.status != b'I' || state.error.is_some() {
             undo(conn, state.status).await?;
         }
-        let described_code = described.error.as_deref().map(|body| ErrorFields(body).code().to_vec());
+        let mut described_code = described.error.as_deref().map(|body| ErrorFields(body).code().to_vec());
+        // Only one that exists wants other parameters than none.
+        described_code.take_if(|code| !may_describe && code == b"08P01");
         let again = |body: &Option<Vec<u8>>| body.as_deref().is_some_and(|body| ErrorFields(body).code() == b"57014");
         if again(&state.error) || again(&described.error) {
             why = "its statement timeout is too short to read its state".into();
@@ -512,8 +523,7 @@ pub(super) async fn harvest(
                     .described
                     .into_iter()
                     .next()
-                    .map(|d| d.shape)
-                    .unwrap_or_default(),
+                    .map_or(Shape::NotAsked, |d| d.shape),
             }),
             // It is a stand-in, or its columns have changed since it was prepared.
             Some(b"0A000") if unnamed.confirmed => Some(UnnamedStatement {
@@ -782,6 +792,9 @@ fn understand(rows: &[Vec<u8>], unnamed: Option<UnnamedStatement>) -> Result<(St
                         ))
                     })?;
                 }
+                if is_fetch(&body) {
+                    shape = Shape::NotAsked;
+                }
                 let types = match column(4) {
                     None | Some(b"") => Vec::new(),
                     Some(list) => list
@@ -928,6 +941,7 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
     }
     // Those that are of no use on the other side either.
     let usable: Vec<&Statement> = missing.iter().copied().filter(|s| s.shape != Shape::Unusable).collect();
+    let described = || usable.iter().filter(|statement| statement.shape != Shape::NotAsked);
     let types = |statement: &Statement| -> Vec<u32> {
         let oid = |name| match name {
             &TypeName::BuiltIn(oid) => oid,
@@ -944,7 +958,9 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
                 message::put_close_statement(&mut out, &statement.name);
             }
             message::put_parse(&mut out, &statement.name, &statement.text, &types(statement));
-            message::put_describe_statement(&mut out, &statement.name);
+            if statement.shape != Shape::NotAsked {
+                message::put_describe_statement(&mut out, &statement.name);
+            }
         }
         message::put_sync(&mut out);
         batches.push(Batch::Statements);
@@ -953,7 +969,9 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
         match &state.unnamed {
             Some(unnamed) => {
                 message::put(&mut out, b'P', |to| to.extend_from_slice(&unnamed.parse));
-                message::put_describe_statement(&mut out, b"");
+                if unnamed.shape != Shape::NotAsked {
+                    message::put_describe_statement(&mut out, b"");
+                }
             }
             None => message::put_close_statement(&mut out, b""),
         }
@@ -973,7 +991,9 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
                     format!("setting {}", named(settings.get(at).map(|(name, ..)| *name)))
                 }
                 Batch::Statements => {
-                    let statement = usable.get(answer.shapes()).map(|statement| statement.name.as_slice());
+                    let statement = described()
+                        .nth(answer.shapes())
+                        .map(|statement| statement.name.as_slice());
                     format!("prepared statement {:?}", named(statement))
                 }
                 Batch::Unnamed => "its unnamed prepared statement".into(),
@@ -985,7 +1005,7 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
         }
         match (batch, &state.unnamed) {
             (Batch::Statements, _) => {
-                for (statement, described) in usable.iter().zip(&answer.described) {
+                for (statement, described) in described().zip(&answer.described) {
                     if described.shape != statement.shape {
                         stand_ins.push(StandIn::new(&statement.name, statement.stand_in(), types(statement)));
                     }
@@ -1528,6 +1548,16 @@ fn keyword<'a>(text: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
     (head.eq_ignore_ascii_case(word) && ends).then_some(rest)
 }
 
+/// True of a FETCH, and of whatever may be one. It is prepared while its cursor is there. Describing it, a server (PostgreSQL 13
+/// to 18: `FetchStatementTargetList`) looks for that cursor again, and crashes if it is gone.
+fn is_fetch(text: &[u8]) -> bool {
+    let others: [&[u8]; 7] = [b"select", b"insert", b"update", b"delete", b"merge", b"values", b"with"];
+    let begins = blank(text).unwrap_or_default();
+    let mut words = text.windows(b"fetch".len());
+    !others.iter().any(|other| keyword(begins, other).is_some())
+        && words.any(|word| word.eq_ignore_ascii_case(b"fetch"))
+}
+
 /// Past white space and comments.
 fn blank(mut text: &[u8]) -> Option<&[u8]> {
     loop {
@@ -1728,6 +1758,26 @@ mod tests {
         assert_eq!(since_pivot(&said(&heard), 8), None, "another one's");
         let twice = [heard[1], heard[2], (PIVOT_CHANNEL, "9")];
         assert_eq!(since_pivot(&said(&twice), 7), None, "it was left again meanwhile");
+    }
+
+    #[test]
+    fn a_fetch_is_known_wherever_it_begins() {
+        for text in [
+            "fetch 1 from c",
+            " ;; FETCH c",
+            "/* a /* b */ c */ -- d\n\x0bFetch all from c",
+            "-- a\rfetch c",
+        ] {
+            assert!(is_fetch(text.as_bytes()), "{text}");
+        }
+        for text in [
+            "select 1 fetch first row only",
+            "/* fetch */ with a as (select 1) table a",
+            "delete from c",
+            "",
+        ] {
+            assert!(!is_fetch(text.as_bytes()), "{text}");
+        }
     }
 
     #[test]

@@ -223,6 +223,15 @@ pub fn put_run(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: &[&[
 
 /// The same without the Close: what a COPY reads may follow.
 pub fn put_execute(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: &[&[u8]]) {
+    put_bind(into, portal, statement, values);
+    put(into, b'E', |body| {
+        put_cstr(body, portal);
+        body.extend_from_slice(&[0; 4]);
+    });
+}
+
+/// Bind (all parameters and results as text).
+pub fn put_bind(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: &[&[u8]]) {
     put(into, b'B', |body| {
         put_cstr(body, portal);
         put_cstr(body, statement);
@@ -233,10 +242,6 @@ pub fn put_execute(into: &mut Vec<u8>, portal: &[u8], statement: &[u8], values: 
             body.extend_from_slice(value);
         }
         body.extend_from_slice(&[0, 0]);
-    });
-    put(into, b'E', |body| {
-        put_cstr(body, portal);
-        body.extend_from_slice(&[0; 4]);
     });
 }
 

@@ -1,7 +1,7 @@
 //! Cursors WITH HOLD go along with their session, with their rows and where they stand.
 
 use super::Servers;
-use super::raw::{self, kinds};
+use super::raw::{self, kinds, parse, run, sync};
 
 const ROWS: &str = "select n, 'row ' || n as \"The \"\"name\", n::numeric(7,2) / 4 as q, case when n % 2 = 0 then '\\x5c22' end::bytea as b,
     (array['a\"b', null, 'c\\d'])[n % 3 + 1] as s, 'x'::char(3) as c, array[n, null] as a, '2026-01-02 03:04+00'::timestamptz as t,
@@ -152,5 +152,52 @@ async fn cursors_that_can_not_be_read_without_loss_are_named_and_left_as_they_ar
         );
         drop(raw);
         front.sessions("idle", 0).await;
+    }
+}
+
+/// A server that is asked to describe a FETCH whose cursor is gone crashes, and all its sessions with it.
+#[tokio::test]
+async fn a_fetch_that_outlives_its_cursor_harms_nobody() {
+    for versions in [[15, 17], [16, 18]] {
+        let servers = Servers::with(versions, &[], "select 1").await;
+        let front = servers.serve("sslmode=disable", "");
+        let mut other = front.raw().await;
+        let backend = other.value("select pg_backend_pid()").await;
+        let mut raw = front.raw().await;
+        fetched(&mut raw, "begin; declare c cursor for select 7").await;
+        fetched(
+            &mut raw,
+            "declare kept scroll cursor with hold for select generate_series(1, 9)",
+        )
+        .await;
+        let prepare = [
+            parse("gone", "fetch 1 from c"),
+            parse("kept", "fetch 1 from kept"),
+            parse("", "/* of */ FETCH 1 from c"),
+            run("gone", &[]),
+            sync(),
+        ];
+        raw.send(&prepare.concat()).await;
+        assert_eq!(raw::first_value(&raw.until_ready().await).as_deref(), Some("7"));
+        raw.send(&[parse("end", "commit"), run("end", &[]), sync()].concat())
+            .await;
+        assert!(!kinds(&raw.until_ready().await).contains('E'));
+        front.hold_all().await;
+        front.unwind();
+        assert_eq!(
+            other.value("select pg_backend_pid()").await,
+            backend,
+            "its server has not crashed"
+        );
+        for n in 1..=3 {
+            front.flip().await;
+            raw.send(&[run("kept", &[]), sync()].concat()).await;
+            assert_eq!(raw::first_value(&raw.until_ready().await), Some(n.to_string()));
+            // There are those that want the cursor, and no others.
+            for (statement, code) in [("gone", "34000"), ("", "34000"), ("never", "26000")] {
+                raw.send(&[run(statement, &[]), sync()].concat()).await;
+                assert_eq!(raw::code(&raw.until_ready().await), code, "{statement:?}");
+            }
+        }
     }
 }
