@@ -220,7 +220,7 @@ pub struct Pool {
     pub users: BTreeMap<String, PoolMode>,
     /// Of databases that have one of their own.
     pub databases: BTreeMap<String, PoolMode>,
-    /// Servers of one user, database and way of logging in.
+    /// Servers that the clients of one user and database share, of those with the same startup parameters.
     pub pool_size: usize,
     /// So many stay open however long they are idle.
     pub min_pool_size: usize,
@@ -232,6 +232,8 @@ pub struct Pool {
     pub server_lifetime: Duration,
     /// Statements that a server keeps prepared.
     pub max_prepared_statements: usize,
+    /// Clients that may keep a server to themselves because of what they hold, of all pools.
+    pub max_bound_clients: usize,
 }
 
 impl Default for Pool {
@@ -246,6 +248,7 @@ impl Default for Pool {
             server_idle_timeout: Duration::from_secs(600),
             server_lifetime: Duration::from_secs(3600),
             max_prepared_statements: 200,
+            max_bound_clients: 50,
         }
     }
 }

@@ -218,6 +218,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "server_idle_timeout",
             "server_lifetime",
             "max_prepared_statements",
+            "max_bound_clients",
         ],
     ),
     ("log", &["format", "level"]),
@@ -767,6 +768,7 @@ impl<'a> Reader<'a> {
         let pool_size = count("pool_size", default.pool_size, 1);
         let min_pool_size = count("min_pool_size", default.min_pool_size, 0);
         let max_prepared_statements = count("max_prepared_statements", default.max_prepared_statements, 1);
+        let max_bound_clients = count("max_bound_clients", default.max_bound_clients, 0);
         let mut time = |key, default, least| self.duration("pool", key, default, least, s(30 * 86_400));
         let pool = Pool {
             query_wait_timeout: time("query_wait_timeout", default.query_wait_timeout, ms(10)),
@@ -778,6 +780,7 @@ impl<'a> Reader<'a> {
             pool_size,
             min_pool_size,
             max_prepared_statements,
+            max_bound_clients,
         };
         if pool.min_pool_size > pool.pool_size
             && let Some((_, at)) = self.raw("pool", "min_pool_size")

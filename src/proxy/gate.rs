@@ -291,6 +291,19 @@ pub(super) struct Shared {
     cancels_done: Notify,
 }
 
+/// A client that has logged in.
+pub(super) struct Newcomer {
+    pub user: String,
+    pub database: String,
+    pub application: String,
+    /// Its address.
+    pub client: String,
+    pub since: std::time::Instant,
+    /// See [`Shared::shares`].
+    pub shares: bool,
+    pub secret: Vec<u8>,
+}
+
 /// A side as an atomic has it: 0 is none.
 fn number(side: Option<Side>) -> u8 {
     match side {
@@ -856,16 +869,16 @@ impl Gate {
     }
 
     /// A new session. It waits.
-    pub(super) fn admit(
-        &self,
-        user: String,
-        database: String,
-        application: String,
-        client: String,
-        since: std::time::Instant,
-        shares: bool,
-        secret: Vec<u8>,
-    ) -> Arc<Shared> {
+    pub(super) fn admit(&self, newcomer: Newcomer) -> Arc<Shared> {
+        let Newcomer {
+            user,
+            database,
+            application,
+            client,
+            since,
+            shares,
+            secret,
+        } = newcomer;
         let mut inner = self.inner.lock();
         // Ids are pids for clients: positive Int32s. After two billion sessions they begin again.
         let id = loop {
@@ -1386,13 +1399,25 @@ mod tests {
 
     use super::*;
 
+    fn newcomer() -> Newcomer {
+        let text = || String::from("x");
+        Newcomer {
+            user: text(),
+            database: text(),
+            application: text(),
+            client: text(),
+            since: Instant::now(),
+            shares: false,
+            secret: b"key!".to_vec(),
+        }
+    }
+
     fn open_gate_with_a_session() -> (Arc<Gate>, Arc<Shared>) {
         let gate = Gate::new();
         let side = Side::Blue;
         gate.switch(Upstream { side, epoch: 1 }).expect("the first");
         gate.release();
-        let text = || String::from("x");
-        let shared = gate.admit(text(), text(), text(), text(), Instant::now(), false, b"key!".to_vec());
+        let shared = gate.admit(newcomer());
         shared.set_server(Arc::new(CancelKey {
             side,
             pid: 1,
@@ -1593,8 +1618,7 @@ mod tests {
     #[test]
     fn a_session_that_arrives_where_the_gate_no_longer_leads_is_noticed() {
         let (gate, _) = open_gate_with_a_session();
-        let text = || String::from("x");
-        let late = gate.admit(text(), text(), text(), text(), Instant::now(), false, b"key!".to_vec());
+        let late = gate.admit(newcomer());
         let to = gate.try_login(&late).expect("the gate is open");
         // A switch by force waits for nobody.
         gate.switch(Upstream {

@@ -72,9 +72,11 @@ struct Env {
     names: transfer::SettingNamesInCatalogs,
     suspects: suspects::Known,
     /// Clients that share servers, on their way to the thread of their pool.
-    homes: Vec<mpsc::UnboundedSender<Newcomer>>,
+    homes: Vec<mpsc::UnboundedSender<Traveller>>,
     tls: Arc<ArcSwapOption<Tls>>,
     clients: AtomicUsize,
+    /// Of those that share servers, those that keep one.
+    bound: AtomicUsize,
 }
 
 impl Env {
@@ -86,8 +88,8 @@ impl Env {
     }
 }
 
-/// A client that has logged in.
-struct Newcomer {
+/// A client that has logged in, on its way to another thread.
+struct Traveller {
     client: Box<handshake::Client>,
     peer: Peer,
     since: Instant,
@@ -124,7 +126,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     if let Some(files) = &config.client_tls {
         tls.store(Some(Arc::new(acceptor(files)?)));
     }
-    let (homes, newcomers): (Vec<_>, Vec<_>) = (0..config.workers.max(1)).map(|_| mpsc::unbounded_channel()).unzip();
+    let (homes, travellers): (Vec<_>, Vec<_>) = (0..config.workers.max(1)).map(|_| mpsc::unbounded_channel()).unzip();
     let env = Arc::new(Env {
         homes,
         auth: ArcSwap::from_pointee(config.auth.clone()),
@@ -135,6 +137,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         gate,
         tls,
         clients: AtomicUsize::new(0),
+        bound: AtomicUsize::new(0),
         config: config.clone(),
     });
     let mut address = config.listen;
@@ -151,7 +154,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     };
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
-    for (n, (listener, newcomers)) in listeners.into_iter().zip(newcomers).enumerate() {
+    for (n, (listener, travellers)) in listeners.into_iter().zip(travellers).enumerate() {
         let worker = Arc::new(Worker {
             env: env.clone(),
             number: n,
@@ -178,7 +181,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
                 if n == 0 {
                     tokio::spawn(turns::watch(worker.env.clone()));
                 }
-                tokio::spawn(welcome(worker.clone(), newcomers));
+                tokio::spawn(welcome(worker.clone(), travellers));
                 work(worker, listener, local, shutdown, stopped).await;
             });
         })?;
@@ -359,16 +362,16 @@ fn from_network((socket, address): (TcpStream, SocketAddr)) -> (ClientStream, Pe
 }
 
 /// Takes over clients that other workers have let in, to share servers here.
-async fn welcome(worker: Arc<Worker>, mut newcomers: mpsc::UnboundedReceiver<Newcomer>) {
-    while let Some(newcomer) = newcomers.recv().await {
+async fn welcome(worker: Arc<Worker>, mut travellers: mpsc::UnboundedReceiver<Traveller>) {
+    while let Some(traveller) = travellers.recv().await {
         let worker = worker.clone();
         tokio::spawn(async move {
-            let Newcomer {
+            let Traveller {
                 client,
                 peer,
                 since,
                 counted,
-            } = newcomer;
+            } = traveller;
             let stream = client.stream.settle();
             match stream {
                 Ok(stream) => sharing::run(worker, handshake::Client { stream, ..*client }, peer, since).await,
@@ -420,14 +423,14 @@ async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
                 Ok(stream) => stream,
                 Err(error) => return tracing::warn!(%error, "a client's socket can't be handed over"),
             };
-            let newcomer = Newcomer {
+            let traveller = Traveller {
                 client,
                 peer,
                 since,
                 counted,
             };
             // It fails only when pgflip ends.
-            let _ = env.homes[home].send(newcomer);
+            let _ = env.homes[home].send(traveller);
         }
         Ok(Err(Failed::Refused(error))) => {
             tracing::info!(%peer, code = error.code, message = error.message, "a client was refused");

@@ -20,7 +20,7 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use crate::pg::Side;
 use crate::proxy::client::ClientStream;
 use crate::proxy::gate::{
-    Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
+    Ahead, CancelKey, Newcomer, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
 };
 use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
@@ -236,9 +236,15 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         secret,
         replication: _,
     } = client;
-    let shared = env
-        .gate
-        .admit(user, database, application, peer.to_string(), since, false, secret);
+    let shared = env.gate.admit(Newcomer {
+        user,
+        database,
+        application,
+        client: peer.to_string(),
+        since,
+        shares: false,
+        secret,
+    });
     let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());

@@ -12,6 +12,7 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::proxy::client::ClientStream;
-use crate::proxy::gate::{Phase, Shared, add, signal};
+use crate::proxy::gate::{Newcomer, Phase, Shared, add, signal};
 use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
 use crate::proxy::outbox::Outbox;
@@ -67,6 +68,8 @@ pub(super) struct Sharing {
     names: Names,
     suspects: Arc<ArcSwap<Suspects>>,
     member: Member,
+    /// It keeps its server from now on.
+    bound: Option<Bound>,
     /// What it has set. None: what its login has.
     state: Option<Arc<State>>,
     /// See [`State::dialect`].
@@ -96,9 +99,15 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         secret,
         replication: _,
     } = client;
-    let shared = env
-        .gate
-        .admit(user, database, application, peer.to_string(), since, true, secret);
+    let shared = env.gate.admit(Newcomer {
+        user,
+        database,
+        application,
+        client: peer.to_string(),
+        since,
+        shares: true,
+        secret,
+    });
     let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());
@@ -133,6 +142,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         names: Names::default(),
         suspects: Arc::default(),
         member,
+        bound: None,
         version: 0,
         at_once: false,
         worker,
@@ -160,10 +170,10 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
                     sharing = back;
                     end
                 }
-                Relayed::Binds(session, member, place) => {
+                Relayed::Binds(session, keeps) => {
                     let not_moved = session::go_on(session).await;
                     registered.not_moved = not_moved;
-                    drop((member, place));
+                    drop(keeps);
                     return;
                 }
             }
@@ -179,7 +189,27 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
 enum Relayed {
     Ended(Box<Sharing>, End),
     /// It keeps its server.
-    Binds(Box<Session>, Member, pool::Place),
+    Binds(Box<Session>, Keeps),
+}
+
+/// What a client that keeps its server has beside it.
+type Keeps = (Member, pool::Place, Option<Bound>);
+
+/// One of `pool.max_bound_clients`.
+struct Bound(Arc<Env>);
+
+impl Bound {
+    fn one_more(env: &Arc<Env>, most: usize) -> Option<Bound> {
+        let more = |now| (now < most).then_some(now + 1);
+        let counted = env.bound.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        counted.is_ok().then(|| Bound(env.clone()))
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.0.bound.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Relays for Sharing {
@@ -276,30 +306,6 @@ impl Relays for Sharing {
                 self.go_on_at_once();
                 continue;
             }
-            if std::env::var("DBGS").is_ok() {
-                eprintln!(
-                    "DBG {} server {} goodbye {} stop {:?} ticket {} sent {} answered {} settled {} status {} sent_at_ready {} copy_in {} batch_open {} betw {} {} to_server {} to_client {} uncertain {} cut {} held {:?} ",
-                    self.shared.id.0,
-                    self.server.is_some(),
-                    self.names.goodbye,
-                    self.stop,
-                    self.ticket.is_some(),
-                    self.requests.sent,
-                    self.replies.answered,
-                    self.names.is_settled(),
-                    self.replies.status as char,
-                    self.replies.sent_at_ready,
-                    self.replies.copy_in,
-                    self.requests.batch_open,
-                    self.requests.between_messages(),
-                    self.replies.between_messages(),
-                    self.to_server.is_empty(),
-                    self.to_client.is_empty(),
-                    self.replies.uncertain,
-                    self.cut.len(),
-                    String::from_utf8_lossy(&self.held.bytes[..self.held.bytes.len().min(60)])
-                );
-            }
             return Poll::Pending;
         }
         // Others have their turn.
@@ -326,6 +332,7 @@ impl Sharing {
     /// What a client is told when it has logged in. Of its parameters, what the pool's servers say; the first client of a pool
     /// waits for one.
     async fn greet(&mut self, known: Option<Arc<pool::Parameters>>) -> Result<(), End> {
+        self.wait_to_be_let_in().await?;
         let parameters = match known {
             Some(known) => {
                 let mut parameters = pool::Parameters::clone(&known);
@@ -360,6 +367,50 @@ impl Sharing {
         Ok(())
     }
 
+    /// Its pool's servers were opened for others, at another time: whether this client would be let in now is asked for. A login
+    /// waits while clients are held.
+    async fn wait_to_be_let_in(&mut self) -> Result<(), End> {
+        let held_until = Instant::now() + self.env.config.limits.hold_timeout;
+        let limit = self.env.config.limits.server_connect_timeout;
+        loop {
+            let orders = self.env.gate.orders();
+            if orders.shutdown {
+                return Err(End::Tell(ClientError::shutting_down()));
+            }
+            let open = !orders.held && orders.upstream.is_some();
+            let Sharing {
+                shared,
+                client,
+                held,
+                env,
+                ..
+            } = self;
+            let asked = env.verifiers.lets_in(&shared.user, &shared.database);
+            tokio::select! {
+                biased;
+                bits = session::signals(shared) => if bits & signal::KILL != 0 {
+                    return Err(End::Kill(ClientError::terminated("It was still logging in.")));
+                },
+                asked = timeout(2 * limit, asked), if open => return match asked {
+                    Ok(Ok(Ok(()))) => Ok(()),
+                    Ok(Ok(Err((code, message)))) => {
+                        metrics::counter!("pgflip_logins_total", "result" => "server").increment(1);
+                        Err(End::Tell(ClientError::not_let_in(code, message)))
+                    }
+                    Ok(Err(error)) => {
+                        tracing::warn!(%error, "whether a client is to be let in can't be asked");
+                        Err(End::Tell(ClientError::verifiers_unavailable()))
+                    }
+                    Err(_) => Err(End::Tell(ClientError::verifiers_unavailable())),
+                },
+                () = gone(client, &mut held.bytes, None) => return Err(End::Client),
+                () = sleep_until(held_until), if !open => {
+                    return Err(End::Tell(ClientError::not_now(orders.upstream.is_some())));
+                }
+            }
+        }
+    }
+
     async fn relay(mut self: Box<Self>) -> Relayed {
         loop {
             let event;
@@ -381,8 +432,8 @@ impl Sharing {
                             // A session of its own has not heard it.
                             Ok(true) if self.names.goodbye => Err(End::Client),
                             Ok(true) => {
-                                let (session, member, place) = self.keep_server();
-                                return Relayed::Binds(session, member, place);
+                                let (session, keeps) = self.keep_server();
+                                return Relayed::Binds(session, keeps);
                             }
                             Ok(false) => Ok(()),
                             Err(end) => Err(end),
@@ -1038,6 +1089,17 @@ impl Sharing {
             return Ok(false);
         }
         let binds = binds.unwrap_or_default();
+        let most = self.env.config.pool.max_bound_clients;
+        let Some(bound) = Bound::one_more(&self.env, most) else {
+            tracing::warn!(
+                session = self.shared.id.0,
+                user = self.shared.user,
+                why = binds,
+                "too many clients keep their server"
+            );
+            return Err(End::Tell(ClientError::too_many_bound(&binds, most)));
+        };
+        self.bound = Some(bound);
         let _ = self.shared.keeps.set(binds.clone());
         tracing::info!(
             session = self.shared.id.0,
@@ -1070,7 +1132,7 @@ impl Sharing {
     }
 
     /// The client keeps its server: a session like any other.
-    fn keep_server(self: Box<Self>) -> (Box<Session>, Member, pool::Place) {
+    fn keep_server(self: Box<Self>) -> (Box<Session>, Keeps) {
         let Sharing {
             shared,
             env,
@@ -1082,6 +1144,7 @@ impl Sharing {
             replies,
             requests,
             member,
+            bound,
             worker,
             login,
             ..
@@ -1105,7 +1168,7 @@ impl Sharing {
             replies,
             requests,
         });
-        (session, member, place)
+        (session, (member, place, bound))
     }
 
     /// See [`Session`]: here it is asked whenever the count is uncertain, so that the server is not kept for nothing.
@@ -1196,7 +1259,7 @@ impl Sharing {
     async fn finish(self: Box<Self>, end: End) {
         if self.server.is_some() {
             // As if it were its own: what runs goes on to its end, and until then the client counts as busy.
-            let (session, _member, _place) = self.keep_server();
+            let (session, _keeps) = self.keep_server();
             return session.finish(end).await;
         }
         let error = match end {

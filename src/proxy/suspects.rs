@@ -94,6 +94,9 @@ async fn refresh(env: Arc<Env>, database: String, known: Arc<ArcSwap<Suspects>>)
     let mut before: Option<Vec<(String, bool)>> = None;
     loop {
         sleep(FRESH).await;
+        if let Some(side) = env.gate.active() {
+            env.names.refresh(&env.config, side, &database).await;
+        }
         match read(&env, &database).await {
             Ok(functions) if before.as_ref() == Some(&functions) => {}
             Ok(functions) => {

@@ -1705,7 +1705,19 @@ impl SettingNamesInCatalogs {
         self.found.lock().insert(database.to_owned(), Found { number, names });
     }
 
-    /// Those of the last flip that read them; reads them if none has.
+    /// Reads them again, if they are known. What can't be read stays as it was.
+    pub async fn refresh(&self, config: &Config, side: Side, database: &str) {
+        if !self.found.lock().contains_key(database) {
+            return;
+        }
+        if let Ok(names) = read_names(config, side, database).await
+            && let Some(found) = self.found.lock().get_mut(database)
+        {
+            found.names = Ok(Arc::new(names));
+        }
+    }
+
+    /// Those of the last flip that read them, or read since; reads them if none has.
     pub async fn current(&self, config: &Config, side: Side, database: &str) -> Result<Arc<Vec<String>>, String> {
         let known = |found: &HashMap<String, Found>| found.get(database).and_then(|found| found.names.clone().ok());
         if let Some(names) = known(&self.found.lock()) {

@@ -182,6 +182,23 @@ impl ClientError {
         )
     }
 
+    /// `pool.max_bound_clients`, and one more client holds what no other may get.
+    pub fn too_many_bound(why: &str, max: usize) -> ClientError {
+        ClientError::fatal(
+            "53300",
+            "too many clients keep a server connection to themselves (pool.max_bound_clients)",
+        )
+        .detail(format!("This one would, because of what it holds: {why}."))
+        .hint(format!(
+            "{max} clients may at once. Raise that, or give such clients pool_mode = \"session\" (pool.session_users)."
+        ))
+    }
+
+    /// The role, or the database, lets nobody in any more.
+    pub fn not_let_in(code: &'static str, message: String) -> ClientError {
+        ClientError::fatal(code, message)
+    }
+
     /// What a client has set can't be set on the server that it was to get.
     pub fn settings(why: &str) -> ClientError {
         ClientError::fatal("08006", "pgflip can't give a server connection this session's settings").detail(why)

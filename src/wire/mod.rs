@@ -6,6 +6,7 @@
 //! authenticated has to be an error and not a panic.
 
 pub mod certificate;
+mod deallocate;
 pub mod error;
 pub mod md5;
 pub mod message;

@@ -10,12 +10,12 @@
 //! nothing but a Parse or Close, in their order, so a queue of those is all that has to be known ([`Pending`]).
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Weak};
+use std::sync::{Arc, Weak};
 
 use aho_corasick::AhoCorasick;
 
+use crate::wire::deallocate::{deallocated, deallocates_all};
 use crate::wire::message;
 use crate::wire::scan::{BadLength, Mark, Requests};
 
@@ -427,7 +427,7 @@ impl Names {
                     return Ok((input.len(), Stop::No));
                 }
                 // A batch that begins with one can't be asked where it is once it has begun.
-                b'E' | b'H' if self.is_early() => return Ok((at, Stop::Answers)),
+                b'E' | b'H' if let Some(stop) = self.too_early(to) => return Ok((at, stop)),
                 // By OID.
                 b'F' => {
                     self.suspect = true;
@@ -449,11 +449,17 @@ impl Names {
         Ok((at, Stop::No))
     }
 
-    /// Whether what is under way comes to be, nobody knows yet: within one batch it does, or what follows is passed over as well.
+    /// What has to come before a message of a batch can be sent.
     #[inline]
-    fn is_early(&self) -> bool {
+    fn too_early(&self, to: &To<'_>) -> Option<Stop> {
+        // Whether what is under way comes to be, nobody knows yet: within one batch it does, or what follows is passed over as well.
         let first = self.pending.front();
-        first.is_some_and(|pending| pending.resumes < self.resumes)
+        if first.is_some_and(|pending| pending.resumes < self.resumes) {
+            return Some(Stop::Answers);
+        }
+        // What deallocates all is under way: whether a name is still there has to be known first.
+        let all = self.unsure && to.requests.sent != to.answered && !to.requests.batch_open && !to.at_once;
+        all.then_some(Stop::AllAnswers)
     }
 
     #[inline]
@@ -509,12 +515,8 @@ impl Names {
                 false => Ok(Err(Stop::Incomplete)),
             };
         };
-        if self.is_early() {
-            return Ok(Err(Stop::Answers));
-        }
-        // What deallocates all is under way: whether a name is still there has to be known first.
-        if self.unsure && target == b'S' && to.requests.sent != to.answered && !to.requests.batch_open && !to.at_once {
-            return Ok(Err(Stop::AllAnswers));
+        if let Some(stop) = self.too_early(to) {
+            return Ok(Err(stop));
         }
         if target == b'P' {
             if kind == b'C' {
@@ -645,6 +647,11 @@ impl Names {
         }
         match self.named.remove(name) {
             Some(statement) => self.expect(to, What::Close(name.to_vec(), statement)),
+            // It may have been prepared by SQL.
+            None if !name.starts_with(PREFIX.as_bytes()) => {
+                self.expect(to, What::CloseOther);
+                return self.send(to, |out| message::put_close_statement(out, name));
+            }
             None => self.expect(to, What::CloseOther),
         }
         // The server keeps it for others.
@@ -927,74 +934,6 @@ fn restore(named: &mut HashMap<Vec<u8>, Arc<Statement>>, name: Vec<u8>, before: 
     }
 }
 
-/// True if a text deallocates all statements.
-fn deallocates_all(text: &[u8]) -> bool {
-    // Where it ends, if the text begins with it.
-    let behind = |text: &[u8], word: &[u8]| {
-        let head = text.get(..word.len());
-        head.is_some_and(|head| head.eq_ignore_ascii_case(word))
-            .then_some(word.len())
-    };
-    memchr::memchr2_iter(b'd', b'D', text).any(|at| {
-        let text = &text[at..];
-        let Some(end) = behind(text, b"deallocate") else {
-            return behind(text, b"discard").is_some();
-        };
-        let rest = text[end..].trim_ascii_start();
-        let rest = behind(rest, b"prepare").map_or(rest, |end| rest[end..].trim_ascii_start());
-        behind(rest, b"all").is_some()
-    })
-}
-
-/// In a text, or one with what follows it in a Parse, the names behind `DEALLOCATE [PREPARE]` where a statement begins with it:
-/// where they are, and as the server reads them. Behind a string or a comment nothing is looked for.
-fn deallocated(text: &[u8]) -> Vec<(Range<usize>, Vec<u8>)> {
-    static WORD: LazyLock<AhoCorasick> = LazyLock::new(|| {
-        let builder = AhoCorasick::builder()
-            .ascii_case_insensitive(true)
-            .build(["deallocate"]);
-        builder.expect("one word")
-    });
-    let text = &text[..memchr::memchr(0, text).unwrap_or(text.len())];
-    let in_word = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'$') || *byte >= 0x80;
-    let word = |at: usize| at + text[at..].iter().take_while(|byte| in_word(byte)).count();
-    let blank = |at: usize| at + text[at..].iter().take_while(|byte| byte.is_ascii_whitespace()).count();
-    let mut found = Vec::new();
-    for hit in WORD.find_iter(text) {
-        let before = &text[..hit.start()];
-        let begins = before.trim_ascii_end().last().is_none_or(|byte| *byte == b';');
-        // A parameter's `$` begins no quotation.
-        let quotes = |at: usize| {
-            before[at] == b'\'' || before[at] == b'$' && !before[at + 1..].first().is_some_and(u8::is_ascii_digit)
-        };
-        let plain = !(0..before.len()).any(quotes) && memchr::memmem::find(before, b"--").is_none();
-        if !begins || !plain || memchr::memmem::find(before, b"/*").is_some() || word(hit.end()) != hit.end() {
-            continue;
-        }
-        let mut at = blank(hit.end());
-        let second = &text[at..word(at)];
-        let next = blank(word(at));
-        if second.eq_ignore_ascii_case(b"prepare") && next < text.len() && text[next] != b';' {
-            at = next;
-        }
-        let (end, name) = match text.get(at) {
-            Some(b'"') => {
-                let Some(length) = memchr::memchr(b'"', &text[at + 1..]) else {
-                    continue;
-                };
-                (at + length + 2, text[at + 1..at + 1 + length].to_vec())
-            }
-            _ => (word(at), text[at..word(at)].to_ascii_lowercase()),
-        };
-        let ends = blank(end);
-        // A quote in a quoted name is written twice.
-        if !name.is_empty() && (ends == text.len() || text[ends] == b';') && (text[at] == b'"' || name != b"all") {
-            found.push((at..end, name));
-        }
-    }
-    found
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -1262,39 +1201,5 @@ mod tests {
             at += length + 1;
         }
         at
-    }
-
-    #[test]
-    fn a_deallocate_is_read_as_the_server_reads_it() {
-        let names = |text: &str| -> Vec<String> {
-            let found = deallocated(format!("{text}\0").as_bytes());
-            found
-                .into_iter()
-                .map(|(_, name)| String::from_utf8_lossy(&name).into_owned())
-                .collect()
-        };
-        assert_eq!(names("DEALLOCATE _pg3_1"), ["_pg3_1"]);
-        assert_eq!(names("  deallocate PREPARE \"Odd Name\" ;"), ["Odd Name"]);
-        assert_eq!(names("deallocate Mixed"), ["mixed"]);
-        assert_eq!(names("deallocate prepare"), ["prepare"]);
-        assert_eq!(
-            names("savepoint s;DEALLOCATE \"_PLAN1\";release s; deallocate b"),
-            ["_PLAN1", "b"]
-        );
-        assert_eq!(names("prepare p as select $1; deallocate s1"), ["s1"]);
-        for other in [
-            "select $a1$; deallocate a$a1$",
-            "deallocate all",
-            "deallocate prepare all",
-            "select deallocate a",
-            "insert into t values ('; deallocate a')",
-            "select $$; deallocate a$$",
-            "/* ; deallocate a */",
-            "deallocate a b",
-            "deallocate",
-            "delete from t",
-        ] {
-            assert!(names(other).is_empty(), "{other}");
-        }
     }
 }

@@ -41,18 +41,24 @@ struct Mode {
     /// Of its configuration: lines before the first section, and sections.
     top: &'static str,
     sections: &'static str,
+    /// Clients share servers: what is documented to be another's there is not said, or not compared.
+    shares: bool,
 }
 
 const SESSION: Mode = Mode {
     name: "session",
     top: "",
     sections: "",
+    shares: false,
 };
 
-/// Run by hand with clients that share servers: see [`crate::common::with_pool`].
-fn shares() -> bool {
-    std::env::var("PGFLIP_POOL_MODE").is_ok_and(|mode| mode != "session")
-}
+/// Fewer servers than clients.
+const TRANSACTION: Mode = Mode {
+    name: "transaction",
+    top: "",
+    sections: "[pool]\npool_mode = \"transaction\"\npool_size = 2\n",
+    shares: true,
+};
 
 /// What goes on meanwhile.
 #[derive(Clone, Copy, PartialEq)]
@@ -177,6 +183,8 @@ struct Inventor<'a> {
     likes: [usize; 2],
     /// It has no simple queries, which would destroy the unnamed statement each time.
     extended_only: bool,
+    /// See [`Mode`].
+    shares: bool,
     /// How many parameters the statements have that it has parsed.
     parsed: BTreeMap<&'static str, usize>,
 }
@@ -278,7 +286,7 @@ impl Inventor<'_> {
                 "show transaction_isolation",
                 "show default_transaction_read_only",
                 // Where servers are shared, those that a client does not have are empty.
-                match shares() {
+                match self.shares {
                     true => "select nullif(current_setting('app.x', true), ''), nullif(current_setting('app.Y', true), '')",
                     false => "select current_setting('app.x', true), current_setting('app.Y', true), current_setting('app.z', true)",
                 },
@@ -287,12 +295,12 @@ impl Inventor<'_> {
             ]),
             15 => self.text(&[
                 // Nor are names of both kinds the same there.
-                if shares() { "prepare p as select $1::int + {n}" } else { "prepare s1 as select $1::int + {n}" },
-                if shares() { "select 15" } else { "prepare s2 (int) as select * from {t} where n < $1 order by n, v" },
+                if self.shares { "prepare p as select $1::int + {n}" } else { "prepare s1 as select $1::int + {n}" },
+                if self.shares { "select 15" } else { "prepare s2 (int) as select * from {t} where n < $1 order by n, v" },
                 "prepare q as insert into {t} values ($1, 'prepared')",
-                if shares() { "select 15" } else { "execute s1({n})" },
-                if shares() { "select 15" } else { "execute s2({n})" },
-                if shares() { "select 15" } else { "execute q({n})" },
+                if self.shares { "select 15" } else { "execute s1({n})" },
+                if self.shares { "select 15" } else { "execute s2({n})" },
+                if self.shares { "select 15" } else { "execute q({n})" },
                 "deallocate s1",
                 "deallocate q",
                 "deallocate all",
@@ -316,7 +324,7 @@ impl Inventor<'_> {
                 "create temp table gone (x int) on commit drop",
                 "insert into tmp values ({n}) returning *",
                 "select * from tmp order by x",
-                "select count(*) from gone",
+                if self.shares { "select 15" } else { "select count(*) from gone" },
                 "drop table tmp",
             ]),
             18 => self.text(&[
@@ -363,8 +371,10 @@ impl Inventor<'_> {
             .filter(|parameter| text.contains(*parameter))
             .count();
         self.parsed.insert(statement, n);
-        // Where servers are shared, one that is itself prepared does not find the client's names, or not before its batch's end.
-        let text = match shares() && (text.starts_with("deallocate") || text == "discard all") {
+        // Where servers are shared, one that is itself prepared does not find the client's names, or not before its batch's end; and
+        // what a FETCH gives is asked for when it is prepared, which may happen again when its cursor is another.
+        let others = ["deallocate", "discard all", "fetch"];
+        let text = match self.shares && others.iter().any(|other| text.starts_with(other)) {
             true => "select 15".to_owned(),
             false => text,
         };
@@ -440,7 +450,8 @@ impl Inventor<'_> {
             match self.below(10) {
                 // The unnamed portal only where it was bound in the same batch: a simple Query that has failed leaves one
                 // behind, and who executes that in the failed transaction has Postgres (16.14) crash.
-                0 if self.below(2) == 0 => all.push(Say::Describe(b'S', statement)),
+                // Where servers are shared it may have to be prepared anew, which a failed transaction does not allow.
+                0 if self.below(2) == 0 && !self.shares => all.push(Say::Describe(b'S', statement)),
                 0 => all.push(Say::Describe(b'P', self.one(&NAMED_PORTALS))),
                 1 if self.below(2) == 0 => all.push(Say::Close(b'S', self.one(&["", "s1", "s2", "q"]))),
                 1 => all.push(Say::Close(b'P', self.one(&NAMED_PORTALS))),
@@ -527,7 +538,7 @@ impl Inventor<'_> {
             1 => step.push(Say::CopyData(b"9\tlate\n".to_vec())),
             _ => {}
         }
-        if shares() {
+        if self.shares {
             step = closed(step);
         }
         step
@@ -552,7 +563,7 @@ fn closed(step: Step) -> Step {
 }
 
 /// What all the clients of a conversation say.
-fn invent(seed: u64, meanwhile: Meanwhile) -> Vec<Talk> {
+fn invent(seed: u64, meanwhile: Meanwhile, shares: bool) -> Vec<Talk> {
     let mut random = StdRng::seed_from_u64(seed);
     (0..CLIENTS)
         .map(|client| {
@@ -566,6 +577,7 @@ fn invent(seed: u64, meanwhile: Meanwhile) -> Vec<Talk> {
                 meanwhile,
                 likes,
                 extended_only,
+                shares,
                 parsed: BTreeMap::new(),
             };
             let steps = 4 + inventor.below(16);
@@ -595,16 +607,24 @@ struct Client {
     raw: Raw,
     /// OIDs of tables that are there from the beginning.
     tables: Arc<Vec<u32>>,
+    /// See [`Mode`].
+    shares: bool,
 }
 
 impl Client {
     /// Logs in, says all of it and reads the answers, and says goodbye.
-    async fn talk(port: u16, database: &'static str, tables: Arc<Vec<u32>>, talk: Talk, seed: u64) -> Told {
+    async fn talk(
+        port: u16,
+        database: &'static str,
+        (tables, shares): (Arc<Vec<u32>>, bool),
+        talk: Talk,
+        seed: u64,
+    ) -> Told {
         let mut raw = Raw::connect(port).await;
         raw.startup(0, &[("user", "app"), ("database", database)]).await;
         raw.authenticate(PASSWORD).await.expect("a login");
         let parameters = raw.parameters.clone();
-        let mut client = Client { raw, tables };
+        let mut client = Client { raw, tables, shares };
         let mut random = StdRng::seed_from_u64(seed);
         let (mut steps, mut to_the_end) = (Vec::new(), true);
         for step in &talk {
@@ -676,13 +696,18 @@ impl Client {
             .await
             .unwrap_or_else(|_| panic!("no end of the answers to {}", show(step)));
         answer.iter_mut().for_each(|message| self.mask(message));
+        if self.shares {
+            // In which order several parameters are told depends on what happened before to that server.
+            let told = |message: &Message| message.0 == b'S';
+            answer.chunk_by_mut(|a, b| told(a) && told(b)).for_each(<[_]>::sort);
+        }
         (answer, goes_on)
     }
 
     fn mask(&self, (kind, body): &mut Message) {
         match *kind {
             // Statements of clients that share servers have other names there.
-            b'E' if shares() => {
+            b'E' if self.shares => {
                 // Of several things that are wrong with a statement another one may be named.
                 let code = match ErrorFields(body).code() {
                     b"25P02" | b"42P05" | b"42601" | b"26000" | b"08P01" | b"42P01" => b"wrong",
@@ -726,6 +751,7 @@ struct Twins {
     server: Cluster,
     tables: Arc<Vec<u32>>,
     front: Front,
+    shares: bool,
 }
 
 impl Twins {
@@ -764,6 +790,7 @@ impl Twins {
         front.open(1);
         Twins {
             front,
+            shares: mode.shares,
             server,
             tables: Arc::new(tables),
         }
@@ -792,7 +819,13 @@ impl Twins {
             .enumerate()
             .map(|(n, talk)| {
                 let tables = self.tables.clone();
-                tokio::spawn(Client::talk(port, database, tables, talk, seed ^ n as u64))
+                tokio::spawn(Client::talk(
+                    port,
+                    database,
+                    (tables, self.shares),
+                    talk,
+                    seed ^ n as u64,
+                ))
             })
             .collect();
         let mut told = Vec::new();
@@ -960,7 +993,7 @@ async fn conversations(mode: &Mode, meanwhile: Meanwhile, few: usize) {
     let mut done = Done::default();
     let n = size("PGFLIP_ALIKE", few) as u64;
     for seed in (0..n).map(|n| first.wrapping_add(n)) {
-        let talks = invent(seed, meanwhile);
+        let talks = invent(seed, meanwhile, mode.shares);
         let _tried = Tried(seed);
         let Some(difference) = twins.compare(&talks, meanwhile, seed, &mut done).await else {
             continue;
@@ -991,6 +1024,16 @@ async fn conversations(mode: &Mode, meanwhile: Meanwhile, few: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_client_says_is_answered_as_the_server_itself_answers() {
     conversations(&SESSION, Meanwhile::Nothing, CONVERSATIONS).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_it_is_where_clients_share_servers() {
+    conversations(&TRANSACTION, Meanwhile::Nothing, CONVERSATIONS).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn and_where_such_clients_are_held_and_moved() {
+    conversations(&TRANSACTION, Meanwhile::Flips, CONVERSATIONS_MOVED).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

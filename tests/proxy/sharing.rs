@@ -910,3 +910,62 @@ async fn a_described_statement_whose_columns_differ_on_the_other_side_is_refused
     one.send(&[run("s", &[]), sync()].concat()).await;
     assert_eq!(raw::code(&one.until_ready().await), "0A000");
 }
+
+#[tokio::test]
+async fn only_so_many_clients_may_keep_a_server_and_they_are_no_burden_to_the_others() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, "max_bound_clients = 2"));
+    let mut bound = Vec::new();
+    for n in 0..2 {
+        let mut raw = front.raw().await;
+        raw.query(&format!("listen news{n}")).await;
+        bound.push(raw);
+    }
+    // The pool's only server is for those that share it.
+    let mut other = front.raw().await;
+    assert_eq!(other.value("select 1").await, "1");
+    let mut third = front.raw().await;
+    third.send(&query("listen news")).await;
+    let said = third.until_closed().await;
+    assert_eq!(raw::code(&said), "53300", "{}", raw::describe(&said));
+    assert_eq!(other.value("select 1").await, "1");
+    for raw in &mut bound {
+        assert_eq!(raw.value("select count(*) from pg_listening_channels()").await, "1");
+    }
+    // A place that is given up is there for the next one.
+    bound.pop();
+    wait_until("it is gone", || front.gate.sessions().len() < 3).await;
+    let mut next = front.raw().await;
+    next.query("listen news").await;
+    assert_eq!(next.value("select count(*) from pg_listening_channels()").await, "1");
+}
+
+#[tokio::test]
+async fn nobody_is_let_in_whom_the_server_would_not_let_in() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let mut one = front.raw().await;
+    assert_eq!(one.value("select 1").await, "1");
+    let admin = servers.admin(Side::Blue).await;
+    for (revoke, grant, code) in [
+        ("alter role app nologin", "alter role app login", "28000"),
+        (
+            "revoke connect on database app from public, app",
+            "grant connect on database app to public, app",
+            "42501",
+        ),
+    ] {
+        admin.batch_execute(revoke).await.unwrap();
+        let mut refused = Raw::connect(front.port()).await;
+        refused.startup(0, &[("user", "app"), ("database", "app")]).await;
+        let said = match refused.authenticate(super::PASSWORD).await {
+            Ok(_) => panic!("it was let in after {revoke}"),
+            Err(said) => said,
+        };
+        assert_eq!(raw::code(&[said]), code, "{revoke}");
+        // Who is there stays, as on the server itself.
+        assert_eq!(one.value("select 1").await, "1");
+        admin.batch_execute(grant).await.unwrap();
+        assert_eq!(front.raw().await.value("select 1").await, "1");
+    }
+}
