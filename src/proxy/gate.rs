@@ -375,11 +375,6 @@ impl Shared {
         self.side.store(0, Ordering::SeqCst);
         cancel.in_flight == 0
     }
-    /// Returns when no cancel is on its way.
-    pub async fn canceled(&self) {
-        self.begin_own().await;
-        self.end_own();
-    }
     #[inline]
     pub fn set_listens(&self, listens: bool) {
         self.listens.store(listens, Ordering::Relaxed);
@@ -396,6 +391,13 @@ impl Shared {
     }
     /// pgflip's own statements are about to run in the session: waits for cancels on their way, stops later ones.
     pub async fn begin_own(&self) {
+        self.no_cancel(|cancel| cancel.own = true).await;
+    }
+    /// Returns when no cancel is on its way.
+    pub async fn canceled(&self) {
+        self.no_cancel(|_| ()).await;
+    }
+    async fn no_cancel(&self, then: impl Fn(&mut CancelState)) {
         loop {
             let done = self.cancels_done.notified();
             tokio::pin!(done);
@@ -403,8 +405,7 @@ impl Shared {
             {
                 let mut cancel = self.cancel.lock();
                 if cancel.in_flight == 0 {
-                    cancel.own = true;
-                    return;
+                    return then(&mut cancel);
                 }
             }
             done.await;

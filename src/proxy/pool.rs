@@ -14,12 +14,12 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::pg::Side;
-use crate::proxy::Worker;
 use crate::proxy::gate::{Ahead, CancelKey, Orders, Shared};
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::reactor;
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, State};
+use crate::proxy::{Env, Worker};
 use crate::wire::message::{ErrorFields, Pair};
 use crate::wire::statements::{OnServer, Statements};
 
@@ -79,8 +79,7 @@ struct Pool {
     idle: Vec<Box<Lent>>,
     /// On the other side, for a flip.
     ahead: Vec<Box<Lent>>,
-    /// Of the prepare for which they are made: its number, whether they are made, and who wants to know.
-    prepared: (u64, bool, Vec<Arc<Shared>>),
+    prepared: Prepared,
     /// Clients that wait for one, the first first: by their tickets' numbers, which rise.
     waiting: VecDeque<Waiting>,
     last_ticket: u64,
@@ -92,7 +91,8 @@ struct Pool {
     places: usize,
     /// Of these, those that one client keeps.
     kept: usize,
-    opening: usize,
+    /// On blue, and on green.
+    opening: [usize; 2],
     clients: usize,
     /// How long to wait before a server that could not be reached is tried again.
     again: Duration,
@@ -102,6 +102,33 @@ struct Pool {
     parameters_ahead: Option<Arc<Parameters>>,
     /// What the last client had set.
     state: Option<Arc<State>>,
+}
+
+/// Servers for a flip, made ahead.
+#[derive(Default)]
+struct Prepared {
+    /// Of the prepare for which they are.
+    number: u64,
+    /// What has come of it.
+    done: Option<Result<(), String>>,
+    /// Clients that have been asked for it and have not said yet.
+    asked: Vec<Arc<Shared>>,
+}
+
+impl Prepared {
+    fn end(&mut self, env: &Env, done: Result<(), String>) {
+        for shared in self.asked.drain(..) {
+            env.gate.report_ahead(&shared, Prepared::report(self.number, &done));
+        }
+        self.done = Some(done);
+    }
+
+    fn report(number: u64, done: &Result<(), String>) -> Ahead {
+        match done {
+            Ok(()) => Ahead::Ready(number),
+            Err(why) => Ahead::Failed(number, why.clone()),
+        }
+    }
 }
 
 /// A server of a pool. Whoever has it gives it back at its boundary, or drops it.
@@ -286,14 +313,14 @@ pub(super) fn join(
                 login: Login { parameters, keys: None },
                 idle: Vec::new(),
                 ahead: Vec::new(),
-                prepared: (0, true, Vec::new()),
+                prepared: Prepared::default(),
                 waiting: VecDeque::new(),
                 last_ticket: 0,
                 served: Vec::new(),
                 watched: false,
                 places: 0,
                 kept: 0,
-                opening: 0,
+                opening: [0; 2],
                 clients: 0,
                 again: AGAIN,
                 parameters: None,
@@ -476,14 +503,17 @@ pub(super) fn look(id: PoolId, orders: &Orders, shared: &Arc<Shared>) {
         let active = orders.upstream.map(|upstream| upstream.side);
         match orders.prepare {
             Some((to, number)) if active != Some(to) => {
-                if pool.prepared.0 != number {
+                if pool.prepared.number != number {
                     pool.drop_ahead();
-                    pool.prepared = (number, false, Vec::new());
+                    pool.prepared.number = number;
                     tokio::spawn(make_ahead(id, pool.worker.clone(), to, number));
                 }
-                match pool.prepared.1 {
-                    true => pool.worker.env.gate.report_ahead(shared, Ahead::Ready(number)),
-                    false => pool.prepared.2.push(shared.clone()),
+                match &pool.prepared.done {
+                    Some(done) => {
+                        let report = Prepared::report(number, done);
+                        pool.worker.env.gate.report_ahead(shared, report);
+                    }
+                    None => pool.prepared.asked.push(shared.clone()),
                 }
             }
             _ => {
@@ -505,8 +535,9 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
     if let Err(error) = compare(id, &worker, to, number).await {
         HERE.with_borrow_mut(|here| {
             let Some(pool) = here.pool(id) else { return };
-            for shared in pool.prepared.2.drain(..) {
-                env.gate.report_ahead(&shared, Ahead::Failed(number, error.to_string()));
+            // Else those who wait do so for a later prepare.
+            if pool.prepared.number == number {
+                pool.prepared.end(env, Err(error.to_string()));
             }
         });
         return;
@@ -515,7 +546,7 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
         let next = HERE.with_borrow_mut(|here| {
             let pool = here.pool(id)?;
             // Those made ahead have places as well; clients that keep one make their own.
-            let wanted = pool.prepared.0 == number && 2 * pool.ahead.len() < pool.places - pool.kept;
+            let wanted = pool.prepared.number == number && 2 * pool.ahead.len() < pool.places - pool.kept;
             // A prepare that was forgotten takes none of them any more.
             let wanted = wanted && env.gate.orders().prepare == Some((to, number));
             wanted.then(|| (pool.login.clone(), pool.state.clone()))
@@ -544,7 +575,9 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
                     let Some(pool) = here.pool(id) else { return true };
                     let place = Place::new(pool, id);
                     let lent = Lent::new(place, conn, state, version);
-                    match pool.prepared.0 == number && env.gate.orders().prepare.is_some_and(|(side, _)| side == to) {
+                    match pool.prepared.number == number
+                        && env.gate.orders().prepare.is_some_and(|(side, _)| side == to)
+                    {
                         true => {
                             pool.ahead.push(lent);
                             pool.parameters_ahead = Some(said);
@@ -557,10 +590,8 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
                     let Some(pool) = here.pool(id) else { return true };
                     let error = error.to_string();
                     // Else those who wait do so for a later prepare.
-                    if pool.prepared.0 == number {
-                        for shared in pool.prepared.2.drain(..) {
-                            env.gate.report_ahead(&shared, Ahead::Failed(number, error.clone()));
-                        }
+                    if pool.prepared.number == number {
+                        pool.prepared.end(env, Err(error));
                     }
                     true
                 }
@@ -572,12 +603,9 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
     }
     HERE.with_borrow_mut(|here| {
         if let Some(pool) = here.pool(id)
-            && pool.prepared.0 == number
+            && pool.prepared.number == number
         {
-            pool.prepared.1 = true;
-            for shared in pool.prepared.2.drain(..) {
-                env.gate.report_ahead(&shared, Ahead::Ready(number));
-            }
+            pool.prepared.end(env, Ok(()));
         }
     });
 }
@@ -588,7 +616,7 @@ async fn compare(id: PoolId, worker: &Arc<Worker>, to: Side, number: u64) -> Res
     let env = &worker.env;
     let wanted = HERE.with_borrow_mut(|here| {
         let statements = here.statements.named_now();
-        let pool = here.pool(id).filter(|pool| pool.prepared.0 == number)?;
+        let pool = here.pool(id).filter(|pool| pool.prepared.number == number)?;
         Some((pool.login.clone(), pool.state.clone(), statements))
     });
     let Some((login, state, statements)) = wanted else {
@@ -662,29 +690,41 @@ impl Pools {
         };
         pool.go_to(side);
         pool.serve();
-        while pool.opening < pool.waiting.len() && pool.places - pool.kept - pool.ahead.len() < size {
-            pool.opening += 1;
+        // Those that are still being opened on the side where nobody goes any more are of no use to anybody.
+        let (here_now, elsewhere) = (at(side), pool.opening[at(side.other())]);
+        while pool.opening[here_now] < pool.waiting.len()
+            && pool.places - pool.kept - pool.ahead.len() - elsewhere < size
+        {
+            pool.opening[here_now] += 1;
             let place = Place::new(pool, id);
             tokio::spawn(open(id, place, pool.worker.clone(), pool.login.clone(), side));
         }
     }
 }
 
+/// Where a side's number is.
+fn at(side: Side) -> usize {
+    match side {
+        Side::Blue => 0,
+        Side::Green => 1,
+    }
+}
+
 /// Opens a server for whoever waits first.
 async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side: Side) {
-    struct Opening(PoolId);
+    struct Opening(PoolId, Side);
     impl Drop for Opening {
         fn drop(&mut self) {
             let _ = HERE.try_with(|here| {
                 if let Ok(mut here) = here.try_borrow_mut()
                     && let Some(pool) = here.pool(self.0)
                 {
-                    pool.opening -= 1;
+                    pool.opening[at(self.1)] -= 1;
                 }
             });
         }
     }
-    let opening = Opening(id);
+    let opening = Opening(id, side);
     let env = &worker.env;
     let opened = server::open(
         env.config.server(side),
@@ -714,7 +754,7 @@ async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side:
             let pause = HERE.with_borrow_mut(|here| {
                 let pool = here.pool(id)?;
                 // Out of connections: as long as there are others, one of those will be free.
-                let others = pool.places - pool.kept - pool.ahead.len() > pool.opening;
+                let others = pool.places - pool.kept - pool.ahead.len() > pool.opening[0] + pool.opening[1];
                 let full = matches!(&*error, LoginError::Refused(body) if ErrorFields(body).code().starts_with(b"53"));
                 if unreachable || full && others {
                     let pause = pool.again;
@@ -834,7 +874,7 @@ impl Pool {
     }
 
     fn drop_ahead(&mut self) {
-        self.prepared = (0, true, Vec::new());
+        self.prepared = Prepared::default();
         for lent in std::mem::take(&mut self.ahead) {
             self.close(lent);
         }
@@ -862,7 +902,7 @@ async fn tidy() {
             for (n, place) in here.pools.iter_mut().enumerate() {
                 let Some(pool) = place else { continue };
                 pool.tidy(now);
-                if pool.clients == 0 && pool.places == 0 && pool.opening == 0 {
+                if pool.clients == 0 && pool.places == 0 && pool.opening == [0; 2] {
                     empty.push((n, pool.key.clone()));
                 }
             }

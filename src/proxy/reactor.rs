@@ -26,12 +26,16 @@ use slab::Slab;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::interval;
 
 use super::session::{Event, Session};
 use super::sharing::Sharing;
 
 /// What one `epoll_wait` takes at most.
 const EVENTS: usize = 256;
+
+/// Sockets are looked at so often even if nobody says that one is ready: a lost wake-up would stop all sessions of a worker for ever.
+const LOOK_ANYWAY: Duration = Duration::from_secs(1);
 
 const READABLE: u8 = 1;
 const WRITABLE: u8 = 2;
@@ -395,9 +399,15 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
     // SAFETY: `poll` owns its descriptor and never changes it; it is not taken out of the AsyncFd.
     let mut poll = unsafe { AsyncFd::register_with_interest(poll, tokio::io::Interest::READABLE) }?;
     let mut events = Events::with_capacity(EVENTS);
+    let mut look = interval(LOOK_ANYWAY);
     loop {
-        // Before it is asked: what comes after that makes it ready anew.
-        poll.readable_mut().await?.clear_ready();
+        let mut unasked = false;
+        tokio::select! {
+            biased;
+            // Before it is asked: what comes after that makes it ready anew.
+            ready = poll.readable_mut() => ready?.clear_ready(),
+            _ = look.tick() => unasked = true,
+        }
         loop {
             match poll.get_mut().poll(&mut events, Some(Duration::ZERO)) {
                 Ok(()) => {}
@@ -412,6 +422,9 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
                 taken += 1;
             }
             set_delivers(false);
+            if unasked && taken > 0 {
+                tracing::debug!(taken, "sockets were ready when nobody had said so");
+            }
             if taken < EVENTS {
                 break;
             }

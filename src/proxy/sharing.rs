@@ -388,9 +388,13 @@ impl Sharing {
             let asked = env.verifiers.lets_in(&shared.user, &shared.database);
             tokio::select! {
                 biased;
-                bits = session::signals(shared) => if bits & signal::KILL != 0 {
-                    return Err(End::Kill(ClientError::terminated("It was still logging in.")));
-                },
+                bits = session::signals(shared) => {
+                    if bits & signal::KILL != 0 {
+                        return Err(End::Kill(ClientError::terminated("It was still logging in.")));
+                    }
+                    // A flip may be about to begin.
+                    self.look();
+                }
                 asked = timeout(2 * limit, asked), if open => return match asked {
                     Ok(Ok(Ok(()))) => Ok(()),
                     Ok(Ok(Err((code, message)))) => {
@@ -461,7 +465,7 @@ impl Sharing {
         }
         // It waits for a flip, which does not count; or for nothing any more.
         if self.ticket.is_some() && (self.env.gate.attention() || self.held.bytes.is_empty()) {
-            self.ticket = None;
+            self.leave_queue();
             self.shared.set_waiting(!self.held.bytes.is_empty());
         }
         self.look();
@@ -535,8 +539,8 @@ impl Sharing {
             pool::with_statements(|all| self.names.revalidated(all));
         }
         let deallocates = std::mem::take(&mut self.replies.deallocates);
-        if deallocates > 0 {
-            self.names.deallocated(deallocates);
+        if !deallocates.is_empty() {
+            self.names.deallocated(&deallocates);
         }
         if self.replies.marking {
             let answered = self.replies.answered;
@@ -745,12 +749,8 @@ impl Sharing {
                     return Poll::Ready(Err(Event::Attention));
                 }
                 self.stop = Stop::No;
-                self.shared.set_waiting(false);
-                if self.shared.signals() != 0 {
-                    // A cancel that found the request waiting, just before it goes on.
-                    return Poll::Ready(Err(Event::Signals(self.shared.take_signals())));
-                }
-                Poll::Ready(Ok(()))
+                let canceled = self.cancel_just_before();
+                Poll::Ready(canceled.map_err(|_| Event::Protocol("invalid message length")))
             }
             other => {
                 self.served = Some(other);
@@ -786,6 +786,7 @@ impl Sharing {
                 status: self.replies.status,
                 at_once: self.at_once,
                 answered: self.replies.answered,
+                copy_ins: self.replies.copy_ins,
                 statement_max: self.env.config.limits.unnamed_statement_max,
                 prepared_max: pool.max_prepared_statements,
                 out: &mut self.out,
@@ -848,6 +849,7 @@ impl Sharing {
             return Err(());
         }
         self.shared.set_server(lent.key.clone());
+        self.shared.set_waiting(false);
         if let Some(socket) = lent.conn.stream.ours() {
             socket.assign(self.place, reactor::End::Server);
         }
@@ -878,14 +880,34 @@ impl Sharing {
             pool::give_back(lent);
         }
         self.shared.set_waiting(false);
-        // A cancel that found the request waiting, just before it goes on.
+        self.cancel_just_before()
+    }
+
+    /// A cancel may have found the request waiting, just before it goes on: it is not sent on. Nothing has been, to a server that it
+    /// has just got.
+    fn cancel_just_before(&mut self) -> Result<(), End> {
         if self.shared.take_signal(signal::CANCEL_HELD) {
             self.held.cancel(&mut self.to_client)?;
-            if self.held.bytes.is_empty() && self.server.is_some() {
-                self.give_back();
-            }
+            self.give_back();
         }
         Ok(())
+    }
+
+    /// The same of what was sent while pgflip's own statements ran.
+    fn cancel_behind_own(&mut self) -> Result<(), End> {
+        self.shared.set_waiting(false);
+        match self.shared.take_signal(signal::CANCEL_HELD) {
+            true => self.held.cancel(&mut self.to_client),
+            false => Ok(()),
+        }
+    }
+
+    /// It waits for no server any more.
+    fn leave_queue(&mut self) {
+        self.ticket = None;
+        if let Some(Served::With(lent)) = self.served.take() {
+            pool::give_back(lent);
+        }
     }
 
     /// As [`Sharing::begin`], in the task.
@@ -923,6 +945,7 @@ impl Sharing {
         loop {
             self.shared.set_waiting(!self.held.bytes.is_empty());
             if only_if_held && self.held.bytes.is_empty() {
+                self.leave_queue();
                 return Ok(None);
             }
             if self.held.said_goodbye() {
@@ -937,13 +960,11 @@ impl Sharing {
                 held_since = None;
             } else {
                 // What it waits for a flip does not count.
-                self.ticket = None;
-                if let Some(Served::With(lent)) = self.served.take() {
-                    pool::give_back(lent);
-                }
+                self.leave_queue();
+                held_since.get_or_insert_with(Instant::now);
             }
             let pool = self.pool();
-            let held_until = *held_since.get_or_insert_with(Instant::now) + config.limits.hold_timeout;
+            let held_until = held_since.unwrap_or_else(Instant::now) + config.limits.hold_timeout;
             let Sharing {
                 shared,
                 client,
@@ -1054,7 +1075,7 @@ impl Sharing {
             }
         };
         self.shared.end_own();
-        self.shared.set_waiting(false);
+        self.cancel_behind_own()?;
         let binds = match read {
             Ok(state) => match state.binds() {
                 Some(binds) => Some(binds),
@@ -1190,7 +1211,11 @@ impl Sharing {
     /// The server waits for data to copy, as far as is known, and has answered all that it will before it gets some; and the client
     /// waits for more.
     fn copies_and_waits(&self) -> bool {
-        self.server.is_some() && self.replies.copy_in && self.waits_for_answers()
+        self.server.is_some()
+            && self.replies.copy_in
+            && self.names.copies(self.replies.copy_ins)
+            && self.to_server.is_empty()
+            && self.waits_for_answers()
     }
 
     /// See [`To::at_once`].
@@ -1240,7 +1265,7 @@ impl Sharing {
             () = session::killed(shared) => return Err(End::Kill(ClientError::terminated(IN_THE_WAY))),
         };
         self.shared.end_own();
-        self.shared.set_waiting(false);
+        self.cancel_behind_own()?;
         // Nothing is known of what was said on the connection: it can't be used any more.
         let marked = marked.map_err(|_| End::Server)?;
         self.tell(marked.clients)?;
@@ -1256,12 +1281,13 @@ impl Sharing {
     }
 
     /// Tells the client, and ends what its server does for it.
-    async fn finish(self: Box<Self>, end: End) {
+    async fn finish(mut self: Box<Self>, end: End) {
         if self.server.is_some() {
             // As if it were its own: what runs goes on to its end, and until then the client counts as busy.
             let (session, _keeps) = self.keep_server();
             return session.finish(end).await;
         }
+        self.leave_queue();
         let error = match end {
             End::Tell(error) | End::Kill(error) => Some(error),
             End::NotMoved(why) => Some(ClientError::not_moved(&why)),

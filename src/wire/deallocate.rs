@@ -74,6 +74,8 @@ impl Lexer<'_> {
                     return true;
                 }
                 [b'\\', ..] if !escapes => return false,
+                // In some encodings it may be the second byte of a character.
+                [0x80..=0xff, b'\\', ..] => return false,
                 [b'\\', _, ..] => self.at += 2,
                 [_, ..] => self.at += 1,
                 [] => return true,
@@ -127,8 +129,10 @@ impl Lexer<'_> {
                 self.at += self.rest().iter().take_while(|byte| in_word(**byte)).count();
                 let escapes = self.text[from..self.at].eq_ignore_ascii_case(b"e");
                 if escapes && self.rest().first() == Some(&b'\'') {
-                    self.string(true);
-                    return Some(Token::Other);
+                    return Some(match self.string(true) {
+                        true => Token::Other,
+                        false => Token::Unknown,
+                    });
                 }
                 Token::Word(from..self.at)
             }

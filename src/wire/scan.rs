@@ -281,8 +281,10 @@ pub struct Replies {
     pub deallocated: bool,
     /// The server has said that the columns of a statement have changed, as far as is known.
     pub revalidated: bool,
-    /// One statement has been deallocated, so often.
-    pub deallocates: u32,
+    /// With `marking`, each time that one statement has been deallocated: ReadyForQuery seen before it.
+    pub deallocates: Vec<u64>,
+    /// CopyInResponses seen.
+    pub copy_ins: u64,
     /// In the bytes scanned last, with `marking`.
     pub marks: Vec<Mark>,
     /// In the bytes scanned last: where the pids of NotificationResponses begin. Four bytes each.
@@ -335,7 +337,8 @@ impl Default for Replies {
             marking: false,
             state_changed: false,
             deallocated: false,
-            deallocates: 0,
+            deallocates: Vec::new(),
+            copy_ins: 0,
             revalidated: false,
             marks: Vec::new(),
             held_back: 0,
@@ -412,6 +415,7 @@ impl Replies {
                 }
                 b'G' if part.first => {
                     self.copy_in = true;
+                    self.copy_ins += 1;
                     self.uncertain = true;
                 }
                 b'E' if part.first => {
@@ -460,7 +464,7 @@ impl Replies {
             b"LISTEN\0" => self.listens = true,
             b"DISCARD ALL\0" => (self.listens, self.deallocated) = (false, true),
             b"DEALLOCATE ALL\0" => self.deallocated = true,
-            b"DEALLOCATE\0" => self.deallocates += 1,
+            b"DEALLOCATE\0" if self.marking => self.deallocates.push(self.answered),
             _ => {}
         }
         // Of all others a transaction's end takes away what they have done, or it is in the database.

@@ -302,6 +302,8 @@ pub struct To<'a> {
     pub at_once: bool,
     /// ReadyForQuery seen.
     pub answered: u64,
+    /// CopyInResponses seen.
+    pub copy_ins: u64,
     /// The longest Parse that is kept, in bytes.
     pub statement_max: usize,
     /// How many statements a server keeps.
@@ -323,6 +325,8 @@ pub struct Names {
     resumes: u64,
     /// Requests that had been sent before the last simple Query, which has destroyed the unnamed statement.
     last_query: u64,
+    /// As many CopyInResponses as have been seen when all was answered, and what has been sent since that ends a COPY.
+    copy_ends: u64,
     /// Bytes of the message under way that are still to be passed on.
     left: usize,
     /// Named statements used since the client got its server.
@@ -351,6 +355,11 @@ impl Names {
         self.pending.is_empty() && self.deallocating.is_empty()
     }
 
+    /// True if nothing is under way that ends the COPY of the last CopyInResponse: the server waits for data.
+    pub fn copies(&self, copy_ins: u64) -> bool {
+        self.copy_ends < copy_ins
+    }
+
     /// A transaction begins.
     #[inline]
     pub fn begin(&mut self) {
@@ -373,6 +382,9 @@ impl Names {
     pub fn forward(&mut self, input: &[u8], one: bool, to: &mut To<'_>) -> Result<(usize, Stop), Refused> {
         let answered = to.requests.sent == to.answered && !to.requests.batch_open;
         self.unsure &= !(answered && self.left == 0 && self.pending.is_empty());
+        if answered {
+            self.copy_ends = to.copy_ins;
+        }
         let mut at = 0;
         while at < input.len() {
             let rest = &input[at..];
@@ -421,6 +433,10 @@ impl Names {
                         self.send(to, |out| message::put(out, b'Q', |to| to.extend_from_slice(instead)))?;
                     }
                     instead.is_some()
+                }
+                b'c' | b'f' => {
+                    self.copy_ends += 1;
+                    false
                 }
                 b'X' => {
                     self.goodbye = true;
@@ -746,12 +762,17 @@ impl Names {
             return Ok(Ok(None));
         }
         let mut found = deallocated(text);
-        found.retain(|(_, name)| self.named.contains_key(name));
+        let going = |name: &[u8]| {
+            let now = &self.named[name];
+            self.deallocating.iter().any(|(_, _, going)| Arc::ptr_eq(going, now))
+        };
+        found.retain(|(_, name)| self.named.contains_key(name) && !going(name));
         if found.is_empty() {
             return Ok(Ok(None));
         }
-        // Whether those come to be has to be known first; and behind a request that fails the server would pass this over.
-        if !self.deallocating.is_empty() || to.requests.sent != to.answered && !to.requests.batch_open {
+        // Whether those come to be has to be known first; and behind a request that fails the server would pass this over. Within a
+        // batch nothing is answered before it ends.
+        if !to.requests.batch_open && (!self.deallocating.is_empty() || to.requests.sent != to.answered) {
             return Ok(Err(Stop::AllAnswers));
         }
         let (mut instead, mut from) = (Vec::new(), 0);
@@ -774,9 +795,10 @@ impl Names {
         Ok(Ok(Some(instead)))
     }
 
-    /// So many commands have deallocated one statement each.
-    pub fn deallocated(&mut self, many: u32) {
-        for _ in 0..many {
+    /// Commands have deallocated one statement each; of each, how many requests had been answered before.
+    pub fn deallocated(&mut self, commands: &[u64]) {
+        for answered in commands {
+            self.not_deallocated(*answered);
             if let Some((_, name, going)) = self.deallocating.pop_front()
                 // Unless it has been prepared anew.
                 && self.named.get(&name).is_some_and(|now| Arc::ptr_eq(now, &going))
@@ -859,16 +881,18 @@ impl Names {
         self.named.retain(|name, _| later.contains(name));
     }
 
+    /// Of requests that have been answered, what has not come to be.
+    fn not_deallocated(&mut self, answered: u64) {
+        let first = |going: &(u64, Vec<u8>, Arc<Statement>)| going.0 < answered;
+        while self.deallocating.front().is_some_and(first) {
+            self.deallocating.pop_front();
+        }
+    }
+
     /// Undoes what the server has passed over, because something before it in its request had failed: what is still pending of
     /// requests that have been answered, so many.
     fn passed_over(&mut self, answered: u64, on: &mut OnServer) {
-        while self
-            .deallocating
-            .front()
-            .is_some_and(|(request, ..)| *request < answered)
-        {
-            self.deallocating.pop_front();
-        }
+        self.not_deallocated(answered);
         let many = self
             .pending
             .iter()
@@ -1141,6 +1165,7 @@ mod tests {
                         status: client.replies.status,
                         at_once: false,
                         answered: client.replies.answered,
+                        copy_ins: client.replies.copy_ins,
                         statement_max: 1 << 16,
                         prepared_max,
                         out: &mut out,

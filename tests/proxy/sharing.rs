@@ -969,3 +969,101 @@ async fn nobody_is_let_in_whom_the_server_would_not_let_in() {
         assert_eq!(front.raw().await.value("select 1").await, "1");
     }
 }
+
+#[tokio::test]
+async fn several_statements_are_deallocated_in_one_batch() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let (mut raw, mut other) = (front.raw().await, front.raw().await);
+    let prepare = [
+        parse("a", "select 1"),
+        parse("b", "select 2"),
+        parse("c", "select 3"),
+        sync(),
+    ]
+    .concat();
+    for one in [&mut raw, &mut other] {
+        one.send(&prepare).await;
+        assert_eq!(kinds(&one.until_ready().await), "111Z");
+    }
+    // As psycopg does in its pipelines.
+    let away = |name: &str| [parse("", &format!("deallocate {name}")), run("", &[])].concat();
+    raw.send(&[away("a"), away("b"), sync()].concat()).await;
+    assert_eq!(kinds(&raw.until_ready().await), "12C12CZ");
+    raw.send(&[away("c"), away("c"), sync()].concat()).await;
+    let answer = raw.until_ready().await;
+    assert_eq!(
+        (kinds(&answer).as_str(), raw::code(&answer).as_str()),
+        ("12C12EZ", "26000")
+    );
+    // What is passed over takes nothing away, whatever comes of it behind that.
+    raw.send(&prepare).await;
+    raw.until_ready().await;
+    let failing = [
+        parse("", "select 1/0"),
+        run("", &[]),
+        away("a"),
+        sync(),
+        away("b"),
+        sync(),
+    ];
+    raw.send(&failing.concat()).await;
+    assert_eq!(kinds(&raw.until_ready().await), "1EZ");
+    assert_eq!(kinds(&raw.until_ready().await), "12CZ");
+    assert_eq!(ran(&mut raw, "a", &[]).await.1.unwrap(), "1");
+    raw.send(&[run("b", &[]), sync()].concat()).await;
+    assert_eq!(raw::code(&raw.until_ready().await), "26000");
+    for (name, value) in [("a", "1"), ("b", "2"), ("c", "3")] {
+        assert_eq!(ran(&mut other, name, &[]).await.1.unwrap(), value);
+    }
+}
+
+#[tokio::test]
+async fn who_cancels_while_it_waits_behind_a_flip_waits_for_nothing_any_more() {
+    let servers = Servers::start("create table t (n bigint)").await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let (mut first, mut waits, mut other) = (front.raw().await, front.raw().await, front.raw().await);
+    first.query("begin; select 1").await;
+    waits.send(&query("insert into t values (1)")).await;
+    let state = |what: &'static str| {
+        let gate = &front.gate;
+        move || gate.sessions().iter().any(|session| session.state == what)
+    };
+    wait_until("it waits", state("waiting")).await;
+    front.gate.hold();
+    wait_until("it is held", state("held")).await;
+    front.gate.release();
+    wait_until("it waits again", state("waiting")).await;
+    waits.cancel().await;
+    let answer = waits.until_ready().await;
+    assert_eq!((kinds(&answer).as_str(), raw::code(&answer).as_str()), ("EZ", "57014"));
+    first.query("commit").await;
+    // The only server goes to who wants it.
+    assert_eq!(other.value("select count(*) from t").await, "0");
+    assert_eq!(waits.value("select 2").await, "2");
+}
+
+#[tokio::test]
+async fn a_copy_that_takes_long_at_its_end_loses_no_statement_that_comes_behind() {
+    let sql = "create table t (n bigint);
+        create function slow() returns trigger language plpgsql as $$ begin perform pg_sleep(0.8); return null; end $$;
+        create trigger slow after insert on t for each statement execute function slow()";
+    let servers = Servers::start(sql).await;
+    let front = servers.serve("sslmode=disable", &pool(1, ""));
+    let mut raw = front.raw().await;
+    let copy = [
+        parse("", "copy t from stdin"),
+        run("", &[]),
+        plain(b'd', b"1\n"),
+        plain(b'c', b""),
+        sync(),
+    ];
+    let behind = [parse("one", "select 1"), sync(), parse("two", "select 2"), sync()];
+    raw.send(&[copy.concat(), behind.concat()].concat()).await;
+    for kinds_of in ["12GCZ", "1Z", "1Z"] {
+        assert_eq!(kinds(&raw.until_ready().await), kinds_of);
+    }
+    for (name, value) in [("one", "1"), ("two", "2")] {
+        assert_eq!(ran(&mut raw, name, &[]).await.1.unwrap(), value);
+    }
+}
