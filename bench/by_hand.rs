@@ -66,7 +66,7 @@ impl ByHand {
         clients[1].batch_execute(&subscribe).await?;
         let ready = "select count(*) = 0 from pg_subscription_rel where srsubstate <> 'r'";
         until(&clients[1], ready).await?;
-        let bouncer = PgBouncer::start(&servers[0], &app, "transaction").await?;
+        let bouncer = PgBouncer::start(&servers[0], &app, "transaction", 200).await?;
         let console = bouncer.console().await?;
         Ok(ByHand {
             servers,

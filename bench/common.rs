@@ -56,12 +56,13 @@ pub struct PgBouncer {
     port: Port,
     app: App,
     mode: &'static str,
+    pool: usize,
     directory: tempfile::TempDir,
 }
 
 impl PgBouncer {
-    /// Starts it. `mode` is `session` or `transaction`.
-    pub async fn start(server: &Cluster, app: &App, mode: &'static str) -> Outcome<PgBouncer> {
+    /// Starts it. `mode` is `session` or `transaction`; it has so many servers.
+    pub async fn start(server: &Cluster, app: &App, mode: &'static str, pool: usize) -> Outcome<PgBouncer> {
         let program = std::env::var_os("PGBOUNCER").map_or_else(|| PathBuf::from("pgbouncer"), PathBuf::from);
         let directory = tempfile::Builder::new().prefix("pgflip-pgbouncer-").tempdir()?;
         let port = Port::take()?;
@@ -71,7 +72,10 @@ impl PgBouncer {
         let users = directory.path().join("users.txt");
         fs::write(&users, format!("\"{}\" \"{verifier}\"\n", app.user))?;
         let ini = directory.path().join("pgbouncer.ini");
-        fs::write(&ini, configuration(directory.path(), &port, app, mode, server.port()))?;
+        fs::write(
+            &ini,
+            configuration(directory.path(), &port, app, (mode, pool), server.port()),
+        )?;
         let mut command = Command::new(program);
         command
             .arg(&ini)
@@ -95,6 +99,7 @@ impl PgBouncer {
             port,
             app: app.clone(),
             mode,
+            pool,
             directory,
         };
         let until = Instant::now() + Duration::from_secs(10);
@@ -112,13 +117,29 @@ impl PgBouncer {
     /// Writes the configuration that leads to another server. It counts from the console's RELOAD on.
     pub fn lead_to(&self, server: &Cluster) -> Outcome<()> {
         let directory = self.directory.path();
-        let text = configuration(directory, &self.port, &self.app, self.mode, server.port());
+        let text = configuration(directory, &self.port, &self.app, (self.mode, self.pool), server.port());
         Ok(fs::write(directory.join("pgbouncer.ini"), text)?)
     }
 
     /// Where it listens.
     pub fn port(&self) -> u16 {
         self.port.number()
+    }
+
+    /// Major and minor version; 0 if it does not say.
+    pub fn version(&self) -> (u32, u32) {
+        let program = std::env::var_os("PGBOUNCER").map_or_else(|| PathBuf::from("pgbouncer"), PathBuf::from);
+        let output = Command::new(program).arg("--version").output();
+        let text = output
+            .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+            .unwrap_or_default();
+        let mut numbers = text
+            .split_whitespace()
+            .nth(1)
+            .unwrap_or_default()
+            .split('.')
+            .map_while(|n| n.parse().ok());
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
     }
 
     /// Its pid.
@@ -134,13 +155,13 @@ impl PgBouncer {
     }
 }
 
-fn configuration(directory: &Path, port: &Port, app: &App, mode: &str, server: u16) -> String {
+fn configuration(directory: &Path, port: &Port, app: &App, (mode, pool): (&str, usize), server: u16) -> String {
     let (database, user, port) = (&app.database, &app.user, port.number());
     format!(
         "[databases]\n{database} = host=127.0.0.1 port={server} dbname={database}\n\
          [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
          auth_type = scram-sha-256\nauth_file = {users}\nadmin_users = {user}\npool_mode = {mode}\n\
-         default_pool_size = 200\nmax_client_conn = 1000\nignore_startup_parameters = extra_float_digits\n\
+         default_pool_size = {pool}\nmax_client_conn = 1000\nignore_startup_parameters = extra_float_digits\n\
          logfile = {log}\n",
         users = directory.join("users.txt").display(),
         log = directory.join("log").display(),

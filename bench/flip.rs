@@ -155,7 +155,7 @@ async fn main() -> Outcome<()> {
     // PgBouncer before a server of its own that replicates nothing.
     let server = start(from, "blue")?;
     let app = App::setup(&server.url(), "app", shape.clone()).await?;
-    let bouncer = PgBouncer::start(&server, &app, "transaction").await?;
+    let bouncer = PgBouncer::start(&server, &app, "transaction", 200).await?;
     let console = bouncer.console().await?;
     let ledger = Ledger::start(&app, bouncer.port(), &load);
     let stalls = spans(&ledger, flips).await?;

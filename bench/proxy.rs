@@ -1,7 +1,8 @@
-//! What a proxy costs: `pgbench -S` straight to a server, through pgflip and through PgBouncer (session mode), in turn.
+//! What a proxy costs: `pgbench -S` straight to a server, through pgflip and through PgBouncer, in turn.
 //!
 //! ```text
 //! cargo bench --bench proxy -- --clients 32 --seconds 5 --rounds 5 --version 16
+//! cargo bench --bench proxy -- --mode transaction --pool 20 --workers 1
 //! ```
 
 mod common;
@@ -118,10 +119,19 @@ async fn main() -> Outcome<()> {
     if workers > 0 {
         setup.top = format!("workers = {workers}\n");
     }
+    let (mode, pool): (String, usize) = (argument("mode", "session".to_owned())?, argument("pool", 20)?);
+    setup.sections = format!("[pool]\npool_mode = \"{mode}\"\npool_size = {pool}\n");
     setup.log_level = "warn".to_owned();
     let mut sidecar = Sidecar::start(setup)?;
     sidecar.ready(Duration::from_secs(30)).await?;
-    let bouncer = PgBouncer::start(&blue, &app, "session").await?;
+    let pool = if mode == "session" { 200 } else { pool };
+    let bouncer = PgBouncer::start(
+        &blue,
+        &app,
+        if mode == "session" { "session" } else { "transaction" },
+        pool,
+    )
+    .await?;
     let pgflip_pid = sidecar.pid().ok_or("pgflip has no pid")?;
     let ways = [
         ("direct", blue.port(), None),
@@ -129,7 +139,7 @@ async fn main() -> Outcome<()> {
         ("PgBouncer", bouncer.port(), Some(bouncer.pid())),
     ];
     println!(
-        "pgbench -S, {clients} clients, {rounds} rounds of {seconds} s each, in turn; Postgres {version}, {} cores",
+        "pgbench -S, {mode} mode, {clients} clients, {rounds} rounds of {seconds} s each, in turn; Postgres {version}, {} cores",
         cores()
     );
     println!(
@@ -138,13 +148,22 @@ async fn main() -> Outcome<()> {
     );
     let time = seconds.to_string();
     let clients = clients.to_string();
+    let only: String = argument("protocol", String::new())?;
+    // Prepared statements in transaction mode came with PgBouncer 1.21.
+    let bouncer_can = |protocol: &str| mode == "session" || protocol != "prepared" || bouncer.version() >= (1, 21);
     for protocol in ["simple", "extended", "prepared"] {
+        if !only.is_empty() && only != protocol {
+            continue;
+        }
         let mut rates = [const { Vec::new() }; 3];
         let mut costs = [const { Vec::new() }; 3];
         for round in 0..rounds {
             // Each round begins with another one, so that none always runs on the warmest machine.
             for n in 0..ways.len() {
                 let n = (n + round) % ways.len();
+                if n == 2 && !bouncer_can(protocol) {
+                    continue;
+                }
                 let (_, port, pid) = ways[n];
                 let before = pid.map(cpu_seconds).transpose()?;
                 let arguments = ["-S", "-M", protocol, "-c", &clients, "-j", "2", "-T", &time];
@@ -156,7 +175,7 @@ async fn main() -> Outcome<()> {
             }
         }
         let direct = median(&rates[0]);
-        for (n, (way, ..)) in ways.iter().enumerate() {
+        for (n, (way, ..)) in ways.iter().enumerate().filter(|(n, _)| !rates[*n].is_empty()) {
             let rate = median(&rates[n]);
             let cost = if costs[n].is_empty() {
                 "-".to_owned()
@@ -167,6 +186,10 @@ async fn main() -> Outcome<()> {
                 "{protocol:<10} {way:<10} {rate:>12.0} {:>10.2} {cost:>26}",
                 rate / direct
             );
+        }
+        if rates[2].is_empty() {
+            println!("{protocol:<10} this PgBouncer has no prepared statements in transaction mode");
+            continue;
         }
         println!(
             "{protocol:<10} pgflip's CPU per query is {:.2} of PgBouncer's",

@@ -8,6 +8,7 @@ pub mod reload;
 pub mod rules;
 pub mod userlist;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -201,6 +202,65 @@ pub struct Limits {
     pub hold_timeout: Duration,
 }
 
+/// For how long a client has a server connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolMode {
+    /// For as long as it is connected: every application works unchanged.
+    Session,
+    /// For a transaction; clients share servers.
+    Transaction,
+}
+
+/// Servers that clients share. Names and meaning as in PgBouncer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// For clients that no other rule names.
+    pub pool_mode: PoolMode,
+    /// Of users who have one of their own: it counts before the database's.
+    pub users: BTreeMap<String, PoolMode>,
+    /// Of databases that have one of their own.
+    pub databases: BTreeMap<String, PoolMode>,
+    /// Servers that the clients of one user and database share, of those with the same startup parameters.
+    pub pool_size: usize,
+    /// So many stay open however long they are idle.
+    pub min_pool_size: usize,
+    /// How long a client may wait for a server before it is ended with 57014.
+    pub query_wait_timeout: Duration,
+    /// A server that nobody has needed for so long is closed.
+    pub server_idle_timeout: Duration,
+    /// A server that has been open for so long is closed when it is given back.
+    pub server_lifetime: Duration,
+    /// Statements that a server keeps prepared.
+    pub max_prepared_statements: usize,
+    /// Clients that may keep a server to themselves because of what they hold, of all pools.
+    pub max_bound_clients: usize,
+}
+
+impl Default for Pool {
+    fn default() -> Pool {
+        Pool {
+            pool_mode: PoolMode::Session,
+            users: BTreeMap::new(),
+            databases: BTreeMap::new(),
+            pool_size: 20,
+            min_pool_size: 0,
+            query_wait_timeout: Duration::from_secs(120),
+            server_idle_timeout: Duration::from_secs(600),
+            server_lifetime: Duration::from_secs(3600),
+            max_prepared_statements: 200,
+            max_bound_clients: 50,
+        }
+    }
+}
+
+impl Pool {
+    /// The mode of a client.
+    pub fn mode(&self, user: &str, database: &str) -> PoolMode {
+        let own = self.users.get(user).or_else(|| self.databases.get(database));
+        own.copied().unwrap_or(self.pool_mode)
+    }
+}
+
 /// How logs look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -237,6 +297,8 @@ pub struct Config {
     pub flip: Flip,
     /// Data plane limits.
     pub limits: Limits,
+    /// Servers that clients share.
+    pub pool: Pool,
     /// Names of custom settings (`app.tenant`) to carry over beside those that are found.
     pub custom_settings: Vec<String>,
     /// Directory of pg_dump, when it is not the newest one found on PATH and in the usual places.

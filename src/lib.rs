@@ -19,9 +19,10 @@
 //! 2  proxy/         what a client goes through: listener, handshake, auth, session, boundary, gate, cancel; reactor: the
 //!                   workers' sockets; verifiers: what passwords are checked with; failures: who guesses them; peer and unix:
 //!                   who is at the other end; replication: what passes beside sessions; transfer, temporary and cursors: what
-//!                   a session takes along; pace: connections made and closed without haste; turns: who is let through in a
-//!                   drain because others wait for it
-//! 1  wire/          bytes: scan headers, startup, SCRAM, md5, certificates, errors; no sockets inside
+//!                   a session takes along; sharing, pool, suspects: clients that share servers; pace: connections made and
+//!                   closed without haste; turns: who is let through in a drain because others wait for it
+//! 1  wire/          bytes: scan headers, startup, SCRAM, md5, certificates, errors, statements under other names and what
+//!                   deallocates them; no sockets inside
 //!    pg/            the servers: Side, Lsn, Ident, connecting, server features, SQL (`pg/sql/*.sql`)
 //! 0  config.rs      raw → validated, with pg_hba.conf's rules and the userlist; telemetry.rs  every metric's name and
 //!                   meaning; fault.rs  test builds' switches

@@ -20,6 +20,8 @@ pub const BYTES: &str = "pgflip_bytes_total";
 /// Counter, `result` = `ok`, `wrong_password`, `rejected` (by a rule, or for what was shown instead of a password), `limited` (too
 /// many failures of that address) or `server` (a server refused, or could not be asked): logins of clients.
 pub const LOGINS: &str = "pgflip_logins_total";
+/// Counter: clients that shared servers and have kept one, because of what they hold.
+pub const BOUND: &str = "pgflip_clients_bound_total";
 /// Counter, `direction` = `cutover` or `rollback`, `outcome`: flips that have ended.
 pub const FLIPS: &str = "pgflip_flips_total";
 /// Histogram, seconds: how long a flip held clients.
@@ -56,6 +58,11 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
         Kind::Counter,
         "Logins of clients; label result: ok, wrong_password, rejected (by a rule), limited (too many failures of that address), \
          server (a server refused).",
+    ),
+    (
+        BOUND,
+        Kind::Counter,
+        "Clients that shared servers (pool_mode = \"transaction\") and have kept one, because of what they hold.",
     ),
     (
         FLIPS,

@@ -276,7 +276,9 @@ async fn moved(rig: &Rig) -> BTreeMap<u64, u64> {
     let (_, answer) = rig.sidecar.get("/v1/sessions").await.expect("an answer");
     let sessions = answer["sessions"].as_array().expect("a list").iter();
     let number = |session: &Value, name| session[name].as_u64().expect("a number");
+    // Who has a server only for a transaction is not moved: there is nothing to move.
     sessions
+        .filter(|session| session["pool_mode"] == "session")
         .map(|session| (number(session, "id"), number(session, "moved")))
         .collect()
 }

@@ -63,6 +63,7 @@ async fn pair(blue: u32, green: u32) -> Pair {
             sequence_cushion: 32,
             watch: Duration::from_millis(50),
         },
+        pool: Default::default(),
         limits: Limits {
             max_clients: 10,
             client_login_timeout: second * 30,

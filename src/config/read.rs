@@ -4,7 +4,7 @@
 //! without the last line break). Paths are relative to the configuration's own directory. A value that came from
 //! outside, or that may be a secret, is never shown in a problem.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,8 @@ use toml::de::{DeTable, DeValue};
 use super::rules::{self, Around, Maps, Method, Network, Rules};
 use super::userlist::Userlist;
 use super::{
-    Admin, Auth, ClientTls, Config, Flip, Limits, LogFormat, Secret, Server, SslMode, Stragglers, UnixSocket, Verifiers,
+    Admin, Auth, ClientTls, Config, Flip, Limits, LogFormat, Pool, PoolMode, Secret, Server, SslMode, Stragglers,
+    UnixSocket, Verifiers,
 };
 use crate::pg::Side;
 
@@ -157,6 +158,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "tls",
             "flip",
             "limits",
+            "pool",
             "log",
         ],
     ),
@@ -200,6 +202,23 @@ const KEYS: &[(&str, &[&str])] = &[
             "unnamed_statement_max",
             "temporary_max",
             "hold_timeout",
+        ],
+    ),
+    (
+        "pool",
+        &[
+            "pool_mode",
+            "session_users",
+            "transaction_users",
+            "session_databases",
+            "transaction_databases",
+            "pool_size",
+            "min_pool_size",
+            "query_wait_timeout",
+            "server_idle_timeout",
+            "server_lifetime",
+            "max_prepared_statements",
+            "max_bound_clients",
         ],
     ),
     ("log", &["format", "level"]),
@@ -684,6 +703,7 @@ impl<'a> Reader<'a> {
                 .unsigned_abs(),
             hold_timeout: self.duration("limits", "hold_timeout", s(30), ms(100), s(86_400)),
         };
+        let pool = self.pool(&databases);
         let log_format = self.choice(
             "log",
             "format",
@@ -707,11 +727,67 @@ impl<'a> Reader<'a> {
             client_tls,
             flip,
             limits,
+            pool,
             custom_settings,
             pg_bin,
             log_format,
             log_level,
         })
+    }
+
+    fn pool(&mut self, served: &[String]) -> Pool {
+        let modes = [("session", PoolMode::Session), ("transaction", PoolMode::Transaction)];
+        let named = |reader: &mut Self, what: &str| {
+            let mut found = BTreeMap::new();
+            for (name, mode) in modes {
+                let key = format!("{name}_{what}");
+                let Some((names, _)) = reader.strings("pool", &key) else {
+                    continue;
+                };
+                for (one, at) in names {
+                    if what == "databases" && !served.contains(&one) {
+                        reader.problem(
+                            &at,
+                            format!("{one:?} is not among `databases`"),
+                            "Name databases that pgflip serves",
+                        );
+                    }
+                    if found.insert(one.clone(), mode).is_some_and(|before| before != mode) {
+                        reader.problem(&at, format!("{one:?} is named with both modes"), "Name it once");
+                    }
+                }
+            }
+            found
+        };
+        let (users, databases) = (named(self, "users"), named(self, "databases"));
+        let (s, ms) = (Duration::from_secs, Duration::from_millis);
+        let default = Pool::default();
+        let mut count = |key, default: usize, least| {
+            self.integer("pool", key, default as i64, least, 100_000).unsigned_abs() as usize
+        };
+        let pool_size = count("pool_size", default.pool_size, 1);
+        let min_pool_size = count("min_pool_size", default.min_pool_size, 0);
+        let max_prepared_statements = count("max_prepared_statements", default.max_prepared_statements, 1);
+        let max_bound_clients = count("max_bound_clients", default.max_bound_clients, 0);
+        let mut time = |key, default, least| self.duration("pool", key, default, least, s(30 * 86_400));
+        let pool = Pool {
+            query_wait_timeout: time("query_wait_timeout", default.query_wait_timeout, ms(10)),
+            server_idle_timeout: time("server_idle_timeout", default.server_idle_timeout, ms(100)),
+            server_lifetime: time("server_lifetime", default.server_lifetime, ms(100)),
+            pool_mode: self.choice("pool", "pool_mode", &modes, default.pool_mode),
+            users,
+            databases,
+            pool_size,
+            min_pool_size,
+            max_prepared_statements,
+            max_bound_clients,
+        };
+        if pool.min_pool_size > pool.pool_size
+            && let Some((_, at)) = self.raw("pool", "min_pool_size")
+        {
+            self.problem(&at, "this is more than pool_size", "Keep it at or below pool_size");
+        }
+        pool
     }
 
     fn says(&self, section: &str, key: &str) -> bool {

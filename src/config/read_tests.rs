@@ -108,6 +108,39 @@ type Mistake = (
 fn each_kind_of_mistake_names_its_key_value_line_and_remedy() {
     let kinds: &[Mistake] = &[
         (
+            "pool",
+            "pool_mode = \"statement\"",
+            "pool.pool_mode",
+            Some("\"statement\""),
+            "",
+            "\"transaction\"",
+        ),
+        (
+            "pool",
+            "session_databases = [\"other\"]",
+            "pool.session_databases",
+            Some("\"other\""),
+            "not among `databases`",
+            "Name databases",
+        ),
+        (
+            "pool",
+            "transaction_users = [\"a\"]\nsession_users = [\"a\"]",
+            "pool.transaction_users",
+            Some("\"a\""),
+            "with both modes",
+            "once",
+        ),
+        ("pool", "pool_size = 0", "pool.pool_size", Some("0"), "", ""),
+        (
+            "pool",
+            "min_pool_size = 21",
+            "pool.min_pool_size",
+            Some("21"),
+            "more than pool_size",
+            "below",
+        ),
+        (
             "blue",
             "listen = \"127.0.0.1:1\"",
             "blue.listen",
@@ -510,6 +543,18 @@ fn a_reload_takes_over_flip_token_and_level_and_names_the_rest() {
     let mut open = new.clone();
     open.admin.listen = "0.0.0.0:1".parse().unwrap();
     assert!(open.reloaded(&old).admin.token.is_some());
+}
+
+#[test]
+fn a_users_pool_mode_counts_before_a_databases_and_that_before_the_rest() {
+    let config = parse(&format!(
+        "{GOOD}\n[pool]\npool_mode = \"transaction\"\nsession_databases = [\"app\"]\ntransaction_users = [\"web\"]\npool_size = 3"
+    ));
+    let pool = config.unwrap().pool;
+    assert_eq!(pool.mode("web", "app"), PoolMode::Transaction);
+    assert_eq!(pool.mode("other", "app"), PoolMode::Session);
+    assert_eq!(pool.mode("other", "app2"), PoolMode::Transaction);
+    assert_eq!(pool.pool_size, 3);
 }
 
 #[test]

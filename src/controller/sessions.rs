@@ -123,6 +123,13 @@ pub async fn read(config: &Config, gate: &Gate, seen: &Seen) -> (Vec<Pinned>, Ve
                 since_s: None,
             });
         }
+        if let Some(why) = &view.keeps {
+            of_this.push(Pin {
+                what: format!("keeps its server: {why}"),
+                movable: true,
+                since_s: None,
+            });
+        }
         if view.unseen_settings && config.custom_settings.is_empty() {
             of_this.push(Pin {
                 what: UNSEEN_SETTINGS.into(),

@@ -15,9 +15,17 @@ pub(super) enum ClientStream {
     Plain(TcpStream),
     /// The same, of a Unix socket.
     Unix(UnixStream),
-    /// Either of them, from then on.
+    /// On its way from one thread to another.
+    Unsettled(Unsettled),
+    /// Any of them, from then on.
     Ours(Socket),
     Tls(Box<tokio_rustls::server::TlsStream<TcpStream>>),
+}
+
+/// A socket that belongs to no runtime.
+pub(super) enum Unsettled {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
 }
 
 impl ClientStream {
@@ -26,6 +34,24 @@ impl ClientStream {
         match self {
             ClientStream::Plain(socket) => Ok(ClientStream::Ours(Socket::tcp(socket)?)),
             ClientStream::Unix(socket) => Ok(ClientStream::Ours(Socket::unix(socket)?)),
+            other => Ok(other),
+        }
+    }
+
+    /// Leaves its thread. One with TLS stays with the runtime there, which wakes its task here.
+    pub fn unsettle(self) -> io::Result<ClientStream> {
+        match self {
+            ClientStream::Plain(socket) => Ok(ClientStream::Unsettled(Unsettled::Tcp(socket.into_std()?))),
+            ClientStream::Unix(socket) => Ok(ClientStream::Unsettled(Unsettled::Unix(socket.into_std()?))),
+            other => Ok(other),
+        }
+    }
+
+    /// Has arrived.
+    pub fn settle(self) -> io::Result<ClientStream> {
+        match self {
+            ClientStream::Unsettled(Unsettled::Tcp(socket)) => Ok(ClientStream::Plain(TcpStream::from_std(socket)?)),
+            ClientStream::Unsettled(Unsettled::Unix(socket)) => Ok(ClientStream::Unix(UnixStream::from_std(socket)?)),
             other => Ok(other),
         }
     }
@@ -51,6 +77,7 @@ impl ClientStream {
             ClientStream::Ours(socket) => return socket.is_read_closed(),
             ClientStream::Plain(socket) => socket.ready(Interest::READABLE).await,
             ClientStream::Unix(socket) => socket.ready(Interest::READABLE).await,
+            ClientStream::Unsettled(_) => return true,
             ClientStream::Tls(stream) => stream.get_ref().0.ready(Interest::READABLE).await,
         };
         match ready {
@@ -78,6 +105,7 @@ impl AsyncRead for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Plain(stream) => Pin::new(stream).poll_read(cx, into),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Unix(stream) => Pin::new(stream).poll_read(cx, into),
             ClientStream::Tls(stream) => Pin::new(stream).poll_read(cx, into),
         }
@@ -90,6 +118,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
             ClientStream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
@@ -99,6 +128,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Unix(stream) => Pin::new(stream).poll_flush(cx),
             ClientStream::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
@@ -107,6 +137,7 @@ impl AsyncWrite for ClientStream {
         match self.get_mut() {
             ClientStream::Ours(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            ClientStream::Unsettled(_) => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
             ClientStream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             ClientStream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
@@ -142,6 +173,20 @@ impl ServerStream {
     #[inline]
     pub fn is_quiet(&self) -> bool {
         matches!(self, ServerStream::Ours(socket) if socket.is_quiet())
+    }
+
+    /// True if it has said nothing that was not read, and has not closed. For one that is nobody's: what it has said may be
+    /// lost.
+    pub fn is_silent(&mut self) -> bool {
+        match self {
+            ServerStream::Ours(socket) => socket.is_silent(),
+            ServerStream::Tls(stream) => {
+                let mut chunk = [0u8; 1];
+                let mut into = ReadBuf::new(&mut chunk);
+                let mut cx = Context::from_waker(std::task::Waker::noop());
+                Pin::new(stream).poll_read(&mut cx, &mut into).is_pending()
+            }
+        }
     }
 
     /// The certificate that the server has shown.

@@ -21,8 +21,8 @@
 //! drain's time nobody is let through: whoever still waits then waits for somebody who keeps a lock, and is a straggler.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 
 use parking_lot::Mutex;
@@ -120,7 +120,8 @@ pub const UNSEEN_SETTINGS: &str = "custom settings whose names are not known: pu
 pub(super) enum Phase {
     /// Its server connection is being opened, for the first time.
     Login = 0,
-    /// Authenticated, without a server connection, waiting for the gate.
+    /// Authenticated, without a server connection, waiting for the gate; or, of a client that shares servers, outside of its
+    /// transactions.
     Waiting = 1,
     /// At its boundary.
     Boundary = 2,
@@ -231,7 +232,7 @@ pub(super) struct CancelKey {
 
 #[derive(Default)]
 struct CancelState {
-    key: Option<CancelKey>,
+    key: Option<Arc<CancelKey>>,
     /// pgflip's own statements run in the session: no cancel may reach them.
     own: bool,
     in_flight: u32,
@@ -242,7 +243,7 @@ pub(super) enum Cancel {
     /// No such session, or nothing of the client's is running.
     Nothing,
     /// Ask the server.
-    Send(CancelKey, CancelInFlight),
+    Send(Arc<CancelKey>, CancelInFlight),
 }
 
 /// While one exists, no statement of pgflip's own starts in that session.
@@ -280,10 +281,45 @@ pub(super) struct Shared {
     pub application: String,
     pub client: String,
     pub since: std::time::Instant,
+    /// It has a server only for a transaction, unless it keeps one.
+    pub shares: bool,
+    /// Why it keeps its server.
+    pub keeps: OnceLock<String>,
     waker: Mutex<Option<Waker>>,
     reports: Mutex<Reports>,
     cancel: Mutex<CancelState>,
     cancels_done: Notify,
+}
+
+/// A client that has logged in.
+pub(super) struct Newcomer {
+    pub user: String,
+    pub database: String,
+    pub application: String,
+    /// Its address.
+    pub client: String,
+    pub since: std::time::Instant,
+    /// See [`Shared::shares`].
+    pub shares: bool,
+    pub secret: Vec<u8>,
+}
+
+/// A side as an atomic has it: 0 is none.
+fn number(side: Option<Side>) -> u8 {
+    match side {
+        None => 0,
+        Some(Side::Blue) => 1,
+        Some(Side::Green) => 2,
+    }
+}
+
+/// The same back.
+fn side(number: u8) -> Option<Side> {
+    match number {
+        1 => Some(Side::Blue),
+        2 => Some(Side::Green),
+        _ => None,
+    }
 }
 
 /// Adds to a counter that only one thread writes: no locked instruction.
@@ -323,20 +359,21 @@ impl Shared {
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
     pub fn side(&self) -> Option<Side> {
-        match self.side.load(Ordering::SeqCst) {
-            1 => Some(Side::Blue),
-            2 => Some(Side::Green),
-            _ => None,
-        }
+        side(self.side.load(Ordering::SeqCst))
     }
     /// The session has this server connection from now on.
-    pub fn set_server(&self, key: CancelKey) {
-        let side = match key.side {
-            Side::Blue => 1,
-            Side::Green => 2,
-        };
+    pub fn set_server(&self, key: Arc<CancelKey>) {
+        let side = number(Some(key.side));
         self.cancel.lock().key = Some(key);
         self.side.store(side, Ordering::SeqCst);
+    }
+    /// The session has given its server connection back. False: a cancel for it is on its way, and nobody may use it before
+    /// that has come ([`Shared::canceled`]).
+    pub fn no_server(&self) -> bool {
+        let mut cancel = self.cancel.lock();
+        cancel.key = None;
+        self.side.store(0, Ordering::SeqCst);
+        cancel.in_flight == 0
     }
     #[inline]
     pub fn set_listens(&self, listens: bool) {
@@ -354,6 +391,13 @@ impl Shared {
     }
     /// pgflip's own statements are about to run in the session: waits for cancels on their way, stops later ones.
     pub async fn begin_own(&self) {
+        self.no_cancel(|cancel| cancel.own = true).await;
+    }
+    /// Returns when no cancel is on its way.
+    pub async fn canceled(&self) {
+        self.no_cancel(|_| ()).await;
+    }
+    async fn no_cancel(&self, then: impl Fn(&mut CancelState)) {
         loop {
             let done = self.cancels_done.notified();
             tokio::pin!(done);
@@ -361,8 +405,7 @@ impl Shared {
             {
                 let mut cancel = self.cancel.lock();
                 if cancel.in_flight == 0 {
-                    cancel.own = true;
-                    return;
+                    return then(&mut cancel);
                 }
             }
             done.await;
@@ -372,7 +415,7 @@ impl Shared {
         self.cancel.lock().own = false;
     }
     /// The key of its server connection, for pgflip's own use.
-    pub fn server_key(&self) -> Option<CancelKey> {
+    pub fn server_key(&self) -> Option<Arc<CancelKey>> {
         self.cancel.lock().key.clone()
     }
     fn obstacle(&self, why: String) -> Obstacle {
@@ -419,6 +462,8 @@ pub struct Gate {
     /// A session that is about to begin a transaction has to look first. Set while held, while sessions are on the wrong
     /// side, and at shutdown.
     attention: AtomicBool,
+    /// The upstream's side, for those who begin a transaction: while one is busy it does not change.
+    active: AtomicU8,
     inner: Mutex<Inner>,
     /// Something that somebody waits for may have happened.
     progress: Notify,
@@ -479,6 +524,7 @@ impl Gate {
         };
         Arc::new(Gate {
             attention: AtomicBool::new(true),
+            active: AtomicU8::new(0),
             inner: Mutex::new(Inner {
                 orders,
                 prepares: 0,
@@ -533,7 +579,9 @@ impl Gate {
                         failed.push(session.obstacle(format!("login on {to}: {why}")))
                     }
                     // Already there, or without a server connection yet: it will open its first one where it belongs.
-                    _ if session.side() == Some(to) || session.phase() == Phase::Waiting => ready += 1,
+                    _ if session.side() == Some(to) || session.phase() == Phase::Waiting && !session.shares => {
+                        ready += 1
+                    }
                     _ if late => failed.push(session.obstacle(format!("login on {to}: no answer in time"))),
                     _ => pending += 1,
                 }
@@ -725,6 +773,7 @@ impl Gate {
             }
             before => {
                 inner.orders.upstream = Some(to);
+                self.active.store(number(Some(to.side)), Ordering::SeqCst);
                 if before.is_none_or(|before| before.side != to.side) {
                     (inner.moved, inner.ended) = (0, 0);
                 }
@@ -821,15 +870,16 @@ impl Gate {
     }
 
     /// A new session. It waits.
-    pub(super) fn admit(
-        &self,
-        user: String,
-        database: String,
-        application: String,
-        client: String,
-        since: std::time::Instant,
-        secret: Vec<u8>,
-    ) -> Arc<Shared> {
+    pub(super) fn admit(&self, newcomer: Newcomer) -> Arc<Shared> {
+        let Newcomer {
+            user,
+            database,
+            application,
+            client,
+            since,
+            shares,
+            secret,
+        } = newcomer;
         let mut inner = self.inner.lock();
         // Ids are pids for clients: positive Int32s. After two billion sessions they begin again.
         let id = loop {
@@ -846,6 +896,8 @@ impl Gate {
             application,
             client,
             since,
+            shares,
+            keeps: OnceLock::new(),
             phase: AtomicU8::new(Phase::Waiting as u8),
             signals: AtomicU8::new(0),
             waiting: AtomicBool::new(false),
@@ -923,6 +975,53 @@ impl Gate {
         go
     }
 
+    /// [`Gate::begin`] for a session that has no server outside of its transactions. Where to, or `None`: it waits still.
+    #[inline]
+    pub(super) fn begin_sharing(&self, shared: &Shared) -> Option<Side> {
+        shared.phase.swap(Phase::Busy as u8, Ordering::SeqCst);
+        if self.attention.load(Ordering::SeqCst) && !self.try_begin_sharing(shared) {
+            return None;
+        }
+        side(self.active.load(Ordering::SeqCst))
+    }
+
+    #[cold]
+    fn try_begin_sharing(&self, shared: &Shared) -> bool {
+        let inner = self.inner.lock();
+        let orders = &inner.orders;
+        let go = !orders.held && !orders.shutdown && orders.upstream.is_some();
+        let phase = if go { Phase::Busy } else { Phase::Waiting };
+        shared.phase.store(phase as u8, Ordering::SeqCst);
+        drop(inner);
+        if !go {
+            // A drain may have seen it busy.
+            self.progress.notify_waiters();
+        }
+        go
+    }
+
+    /// Such a session's transaction has ended, and it has no server any more.
+    #[inline]
+    pub(super) fn ended(&self, shared: &Shared) {
+        shared.phase.store(Phase::Waiting as u8, Ordering::SeqCst);
+        if self.attention.load(Ordering::SeqCst) {
+            self.ended_attended();
+        }
+    }
+
+    #[cold]
+    fn ended_attended(&self) {
+        // It may have been the last one on the wrong side.
+        self.refresh(&self.inner.lock());
+        self.progress.notify_waiters();
+    }
+
+    /// The active side, if it is known.
+    #[inline]
+    pub(super) fn active(&self) -> Option<Side> {
+        side(self.active.load(Ordering::SeqCst))
+    }
+
     /// A session is at its boundary. True: the gate wants attention.
     #[inline]
     pub(super) fn at_boundary(&self, shared: &Shared) -> bool {
@@ -955,7 +1054,7 @@ impl Gate {
     pub(super) fn serves(&self, shared: &Shared, key: CancelKey) {
         let mut inner = self.inner.lock();
         inner.by_server.insert((key.side, key.pid), shared.id);
-        shared.set_server(key);
+        shared.set_server(Arc::new(key));
     }
 
     /// The pid by which clients know what server process `pid` does. That of a stranger stays as it is, unless the one
@@ -1055,7 +1154,15 @@ impl Gate {
             }
         };
         draining.trouble = None;
-        let ours = |pid: u32| by_server.get(&(at.source, pid));
+        // Servers that are lent for a transaction are not listed.
+        let lent: HashMap<u32, SessionId> = sessions
+            .values()
+            .filter(|session| session.shares)
+            .filter_map(|session| Some((session.server_key()?, session.id)))
+            .filter(|(key, _)| key.side == at.source)
+            .map(|(key, id)| (key.pid, id))
+            .collect();
+        let ours = |pid: u32| by_server.get(&(at.source, pid)).or_else(|| lent.get(&pid));
         let now = Instant::now();
         let mut holders = std::collections::HashSet::new();
         let mut waiting: HashMap<SessionId, String> = HashMap::new();
@@ -1214,12 +1321,19 @@ impl Shared {
             application: self.application.clone(),
             state: match self.phase() {
                 Phase::Login => "login",
+                Phase::Waiting if self.shares && !self.waiting.load(Ordering::SeqCst) => "idle",
+                Phase::Waiting if self.shares && !held => "waiting",
                 Phase::Waiting => "held",
                 Phase::Boundary if held && self.waiting.load(Ordering::SeqCst) => "held",
                 Phase::Boundary => "idle",
                 Phase::Busy => "active",
                 Phase::InTransaction => "idle in transaction",
             },
+            pool_mode: match self.shares && self.keeps.get().is_none() {
+                true => "transaction",
+                false => "session",
+            },
+            keeps: self.keeps.get().cloned(),
             side: self.side(),
             server_pid: self.server_key().and_then(|key| i32::try_from(key.pid).ok()),
             listens: self.listens.load(Ordering::Relaxed),
@@ -1247,9 +1361,14 @@ pub struct SessionView {
     pub database: String,
     /// `application_name` of the startup message.
     pub application: String,
-    /// `login`, `idle`, `active`, `idle in transaction`, `held`.
+    /// `login`, `idle`, `active`, `idle in transaction`, `held`; `waiting` for a server that others share.
     pub state: &'static str,
-    /// Side its server connection is on; none while it logs in.
+    /// `session` or `transaction`: for how long it has a server connection.
+    pub pool_mode: &'static str,
+    /// Why it keeps its server connection, though its pool's mode is `transaction`.
+    #[serde(skip)]
+    pub keeps: Option<String>,
+    /// Side its server connection is on; none while it has none.
     pub side: Option<Side>,
     /// Process id of its server connection there.
     pub server_pid: Option<i32>,
@@ -1281,18 +1400,30 @@ mod tests {
 
     use super::*;
 
+    fn newcomer() -> Newcomer {
+        let text = || String::from("x");
+        Newcomer {
+            user: text(),
+            database: text(),
+            application: text(),
+            client: text(),
+            since: Instant::now(),
+            shares: false,
+            secret: b"key!".to_vec(),
+        }
+    }
+
     fn open_gate_with_a_session() -> (Arc<Gate>, Arc<Shared>) {
         let gate = Gate::new();
         let side = Side::Blue;
         gate.switch(Upstream { side, epoch: 1 }).expect("the first");
         gate.release();
-        let text = || String::from("x");
-        let shared = gate.admit(text(), text(), text(), text(), Instant::now(), b"key!".to_vec());
-        shared.set_server(CancelKey {
+        let shared = gate.admit(newcomer());
+        shared.set_server(Arc::new(CancelKey {
             side,
             pid: 1,
             key: Vec::new(),
-        });
+        }));
         gate.arrived(&shared);
         (gate, shared)
     }
@@ -1304,11 +1435,11 @@ mod tests {
         gate.prepare(Side::Green, soon()).await;
         let side = Side::Green;
         gate.switch(Upstream { side, epoch: 2 }).expect("later");
-        shared.set_server(CancelKey {
+        shared.set_server(Arc::new(CancelKey {
             side,
             pid: 2,
             key: Vec::new(),
-        });
+        }));
         gate.moved();
         gate.release();
         gate.hold();
@@ -1488,8 +1619,7 @@ mod tests {
     #[test]
     fn a_session_that_arrives_where_the_gate_no_longer_leads_is_noticed() {
         let (gate, _) = open_gate_with_a_session();
-        let text = || String::from("x");
-        let late = gate.admit(text(), text(), text(), text(), Instant::now(), b"key!".to_vec());
+        let late = gate.admit(newcomer());
         let to = gate.try_login(&late).expect("the gate is open");
         // A switch by force waits for nobody.
         gate.switch(Upstream {
@@ -1500,7 +1630,7 @@ mod tests {
         gate.release();
         let key = Vec::new();
         let side = to.side;
-        late.set_server(CancelKey { side, pid: 2, key });
+        late.set_server(Arc::new(CancelKey { side, pid: 2, key }));
         gate.arrived(&late);
         assert!(gate.attention() && !gate.begin(&late) && !gate.try_begin(&late));
     }

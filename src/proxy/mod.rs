@@ -3,8 +3,9 @@
 //! `listener (here) → handshake → auth → session ⇄ server`; `peer` is who is at the other end, `failures` who guesses;
 //! `replication` is what passes beside sessions; the `reactor` calls a session when its sockets are ready; `transfer` moves a
 //! session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers bear;
-//! `cancel` passes cancel requests on, `verifiers` knows what clients' passwords are checked with, `turns` lets those through
-//! in a drain whom others wait for.
+//! `sharing` serves clients that borrow a server from a `pool` for each transaction (`suspects`: what may change more than
+//! that); `cancel` passes cancel requests on, `verifiers` knows what clients' passwords are checked with, `turns` lets those
+//! through in a drain whom others wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
 //! its sockets and never leaves its thread.
@@ -16,18 +17,24 @@ mod cursors;
 mod failures;
 pub mod gate;
 mod handshake;
+mod held;
+mod outbox;
 mod pace;
 mod peer;
+mod pool;
 mod reactor;
 mod replication;
 mod server;
 mod session;
+mod sharing;
+mod suspects;
 mod temporary;
 mod transfer;
 mod turns;
 mod unix;
 mod verifiers;
 
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -40,10 +47,10 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::server::WebPkiClientVerifier;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::{Auth, ClientTls, Config, Verifiers};
+use crate::config::{Auth, ClientTls, Config, PoolMode, Verifiers};
 use crate::wire::error::ClientError;
 use crate::wire::scram;
 use client::ClientStream;
@@ -63,8 +70,30 @@ struct Env {
     failures: failures::Failures,
     verifiers: Arc<verifiers::Verifiers>,
     names: transfer::SettingNamesInCatalogs,
+    suspects: suspects::Known,
+    /// Clients that share servers, on their way to the thread of their pool.
+    homes: Vec<mpsc::UnboundedSender<Traveller>>,
     tls: Arc<ArcSwapOption<Tls>>,
     clients: AtomicUsize,
+    /// Of those that share servers, those that keep one.
+    bound: AtomicUsize,
+}
+
+impl Env {
+    /// The worker on whose thread the pool of these clients lives.
+    fn home(&self, user: &str, database: &str) -> usize {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (user, database).hash(&mut hasher);
+        (hasher.finish() % self.homes.len() as u64) as usize
+    }
+}
+
+/// A client that has logged in, on its way to another thread.
+struct Traveller {
+    client: Box<handshake::Client>,
+    peer: Peer,
+    since: Instant,
+    counted: Counted,
 }
 
 /// TLS towards clients.
@@ -77,6 +106,7 @@ struct Tls {
 /// What the sessions of one thread share.
 struct Worker {
     env: Arc<Env>,
+    number: usize,
     opening: pace::Opening,
     left: Arc<pace::Left>,
 }
@@ -96,14 +126,18 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     if let Some(files) = &config.client_tls {
         tls.store(Some(Arc::new(acceptor(files)?)));
     }
+    let (homes, travellers): (Vec<_>, Vec<_>) = (0..config.workers.max(1)).map(|_| mpsc::unbounded_channel()).unzip();
     let env = Arc::new(Env {
+        homes,
         auth: ArcSwap::from_pointee(config.auth.clone()),
         failures: failures::Failures::default(),
         verifiers: Arc::new(verifiers::Verifiers::new(config.clone(), gate.clone())),
         names: transfer::SettingNamesInCatalogs::default(),
+        suspects: suspects::Known::default(),
         gate,
         tls,
         clients: AtomicUsize::new(0),
+        bound: AtomicUsize::new(0),
         config: config.clone(),
     });
     let mut address = config.listen;
@@ -120,9 +154,10 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
     };
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
-    for (n, listener) in listeners.into_iter().enumerate() {
+    for (n, (listener, travellers)) in listeners.into_iter().zip(travellers).enumerate() {
         let worker = Arc::new(Worker {
             env: env.clone(),
+            number: n,
             opening: pace::Opening::default(),
             left: Arc::default(),
         });
@@ -146,6 +181,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
                 if n == 0 {
                     tokio::spawn(turns::watch(worker.env.clone()));
                 }
+                tokio::spawn(welcome(worker.clone(), travellers));
                 work(worker, listener, local, shutdown, stopped).await;
             });
         })?;
@@ -325,12 +361,33 @@ fn from_network((socket, address): (TcpStream, SocketAddr)) -> (ClientStream, Pe
     (ClientStream::Plain(socket), Peer::host(address))
 }
 
-/// Counts a client for as long as it exists.
-struct Counted<'a>(&'a AtomicUsize);
+/// Takes over clients that other workers have let in, to share servers here.
+async fn welcome(worker: Arc<Worker>, mut travellers: mpsc::UnboundedReceiver<Traveller>) {
+    while let Some(traveller) = travellers.recv().await {
+        let worker = worker.clone();
+        tokio::spawn(async move {
+            let Traveller {
+                client,
+                peer,
+                since,
+                counted,
+            } = traveller;
+            let stream = client.stream.settle();
+            match stream {
+                Ok(stream) => sharing::run(worker, handshake::Client { stream, ..*client }, peer, since).await,
+                Err(error) => tracing::warn!(%error, "a client's socket can't be waited for"),
+            }
+            drop(counted);
+        });
+    }
+}
 
-impl Drop for Counted<'_> {
+/// Counts a client for as long as it exists.
+struct Counted(Arc<Env>);
+
+impl Drop for Counted {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.clients.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -338,7 +395,7 @@ async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
     let env = worker.env.clone();
     let since = Instant::now();
     let clients = env.clients.fetch_add(1, Ordering::Relaxed);
-    let _counted = Counted(&env.clients);
+    let counted = Counted(env.clone());
     let limits = &env.config.limits;
     // A cancel request must get through a full house: only those far beyond are not even listened to.
     if clients >= limits.max_clients.saturating_mul(2).saturating_add(64) {
@@ -352,10 +409,28 @@ async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
                 handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;
                 return;
             }
-            match client.replication {
-                true => replication::run(worker, *client, peer, since).await,
-                false => session::run(worker, *client, peer, since).await,
+            if client.replication {
+                return replication::run(worker, *client, peer, since).await;
             }
+            if env.config.pool.mode(&client.user, &client.database) == PoolMode::Session {
+                return session::run(worker, *client, peer, since).await;
+            }
+            let home = env.home(&client.user, &client.database);
+            if home == worker.number {
+                return sharing::run(worker, *client, peer, since).await;
+            }
+            client.stream = match client.stream.unsettle() {
+                Ok(stream) => stream,
+                Err(error) => return tracing::warn!(%error, "a client's socket can't be handed over"),
+            };
+            let traveller = Traveller {
+                client,
+                peer,
+                since,
+                counted,
+            };
+            // It fails only when pgflip ends.
+            let _ = env.homes[home].send(traveller);
         }
         Ok(Err(Failed::Refused(error))) => {
             tracing::info!(%peer, code = error.code, message = error.message, "a client was refused");

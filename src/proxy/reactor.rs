@@ -26,11 +26,16 @@ use slab::Slab;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::interval;
 
 use super::session::{Event, Session};
+use super::sharing::Sharing;
 
 /// What one `epoll_wait` takes at most.
 const EVENTS: usize = 256;
+
+/// Sockets are looked at so often even if nobody says that one is ready: a lost wake-up would stop all sessions of a worker for ever.
+const LOOK_ANYWAY: Duration = Duration::from_secs(1);
 
 const READABLE: u8 = 1;
 const WRITABLE: u8 = 2;
@@ -48,6 +53,10 @@ struct Reactor {
     /// By the same number: the tasks that wait to read and to write.
     waiting: Vec<[Option<Waker>; 2]>,
     relays: Slab<Relay>,
+    /// Places of sessions that others have called ([`call`]) and that have not heard it yet.
+    calls: Vec<u32>,
+    /// Whoever has called them hears that there are some.
+    delivers: bool,
 }
 
 /// Whose a socket is.
@@ -66,14 +75,52 @@ pub(super) enum End {
     Server,
 }
 
+/// What can lie here: a session of one kind or another.
+pub(super) trait Relays: Sized + Send {
+    /// Passes bytes until there is something else to do.
+    fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Event>;
+    /// One of its sockets, if it is the reactor's.
+    fn socket(&mut self, end: End) -> Option<&mut Socket>;
+    /// It lies in this place from now on, or in none: a server that it takes is to be given that ([`Socket::assign`]).
+    fn place(&mut self, _place: Option<u32>) {}
+    /// As what it lies here.
+    fn lying(self: Box<Self>) -> Lying;
+    /// What it was when it was laid here.
+    fn from(lying: Lying) -> Option<Box<Self>>;
+}
+
+/// A session that lies here.
+pub(super) enum Lying {
+    Session(Box<Session>),
+    Sharing(Box<Sharing>),
+}
+
+impl Lying {
+    #[inline]
+    fn socket(&mut self, end: End) -> Option<&mut Socket> {
+        match self {
+            Lying::Session(session) => session.socket(end),
+            Lying::Sharing(session) => session.socket(end),
+        }
+    }
+
+    #[inline]
+    fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        match self {
+            Lying::Session(session) => session.poll_relay(cx),
+            Lying::Sharing(session) => session.poll_relay(cx),
+        }
+    }
+}
+
 /// A place for a session.
 enum Relay {
     /// It lies here, with its task's waker.
-    Lies(Box<Session>, Waker),
+    Lies(Lying, Waker),
     /// It has been called.
     Runs,
     /// Its task has something to do, and until that has seen it, the session is not called.
-    Stopped(Box<(Box<Session>, Why)>),
+    Stopped(Box<(Lying, Why)>),
 }
 
 enum Why {
@@ -143,6 +190,40 @@ impl Socket {
     #[inline]
     pub fn is_quiet(&self) -> bool {
         self.called && self.ready & (READABLE | READ_CLOSED) == 0
+    }
+
+    /// From now on it calls the session in this place, as that end of it, or its task.
+    pub fn assign(&mut self, place: Option<u32>, end: End) {
+        self.hear();
+        self.called = place.is_some();
+        HERE.with_borrow_mut(|here| {
+            let user = here.as_mut().and_then(|here| here.users.get_mut(self.number as usize));
+            *user.expect("listed for as long as it exists") = match place {
+                Some(place) => User::Session(place, end),
+                None => User::Task(0),
+            };
+        });
+    }
+
+    /// True if nothing has been heard of the peer that was not read. Of one that is nobody's: it has not closed.
+    pub fn is_silent(&mut self) -> bool {
+        self.hear();
+        if self.ready & READ_CLOSED != 0 {
+            return false;
+        }
+        if self.ready & READABLE != 0 {
+            // What it was heard of may have been read before it was heard.
+            let mut one = [0u8; 1];
+            let there = match &self.io {
+                Io::Tcp(socket) => rustix::net::recv(socket, &mut one, RecvFlags::PEEK),
+                Io::Unix(socket) => rustix::net::recv(socket, &mut one, RecvFlags::PEEK),
+            };
+            match there {
+                Err(rustix::io::Errno::WOULDBLOCK) => self.ready &= !READABLE,
+                _ => return false,
+            }
+        }
+        true
     }
 
     /// Takes what the kernel has said since it was looked at last.
@@ -294,6 +375,8 @@ impl Poller {
             users: Slab::new(),
             waiting: Vec::new(),
             relays: Slab::new(),
+            calls: Vec::new(),
+            delivers: false,
         }));
         async move {
             match drive(self.poll).await {
@@ -304,13 +387,27 @@ impl Poller {
     }
 }
 
+fn set_delivers(delivers: bool) {
+    HERE.with_borrow_mut(|here| {
+        if let Some(here) = here {
+            here.delivers = delivers;
+        }
+    });
+}
+
 async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
     // SAFETY: `poll` owns its descriptor and never changes it; it is not taken out of the AsyncFd.
     let mut poll = unsafe { AsyncFd::register_with_interest(poll, tokio::io::Interest::READABLE) }?;
     let mut events = Events::with_capacity(EVENTS);
+    let mut look = interval(LOOK_ANYWAY);
     loop {
-        // Before it is asked: what comes after that makes it ready anew.
-        poll.readable_mut().await?.clear_ready();
+        let mut unasked = false;
+        tokio::select! {
+            biased;
+            // Before it is asked: what comes after that makes it ready anew.
+            ready = poll.readable_mut() => ready?.clear_ready(),
+            _ = look.tick() => unasked = true,
+        }
         loop {
             match poll.get_mut().poll(&mut events, Some(Duration::ZERO)) {
                 Ok(()) => {}
@@ -318,9 +415,15 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
                 Err(error) => return Err(error),
             }
             let mut taken = 0;
+            set_delivers(true);
             for ready in &events {
                 deliver(ready);
+                deliver_calls();
                 taken += 1;
+            }
+            set_delivers(false);
+            if unasked && taken > 0 {
+                tracing::debug!(taken, "sockets were ready when nobody had said so");
             }
             if taken < EVENTS {
                 break;
@@ -374,6 +477,12 @@ fn deliver(ready: &Ready) {
         return;
     };
     hear(&mut session, end, bits);
+    run(place, session, waker);
+}
+
+/// Has a session pass on what there is.
+#[inline]
+fn run(place: u32, mut session: Lying, waker: Waker) {
     // A session that panics takes no other with it.
     let mut cx = Context::from_waker(&waker);
     let why = match catch_unwind(AssertUnwindSafe(|| session.poll_relay(&mut cx))) {
@@ -394,50 +503,88 @@ fn deliver(ready: &Ready) {
     });
 }
 
+/// Has the session that lies in this place look for something else than its sockets. Whoever calls may be a session itself:
+/// then it comes behind that one.
+pub(super) fn call(place: u32) {
+    HERE.with_borrow_mut(|here| {
+        let Some(here) = here else { return };
+        if here.delivers {
+            here.calls.push(place);
+        } else if let Some(Relay::Lies(_, waker)) = here.relays.get(place as usize) {
+            waker.wake_by_ref();
+        }
+    });
+}
+
 #[inline]
-fn hear(session: &mut Session, end: End, bits: u8) {
+fn deliver_calls() {
+    loop {
+        let called = HERE.with_borrow_mut(|here| {
+            let here = here.as_mut()?;
+            loop {
+                let place = here.calls.pop()?;
+                let Some(relay) = here.relays.get_mut(place as usize) else {
+                    continue;
+                };
+                match std::mem::replace(relay, Relay::Runs) {
+                    Relay::Lies(session, waker) => return Some((place, session, waker)),
+                    // Its task will look.
+                    other => *relay = other,
+                }
+            }
+        });
+        match called {
+            Some((place, session, waker)) => run(place, session, waker),
+            None => return,
+        }
+    }
+}
+
+#[inline]
+fn hear(session: &mut Lying, end: End, bits: u8) {
     if let Some(socket) = session.socket(end) {
         socket.ready |= bits;
     }
 }
 
 /// Has the session pass bytes until there is something else to do. If the future is dropped, the session is.
-pub(super) fn relay(session: Box<Session>) -> Relaying {
+pub(super) fn relay<S: Relays>(session: Box<S>) -> Relaying<S> {
     Relaying(Place::Task(session))
 }
 
 /// See [`relay`].
-pub(super) struct Relaying(Place);
+pub(super) struct Relaying<S: Relays>(Place<S>);
 
 /// Where a session is.
-enum Place {
+enum Place<S> {
     /// Not in the reactor.
-    Task(Box<Session>),
+    Task(Box<S>),
     Reactor(u32),
     /// With whoever asked for it.
     Nowhere,
 }
 
-impl Relaying {
-    fn take(&mut self) -> Option<(Box<Session>, Option<Why>)> {
+impl<S: Relays> Relaying<S> {
+    fn take(&mut self) -> Option<(Box<S>, Option<Why>)> {
         let place = match std::mem::replace(&mut self.0, Place::Nowhere) {
             Place::Task(session) => return Some((session, None)),
             Place::Reactor(place) => place,
             Place::Nowhere => return None,
         };
         let relay = HERE.try_with(|here| here.borrow_mut().as_mut()?.relays.try_remove(place as usize));
-        let (mut session, why) = match relay.ok()?? {
+        let (session, why) = match relay.ok()?? {
             Relay::Lies(session, _) => (session, None),
             Relay::Stopped(stopped) => (stopped.0, Some(stopped.1)),
             Relay::Runs => return None,
         };
-        give_to(&mut session, None);
+        let mut session = S::from(session)?;
+        give_to(&mut *session, None);
         Some((session, why))
     }
 }
 
-impl Future for Relaying {
-    type Output = (Box<Session>, Event);
+impl<S: Relays> Future for Relaying<S> {
+    type Output = (Box<S>, Event);
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let (mut session, why) = self.take().expect("not polled after its end");
@@ -453,17 +600,17 @@ impl Future for Relaying {
             let here = here.as_mut().expect("sessions run on workers' threads");
             here.relays.insert(Relay::Runs) as u32
         });
-        give_to(&mut session, Some(place));
+        give_to(&mut *session, Some(place));
         HERE.with_borrow_mut(|here| {
             let relay = here.as_mut().and_then(|here| here.relays.get_mut(place as usize));
-            *relay.expect("just inserted") = Relay::Lies(session, cx.waker().clone());
+            *relay.expect("just inserted") = Relay::Lies(session.lying(), cx.waker().clone());
         });
         self.0 = Place::Reactor(place);
         Poll::Pending
     }
 }
 
-impl Drop for Relaying {
+impl<S: Relays> Drop for Relaying<S> {
     fn drop(&mut self) {
         // Outside of any borrow: its sockets take themselves off the list.
         drop(self.take());
@@ -471,19 +618,11 @@ impl Drop for Relaying {
 }
 
 /// From now on the session's sockets call it, in this place, or its task.
-fn give_to(session: &mut Session, place: Option<u32>) {
+fn give_to(session: &mut impl Relays, place: Option<u32>) {
     for end in [End::Client, End::Server] {
-        let Some(socket) = session.socket(end) else { continue };
-        socket.hear();
-        socket.called = place.is_some();
-        HERE.with_borrow_mut(|here| {
-            let user = here
-                .as_mut()
-                .and_then(|here| here.users.get_mut(socket.number as usize));
-            *user.expect("listed for as long as it exists") = match place {
-                Some(place) => User::Session(place, end),
-                None => User::Task(0),
-            };
-        });
+        if let Some(socket) = session.socket(end) {
+            socket.assign(place, end);
+        }
     }
+    session.place(place);
 }

@@ -12,7 +12,7 @@ use std::task::Poll;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::proxy::client::ClientStream;
-use crate::proxy::gate::{Ahead, CancelKey, Outcome, Shared, add, signal};
+use crate::proxy::gate::{Ahead, CancelKey, Newcomer, Outcome, Shared, add, signal};
 use crate::proxy::handshake::Client;
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::peer::Peer;
@@ -40,14 +40,15 @@ enum End {
 /// Runs an authenticated client's connection to its end.
 pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
-    let shared = env.gate.admit(
-        client.user,
-        client.database,
-        client.application,
-        peer.to_string(),
+    let shared = env.gate.admit(Newcomer {
+        user: client.user,
+        database: client.database,
+        application: client.application,
+        client: peer.to_string(),
         since,
-        client.secret,
-    );
+        shares: false,
+        secret: client.secret,
+    });
     let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());

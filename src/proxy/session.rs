@@ -6,14 +6,13 @@
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
-use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
@@ -21,12 +20,14 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 use crate::pg::Side;
 use crate::proxy::client::ClientStream;
 use crate::proxy::gate::{
-    Ahead, CancelKey, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
+    Ahead, CancelKey, Newcomer, Orders, Outcome, Phase, Shared, Turn, UNSEEN_SETTINGS, Upstream, add, signal,
 };
 use crate::proxy::handshake::Client;
+use crate::proxy::held::Held;
+use crate::proxy::outbox::Outbox;
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::peer::Peer;
-use crate::proxy::reactor::{self, Socket};
+use crate::proxy::reactor::{self, Lying, Relays, Socket};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, Pins, State, TransferError};
 use crate::proxy::{Env, Worker, cancel};
@@ -35,42 +36,44 @@ use crate::wire::message;
 use crate::wire::scan::{BadLength, Replies, Requests, at_boundary};
 
 /// Bytes of a held client that are kept. More stays in its socket.
-const HELD_MAX: usize = 64 << 10;
+pub(super) const HELD_MAX: usize = 64 << 10;
 /// A server whose limit on idle sessions is not known is asked for it after so long a hold.
 const ASK_IDLE_LIMIT: Duration = Duration::from_secs(1);
 /// Nothing is due.
 const NEVER: Duration = Duration::from_secs(86_400 * 30);
 /// Never different on the other side: pgjdbc drops a connection on which they change.
-const KEPT: [&[u8]; 2] = [b"client_encoding", b"DateStyle"];
+pub(super) const KEPT: [&[u8]; 2] = [b"client_encoding", b"DateStyle"];
 /// How long a connection made ahead waits for the session's state before others have their turn.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
 /// How often a held client whose bytes are not read is looked at: it may have gone.
 const FULL_LOOK: Duration = Duration::from_millis(250);
 /// How long a session whose count is uncertain has to be quiet before it is asked.
-const QUIET: Duration = Duration::from_millis(20);
+pub(super) const QUIET: Duration = Duration::from_millis(20);
 /// How long the rest of a message that has come in part may take.
 const REST_OF_MESSAGE: Duration = Duration::from_millis(250);
 /// How long a client may take to read its last words.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 const SCRATCH: usize = 64 << 10;
 /// How often a session may read, from each side, before others have their turn.
-const ROUNDS: usize = 32;
-const IN_THE_WAY: &str = "It was in the way of a flip, or pgflip was stopping.";
+pub(super) const ROUNDS: usize = 32;
+pub(super) const IN_THE_WAY: &str = "It was in the way of a flip, or pgflip was stopping.";
 
 thread_local! {
     /// What a thread reads into. Used within one poll only.
-    static SCRATCH_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH].into_boxed_slice());
+    pub(super) static SCRATCH_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH].into_boxed_slice());
 }
 
 /// How a session ends.
 #[derive(Debug)]
-enum End {
+pub(super) enum End {
     /// The client has gone, or said that it goes.
     Client,
     /// The server has ended the connection.
     Server,
     /// The client is told why.
     Tell(ClientError),
+    /// It has been told.
+    Told,
     /// The same, after the server's backend was canceled.
     Kill(ClientError),
     /// The session could not be moved.
@@ -88,66 +91,6 @@ pub(super) enum Event {
     /// Quiet, and not sure whether at the boundary.
     Settle,
     Protocol(&'static str),
-}
-
-/// Bytes that the other side has not taken yet.
-#[derive(Default)]
-struct Outbox {
-    rest: Vec<u8>,
-    at: usize,
-    unflushed: bool,
-}
-
-impl Outbox {
-    #[inline]
-    fn is_empty(&self) -> bool {
-        self.rest.is_empty() && !self.unflushed
-    }
-
-    /// Writes what the other side takes now, keeps the remainder.
-    #[inline]
-    fn push<S: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, to: &mut S, mut bytes: &[u8]) -> io::Result<()> {
-        if self.rest.is_empty() {
-            while !bytes.is_empty() {
-                match Pin::new(&mut *to).poll_write(cx, bytes) {
-                    Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
-                    Poll::Ready(Ok(n)) => bytes = &bytes[n..],
-                    Poll::Ready(Err(error)) => return Err(error),
-                    Poll::Pending => break,
-                }
-            }
-        }
-        self.rest.extend_from_slice(bytes);
-        self.unflushed = true;
-        match self.poll_empty(cx, to) {
-            Poll::Ready(done) => done,
-            Poll::Pending => Ok(()),
-        }
-    }
-
-    /// Ready when everything is out.
-    #[inline]
-    fn poll_empty<S: AsyncWrite + Unpin>(&mut self, cx: &mut Context<'_>, to: &mut S) -> Poll<io::Result<()>> {
-        while self.at < self.rest.len() {
-            match Pin::new(&mut *to).poll_write(cx, &self.rest[self.at..]) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Poll::Ready(Ok(n)) => self.at += n,
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                Poll::Pending => return Poll::Pending,
-            }
-        }
-        if self.at > 0 {
-            (self.rest, self.at) = (Vec::new(), 0);
-            self.unflushed = true;
-        }
-        if self.unflushed {
-            match Pin::new(to).poll_flush(cx) {
-                Poll::Ready(Ok(())) => self.unflushed = false,
-                other => return other,
-            }
-        }
-        Poll::Ready(Ok(()))
-    }
 }
 
 /// A connection to the other side with the session's state.
@@ -214,16 +157,11 @@ pub(super) struct Session {
     phase: Phase,
     /// Nothing is sent to the server: the gate is closed, or the session goes over.
     parked: bool,
-    /// A canceled batch: everything up to the next Sync is dropped.
-    dropping_batch: bool,
     client: ClientStream,
     quiet: Option<Pin<Box<Sleep>>>,
     to_client: Outbox,
     to_server: Outbox,
-    /// From the client, not yet sent to a server. Begins with a message's first byte.
-    held: Vec<u8>,
-    /// Of a message that was canceled before it had come whole: bytes still to be dropped.
-    dropping: usize,
+    held: Held,
     /// The first bytes of a notification's pid, read and not passed on.
     cut: Vec<u8>,
     /// At the next boundary the state is read and told: see [`Session::read_ahead`].
@@ -298,9 +236,15 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         secret,
         replication: _,
     } = client;
-    let shared = env
-        .gate
-        .admit(user, database, application, peer.to_string(), since, secret);
+    let shared = env.gate.admit(Newcomer {
+        user,
+        database,
+        application,
+        client: peer.to_string(),
+        since,
+        shares: false,
+        secret,
+    });
     let mut registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());
@@ -323,40 +267,21 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
     };
     metrics::counter!("pgflip_logins_total", "result" => "ok").increment(1);
     let mut session = Box::new(Session {
+        held: Held::new(held),
         requests: Requests::new(env.config.limits.unnamed_statement_max),
-        env,
-        worker,
-        shared,
-        login,
-        client,
-        server,
-        to_client: Outbox::default(),
-        to_server: Outbox::default(),
-        replies: Replies::default(),
-        held,
-        dropping: 0,
-        dropping_batch: false,
-        phase: Phase::Login,
-        parked: false,
-        ahead: None,
-        asked: None,
-        read: None,
-        ready: None,
-        closing: None,
-        cut: Vec::new(),
-        answered_hold: 0,
-        quiet: None,
-        full: None,
-        waiting_since: None,
-        idle: IdleLimit::Unknown,
-        touch_at: None,
-        source_gone: false,
+        ..Session::with(shared, env, worker, login, client, server)
     });
     session.greet();
+    registered.not_moved = go_on(session).await;
+}
+
+/// Serves a session to its end. True: it has ended because it could not be moved.
+pub(super) async fn go_on(session: Box<Session>) -> bool {
     let (session, end) = session.relay().await;
-    registered.not_moved = matches!(end, End::NotMoved(_));
+    let not_moved = matches!(end, End::NotMoved(_));
     tracing::debug!(session = session.shared.id.0, ?end, "a session ended");
     session.finish(end).await;
+    not_moved
 }
 
 /// A client's last words.
@@ -443,7 +368,7 @@ pub(super) async fn signals(shared: &Shared) -> u8 {
 }
 
 /// Returns when the session is to be ended; takes no other signal away. May be cancelled.
-async fn killed(shared: &Shared) {
+pub(super) async fn killed(shared: &Shared) {
     poll_fn(|_| match shared.signals() & signal::KILL {
         0 => Poll::Pending,
         _ => Poll::Ready(()),
@@ -453,7 +378,7 @@ async fn killed(shared: &Shared) {
 
 /// Keeps what the client sends meanwhile; returns when it has gone. `waiting` learns that it has sent something: a cancel
 /// that comes now is for that. May be cancelled.
-async fn gone(client: &mut ClientStream, held: &mut Vec<u8>, waiting: Option<&Shared>) {
+pub(super) async fn gone(client: &mut ClientStream, held: &mut Vec<u8>, waiting: Option<&Shared>) {
     loop {
         if held.len() >= HELD_MAX {
             if client.read_closed().await {
@@ -474,11 +399,119 @@ async fn gone(client: &mut ClientStream, held: &mut Vec<u8>, waiting: Option<&Sh
     }
 }
 
+impl Relays for Session {
+    #[inline]
+    fn socket(&mut self, end: reactor::End) -> Option<&mut Socket> {
+        match end {
+            reactor::End::Client => self.client.ours(),
+            reactor::End::Server => self.server.stream.ours(),
+        }
+    }
+
+    #[inline]
+    fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
+        Session::poll_relay(self, cx)
+    }
+
+    fn lying(self: Box<Self>) -> Lying {
+        Lying::Session(self)
+    }
+
+    fn from(lying: Lying) -> Option<Box<Session>> {
+        match lying {
+            Lying::Session(session) => Some(session),
+            Lying::Sharing(_) => None,
+        }
+    }
+}
+
+/// What a client that has shared servers brings along when it keeps one.
+pub(super) struct Brings {
+    pub shared: Arc<Shared>,
+    pub env: Arc<Env>,
+    pub worker: Arc<Worker>,
+    pub login: Login,
+    pub client: ClientStream,
+    /// At its boundary, or the session ends at once.
+    pub server: ServerConn,
+    pub to_client: Outbox,
+    pub to_server: Outbox,
+    pub held: Held,
+    pub replies: Replies,
+    pub requests: Requests,
+}
+
 impl Session {
+    fn with(
+        shared: Arc<Shared>,
+        env: Arc<Env>,
+        worker: Arc<Worker>,
+        login: Login,
+        client: ClientStream,
+        server: ServerConn,
+    ) -> Session {
+        Session {
+            requests: Requests::new(0),
+            env,
+            worker,
+            shared,
+            login,
+            client,
+            server,
+            to_client: Outbox::default(),
+            to_server: Outbox::default(),
+            replies: Replies::default(),
+            held: Held::default(),
+            phase: Phase::Login,
+            parked: false,
+            ahead: None,
+            asked: None,
+            read: None,
+            ready: None,
+            closing: None,
+            cut: Vec::new(),
+            answered_hold: 0,
+            quiet: None,
+            full: None,
+            waiting_since: None,
+            idle: IdleLimit::Unknown,
+            touch_at: None,
+            source_gone: false,
+        }
+    }
+
+    /// A client that has shared servers has this one to itself from now on.
+    pub fn adopt(brings: Brings) -> Box<Session> {
+        let Brings {
+            shared,
+            env,
+            worker,
+            login,
+            client,
+            server,
+            to_client,
+            to_server,
+            held,
+            replies,
+            requests,
+        } = brings;
+        let mut session = Box::new(Session {
+            to_client,
+            to_server,
+            held,
+            replies,
+            requests,
+            ..Session::with(shared, env, worker, login, client, server)
+        });
+        session.replies.marking = false;
+        session.take_server();
+        session
+    }
+
     /// Its first server connection is ready.
     fn greet(&mut self) {
         self.replies.parameters = self.server.parameters.clone();
-        self.to_client.rest = greeting(&mut self.server, &self.shared);
+        self.to_client.add(greeting(&mut self.server, &self.shared));
         self.take_server();
     }
 
@@ -504,7 +537,7 @@ impl Session {
         self.replies.scan(&bytes, &mut self.requests)?;
         let end = self.name_notifiers(&mut bytes);
         bytes.truncate(end);
-        self.to_client.rest.append(&mut bytes);
+        self.to_client.add(bytes);
         Ok(())
     }
 
@@ -549,15 +582,6 @@ impl Session {
             if let Err(end) = done {
                 return (self, end);
             }
-        }
-    }
-
-    /// One of its sockets, if it is the reactor's.
-    #[inline]
-    pub fn socket(&mut self, end: reactor::End) -> Option<&mut Socket> {
-        match end {
-            reactor::End::Client => self.client.ours(),
-            reactor::End::Server => self.server.stream.ours(),
         }
     }
 
@@ -700,10 +724,10 @@ impl Session {
         if self.holds_back() {
             return Poll::Pending;
         }
-        if self.client.is_quiet() && self.held.is_empty() {
+        if self.client.is_quiet() && self.held.bytes.is_empty() {
             return Poll::Pending;
         }
-        if !self.held.is_empty() || self.dropping > 0 || self.dropping_batch {
+        if !self.held.is_empty() {
             return self.poll_client_slowly(cx);
         }
         SCRATCH_BUFFER.with_borrow_mut(|scratch| {
@@ -740,7 +764,7 @@ impl Session {
         match self.phase {
             Phase::Boundary => {
                 if !self.env.gate.begin(&self.shared) && !self.env.gate.try_begin(&self.shared) {
-                    self.held.extend_from_slice(bytes);
+                    self.held.bytes.extend_from_slice(bytes);
                     return Ok(false);
                 }
                 self.phase = Phase::Busy;
@@ -765,7 +789,7 @@ impl Session {
             self.to_server = Outbox::default();
         }
         if here < bytes.len() {
-            self.held.extend_from_slice(&bytes[here..]);
+            self.held.bytes.extend_from_slice(&bytes[here..]);
         }
         Ok(!self.update_phase())
     }
@@ -773,17 +797,17 @@ impl Session {
     /// The same from what was held, and past what was canceled.
     #[cold]
     fn poll_client_slowly(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
-        if self.held.is_empty() {
+        if self.held.bytes.is_empty() {
             match self.poll_read_held(cx) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(event)) => return Poll::Ready(Err(event)),
                 Poll::Pending => return Poll::Pending,
             }
         }
-        if let Err(event) = self.drop_canceled() {
+        if let Err(event) = self.held.drop_canceled(&mut self.to_client) {
             return Poll::Ready(Err(event));
         }
-        let held = std::mem::take(&mut self.held);
+        let held = std::mem::take(&mut self.held.bytes);
         if held.is_empty() {
             return Poll::Ready(Ok(true));
         }
@@ -803,14 +827,14 @@ impl Session {
                 return Poll::Ready(Err(Event::ClientGone));
             }
             add(&self.shared.bytes_in, bytes.len() as u64);
-            self.held.extend_from_slice(bytes);
+            self.held.bytes.extend_from_slice(bytes);
             Poll::Ready(Ok(()))
         })
     }
 
     /// While parked: what the client sends is kept, and its going away is noticed even when no more is read.
     fn poll_held_client(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Event>> {
-        if self.held.len() >= HELD_MAX {
+        if self.held.bytes.len() >= HELD_MAX {
             let full = self.full.get_or_insert_with(|| Box::pin(sleep(FULL_LOOK)));
             if full.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
@@ -823,10 +847,10 @@ impl Session {
         }
         match self.poll_read_held(cx) {
             Poll::Ready(Ok(())) => {
-                if let Err(event) = self.drop_canceled() {
+                if let Err(event) = self.held.drop_canceled(&mut self.to_client) {
                     return Poll::Ready(Err(event));
                 }
-                if self.said_goodbye() {
+                if self.held.said_goodbye() {
                     return Poll::Ready(Err(Event::ClientGone));
                 }
                 let waited = self.waiting_since.is_some();
@@ -843,7 +867,7 @@ impl Session {
 
     /// After anything that has changed what is held of a parked session.
     fn note_waiting(&mut self) {
-        let waiting = !self.held.is_empty();
+        let waiting = !self.held.bytes.is_empty();
         self.shared.set_waiting(waiting);
         if waiting {
             self.waiting_since.get_or_insert_with(Instant::now);
@@ -852,73 +876,11 @@ impl Session {
         }
     }
 
-    /// A held client that says Terminate first of all has nothing to wait for.
-    fn said_goodbye(&self) -> bool {
-        self.held.first() == Some(&b'X')
-    }
-
-    /// Drops what belongs to a canceled request, and answers it when its end has come.
-    fn drop_canceled(&mut self) -> Result<(), Event> {
-        loop {
-            let now = self.dropping.min(self.held.len());
-            self.held.drain(..now);
-            self.dropping -= now;
-            if self.dropping > 0 || !self.dropping_batch {
-                return Ok(());
-            }
-            let Some(header) = self.held.first_chunk::<5>() else {
-                return Ok(());
-            };
-            let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
-            if length < 4 {
-                return Err(Event::Protocol("invalid message length"));
-            }
-            self.dropping = length + 1;
-            if header[0] == b'S' {
-                self.dropping_batch = false;
-                message::put_ready(&mut self.to_client.rest, b'I');
-            }
-        }
-    }
-
-    /// The client asks to cancel what is held: its first request is answered and never sent.
+    /// The client asks to cancel what is held.
     fn cancel_held(&mut self) -> Result<(), End> {
-        if self.dropping > 0 || self.dropping_batch {
-            return Ok(());
-        }
-        let mut at = 0;
-        while let Some(header) = self.held.get(at..).and_then(|rest| rest.first_chunk::<5>()) {
-            let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
-            if length < 4 {
-                return Err(End::Tell(ClientError::protocol("invalid message length")));
-            }
-            match header[0] {
-                // Belongs to no request.
-                b'H' | b'd' | b'c' | b'f' => {
-                    at += length + 1;
-                    continue;
-                }
-                b'X' => return Ok(()),
-                kind => {
-                    // What came before it means nothing without it.
-                    self.held.drain(..at.min(self.held.len()));
-                    if kind == b'S' {
-                        return Ok(());
-                    }
-                    ClientError::canceled().encode(&mut self.to_client.rest);
-                    if matches!(kind, b'Q' | b'F') {
-                        self.dropping = length + 1;
-                        message::put_ready(&mut self.to_client.rest, b'I');
-                    } else {
-                        self.dropping_batch = true;
-                    }
-                    let dropped = self.drop_canceled();
-                    self.note_waiting();
-                    return dropped.map_err(|_| End::Tell(ClientError::protocol("invalid message length")));
-                }
-            }
-        }
-        Ok(())
+        let done = self.held.cancel(&mut self.to_client);
+        self.note_waiting();
+        done
     }
 
     /// The count may be too high for good: when everything is quiet and the gate wants attention, it is settled.
@@ -958,7 +920,7 @@ impl Session {
         // No time limit: a client that has sent one request behind the other may still have one running, before ours.
         let marked = tokio::select! {
             marked = transfer::mark(&mut self.server) => marked,
-            () = gone(&mut self.client, &mut self.held, Some(&self.shared)) => return Err(End::Client),
+            () = gone(&mut self.client, &mut self.held.bytes, Some(&self.shared)) => return Err(End::Client),
             () = killed(&self.shared) => return Err(End::Kill(ClientError::terminated(IN_THE_WAY))),
         };
         self.shared.end_own();
@@ -989,7 +951,7 @@ impl Session {
             return Err(End::Kill(ClientError::terminated(IN_THE_WAY)));
         }
         // Came when it was no longer parked, for what is still held.
-        if bits & signal::CANCEL_HELD != 0 && self.phase == Phase::Boundary && !self.held.is_empty() {
+        if bits & signal::CANCEL_HELD != 0 && self.phase == Phase::Boundary && !self.held.bytes.is_empty() {
             self.cancel_held()?;
         }
         let orders = self.env.gate.orders();
@@ -1084,7 +1046,7 @@ impl Session {
 
     async fn parked(&mut self) -> Result<(), End> {
         loop {
-            if self.said_goodbye() {
+            if self.held.said_goodbye() {
                 return Err(End::Client);
             }
             let orders = self.env.gate.orders();
@@ -1145,7 +1107,7 @@ impl Session {
                 self.drop_ready();
                 // Before the client can give back a lock here, it has to be free there for the next one.
                 self.closed().await?;
-                if !self.held.is_empty() {
+                if !self.held.bytes.is_empty() {
                     self.pass_unasked()?;
                     return Ok(());
                 }
@@ -1251,7 +1213,7 @@ impl Session {
             };
             let touched = tokio::select! {
                 touched = timeout(limit, work) => touched,
-                () = gone(client, held, Some(shared)) => return Err(End::Client),
+                () = gone(client, &mut held.bytes, Some(shared)) => return Err(End::Client),
                 () = killed(shared) => return Err(End::Kill(ClientError::terminated(IN_THE_WAY))),
             };
             self.shared.end_own();
@@ -1374,7 +1336,7 @@ impl Session {
             tokio::select! {
                 read = &mut work => read,
                 () = killed(shared) => return Err(end()),
-                () = gone(client, held, Some(shared)) => {
+                () = gone(client, &mut held.bytes, Some(shared)) => {
                     if !ahead {
                         return Err(NotReady::End(End::Client));
                     }
@@ -1443,7 +1405,7 @@ impl Session {
         };
         let replayed = tokio::select! {
             replayed = work => replayed,
-            () = gone(client, held, Some(shared)) => return Err(NotReady::End(End::Client)),
+            () = gone(client, &mut held.bytes, Some(shared)) => return Err(NotReady::End(End::Client)),
             () = killed(shared) => return Err(NotReady::End(End::Kill(ClientError::terminated(IN_THE_WAY)))),
         };
         self.note_waiting();
@@ -1513,7 +1475,7 @@ impl Session {
         // Only what differs in the end, before the first answer of the new server.
         for (name, value) in &self.server.parameters {
             if self.replies.parameters.get(name) != Some(value) {
-                message::put_parameter_status(&mut self.to_client.rest, name, value);
+                message::put_parameter_status(self.to_client.later(), name, value);
             }
         }
         let mut since_pivot = std::mem::take(&mut self.server.aside);
@@ -1627,13 +1589,13 @@ impl Session {
     }
 
     /// Tells the client, ends the server's backend, and returns when that is gone.
-    async fn finish(mut self: Box<Self>, end: End) {
+    pub async fn finish(mut self: Box<Self>, end: End) {
         if let Some(ahead) = self.ahead.take() {
             ahead.task.abort();
         }
         self.drop_ready();
         let (error, kill) = match end {
-            End::Client => (None, false),
+            End::Client | End::Told => (None, false),
             End::Server if self.replies.error_last || self.requests.goodbye => (None, false),
             End::Server => (Some(ClientError::server_gone(self.server.side)), false),
             End::Tell(error) => (Some(error), false),
@@ -1647,7 +1609,7 @@ impl Session {
         if let Some(error) = error
             && self.replies.between_messages()
         {
-            error.encode(&mut self.to_client.rest);
+            error.encode(self.to_client.later());
         }
         let idle = at_boundary(&self.requests, &self.replies) && self.to_server.is_empty();
         let Session {

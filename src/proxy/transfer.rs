@@ -40,6 +40,7 @@
 //! as many on the new connection, where each is granted at once because it holds one. Only then its client goes on.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,8 +63,11 @@ const TRIES: usize = 8;
 const LOCK_AGAIN: Duration = Duration::from_millis(10);
 /// And so often.
 const LOCK_TRIES: usize = 30;
-/// The same for the pivot.
+/// Statements that a server describes without waiting for the one before.
 const PIVOT_TRIES: usize = 100;
+
+/// Statements that a server describes without waiting for the one before.
+const AT_ONCE: usize = 64;
 
 /// Why a session's state can't be had, or not be given back.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +84,7 @@ pub(super) enum TransferError {
 }
 
 /// What is moved.
+#[derive(Default)]
 pub(super) struct State {
     /// `client_encoding` first.
     settings: Vec<Pair>,
@@ -137,7 +142,7 @@ impl Pins {
 
 impl State {
     /// True if a connection with this state's settings has the other's as well.
-    fn same_settings(&self, other: &State) -> bool {
+    pub fn same_settings(&self, other: &State) -> bool {
         std::ptr::eq(self, other)
             || self.settings == other.settings
                 && self.defaults == other.defaults
@@ -165,6 +170,49 @@ impl State {
         settings.push((b"session_authorization", &self.session_user, false));
         settings.push((b"role", &self.role, false));
         settings
+    }
+
+    /// What of it may change what a statement's text means: of equal settings the same number.
+    pub fn dialect(&self) -> u64 {
+        let means = |name: &[u8]| name != b"application_name" && !name.ends_with(b"_timeout") && !name.contains(&b'.');
+        let mut hasher = DefaultHasher::new();
+        for pair in self.settings.iter().filter(|(name, _)| means(name)) {
+            pair.hash(&mut hasher);
+        }
+        if self.role != b"none" {
+            self.role.hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
+    /// That of a session that has only logged in, with this `application_name`.
+    pub fn named(user: &str, application: &[u8]) -> State {
+        State {
+            settings: vec![(b"application_name".to_vec(), application.to_vec())],
+            session_user: user.as_bytes().to_vec(),
+            role: b"none".to_vec(),
+            ..State::default()
+        }
+    }
+
+    /// What there is of it that can't be given to another connection from one transaction to the next, for people. None:
+    /// nothing.
+    pub fn binds(&self) -> Option<String> {
+        let mut parts = Vec::new();
+        let pins = self.pins();
+        if !pins.is_empty() {
+            parts.push(pins.describe());
+        }
+        if self.temporary != Temporary::default() {
+            parts.push("has temporary objects".to_owned());
+        }
+        if !self.cursors.is_empty() {
+            parts.push("has cursors WITH HOLD".to_owned());
+        }
+        if !self.statements.is_empty() {
+            parts.push("has statements prepared by SQL".to_owned());
+        }
+        (!parts.is_empty()).then(|| parts.join(" and "))
     }
 
     /// What of it others may see.
@@ -981,6 +1029,91 @@ async fn replay_own(conn: &mut ServerConn, state: &State, has: Option<&State>) -
     Ok(())
 }
 
+/// Gives a connection that several clients share the settings of the next one, and nobody else's; `None`: those of its login.
+/// `kept`: what that client must not see change, whatever this server's defaults are. At its boundary.
+pub(super) async fn dress(conn: &mut ServerConn, state: Option<&State>, kept: &[Pair]) -> Result<(), TransferError> {
+    const RESET: &[u8] = b"pgflip:reset";
+    const SET: &[u8] = b"pgflip:set";
+    let mut out = Vec::new();
+    for text in ["reset session authorization", "reset role", "reset all"] {
+        message::put_parse(&mut out, RESET, text.as_bytes(), &[]);
+        message::put_run(&mut out, PORTAL, RESET, &[]);
+        message::put_close_statement(&mut out, RESET);
+    }
+    message::put_sync(&mut out);
+    let mut settings: Vec<(&[u8], &[u8], bool)> =
+        kept.iter().map(|(name, value)| (&name[..], &value[..], true)).collect();
+    settings.extend(state.into_iter().flat_map(|state| state.settings_in_order(conn)));
+    if !settings.is_empty() {
+        message::put_parse(&mut out, SET, include_bytes!("../pg/sql/session_set.sql"), &SET_TYPES);
+        for (name, value, only_if) in &settings {
+            let only_if: &[u8] = if *only_if { b"t" } else { b"f" };
+            message::put_run(&mut out, PORTAL, SET, &[name, value, only_if]);
+        }
+        message::put_close_statement(&mut out, SET);
+        message::put_sync(&mut out);
+    }
+    let answers = ask(conn, &out, 1 + usize::from(!settings.is_empty())).await?;
+    conn.aside.clear();
+    for (n, answer) in answers.iter().enumerate() {
+        if answer.error.is_some() {
+            let at = answer.binds.saturating_sub(1);
+            let what = match (n, settings.get(at)) {
+                (1, Some((name, ..))) => String::from_utf8_lossy(name).into_owned(),
+                _ => "its settings".into(),
+            };
+            return Err(TransferError::Unmovable(format!("{what}: {}", answer.why())));
+        }
+    }
+    Ok(())
+}
+
+/// What this server says of the columns of statements, each given as what follows the name in its Parse. On a connection that is
+/// nobody's.
+pub(super) async fn columns_of(conn: &mut ServerConn, statements: &[&[u8]]) -> io::Result<Vec<Columns>> {
+    const SHAPE: &[u8] = b"pgflip:shape";
+    let mut all = Vec::with_capacity(statements.len());
+    for some in statements.chunks(AT_ONCE) {
+        let mut out = Vec::new();
+        for rest in some {
+            message::put(&mut out, b'P', |to| {
+                to.extend_from_slice(SHAPE);
+                to.push(0);
+                to.extend_from_slice(rest);
+            });
+            message::put_describe_statement(&mut out, SHAPE);
+            message::put_close_statement(&mut out, SHAPE);
+            message::put_sync(&mut out);
+        }
+        let answers = ask(conn, &out, some.len()).await?;
+        all.extend(answers.into_iter().map(|answer| {
+            let described = answer.described.into_iter().next();
+            Columns(
+                described
+                    .filter(|_| answer.error.is_none())
+                    .map(|described| described.shape),
+            )
+        }));
+    }
+    Ok(all)
+}
+
+/// A statement's columns on some server.
+pub(super) struct Columns(Option<Shape>);
+
+impl Columns {
+    /// True if both are known, and are not the same.
+    pub fn differ(&self, other: &Columns) -> bool {
+        matches!((&self.0, &other.0), (Some(one), Some(other)) if one != other)
+    }
+}
+
+/// Prepares a client's statements under its own names on a server that is its alone from now on: so many batches. One that the
+/// server refuses could not have been used either.
+pub(super) async fn prepare_own(conn: &mut ServerConn, messages: &[u8], batches: usize) -> io::Result<()> {
+    ask(conn, messages, batches).await.map(drop)
+}
+
 /// What is prepared for a statement whose columns differ: see this module's beginning.
 struct StandIn<'a> {
     name: &'a [u8],
@@ -1572,7 +1705,19 @@ impl SettingNamesInCatalogs {
         self.found.lock().insert(database.to_owned(), Found { number, names });
     }
 
-    /// Those of the last flip that read them; reads them if none has.
+    /// Reads them again, if they are known. What can't be read stays as it was.
+    pub async fn refresh(&self, config: &Config, side: Side, database: &str) {
+        if !self.found.lock().contains_key(database) {
+            return;
+        }
+        if let Ok(names) = read_names(config, side, database).await
+            && let Some(found) = self.found.lock().get_mut(database)
+        {
+            found.names = Ok(Arc::new(names));
+        }
+    }
+
+    /// Those of the last flip that read them, or read since; reads them if none has.
     pub async fn current(&self, config: &Config, side: Side, database: &str) -> Result<Arc<Vec<String>>, String> {
         let known = |found: &HashMap<String, Found>| found.get(database).and_then(|found| found.names.clone().ok());
         if let Some(names) = known(&self.found.lock()) {

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 use tokio::time::{Instant, timeout};
 use tokio_postgres::Row;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 use zeroize::Zeroizing;
 
 use crate::config::userlist::{Entry, Userlist};
@@ -233,6 +233,26 @@ impl Verifiers {
         }
     }
 
+    /// Whether the active side would let a user in who has shown who it is: asked where nobody opens a server for that login. Within:
+    /// what it would say instead, its SQLSTATE first.
+    pub async fn lets_in(&self, user: &str, database: &str) -> Result<Result<(), (&'static str, String)>, Unavailable> {
+        let statement = include_str!("../pg/sql/pool_login.sql");
+        let rows = self.ask_of(statement, &[user, database]).await?;
+        let row = rows.first().ok_or_else(|| Unavailable("no row".into()))?;
+        let [can_log_in, allows, may_connect]: [Option<bool>; 3] = [row.get(0), row.get(1), row.get(2)];
+        Ok(match (can_log_in, allows, may_connect) {
+            (None, ..) => Err(("28000", format!("role \"{user}\" does not exist"))),
+            (Some(false), ..) => Err(("28000", format!("role \"{user}\" is not permitted to log in"))),
+            (_, None, _) => Err(("3D000", format!("database \"{database}\" does not exist"))),
+            (_, Some(false), _) => Err((
+                "55000",
+                format!("database \"{database}\" is not currently accepting connections"),
+            )),
+            (.., Some(true)) => Ok(()),
+            _ => Err(("42501", format!("permission denied for database \"{database}\""))),
+        })
+    }
+
     async fn read(self: &Arc<Self>, auth: &Auth, name: &str, database: &[u8]) -> Result<Option<Known>, Unavailable> {
         let known = match &auth.verifiers {
             config::Verifiers::Catalog => {
@@ -437,12 +457,17 @@ impl Verifiers {
 
     /// Asks the active side, as pgflip: of its search_path nothing comes from a client (src/pg/connect.rs).
     async fn ask(&self, statement: &str, name: &str) -> Result<Vec<Row>, Unavailable> {
+        self.ask_of(statement, &[name]).await
+    }
+
+    async fn ask_of(&self, statement: &str, of: &[&str]) -> Result<Vec<Row>, Unavailable> {
+        let parameters: Vec<(&(dyn ToSql + Sync), Type)> = of.iter().map(|text| (text as _, Type::TEXT)).collect();
         let limit = self.config.limits.server_connect_timeout;
         let mut why = String::new();
         // A connection that has gone stale is noticed by its first use: once more with a new one.
         for _ in 0..2 {
             let client = self.client(limit).await?;
-            match timeout(limit, client.query_typed(statement, &[(&name, Type::TEXT)])).await {
+            match timeout(limit, client.query_typed(statement, &parameters)).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(error)) => why = pg::connect::describe(&error),
                 Err(_) => why = format!("no answer within {limit:?}"),

@@ -171,6 +171,39 @@ impl ClientError {
             .hint("Try again. Logins wait while clients are held, and not for a server that is down: `pgflip status` says which.")
     }
 
+    /// `pool.query_wait_timeout`: every server of the pool was busy for so long.
+    pub fn no_server_free(after: std::time::Duration) -> ClientError {
+        ClientError::fatal(
+            "57014",
+            format!("no server connection became free within {after:?} (pool.query_wait_timeout)"),
+        )
+        .hint(
+            "Nothing of this request was run. Raise pool.pool_size, or look for long transactions: `pgflip sessions`.",
+        )
+    }
+
+    /// `pool.max_bound_clients`, and one more client holds what no other may get.
+    pub fn too_many_bound(why: &str, max: usize) -> ClientError {
+        ClientError::fatal(
+            "53300",
+            "too many clients keep a server connection to themselves (pool.max_bound_clients)",
+        )
+        .detail(format!("This one would, because of what it holds: {why}."))
+        .hint(format!(
+            "{max} clients may at once. Raise that, or give such clients pool_mode = \"session\" (pool.session_users)."
+        ))
+    }
+
+    /// The role, or the database, lets nobody in any more.
+    pub fn not_let_in(code: &'static str, message: String) -> ClientError {
+        ClientError::fatal(code, message)
+    }
+
+    /// What a client has set can't be set on the server that it was to get.
+    pub fn settings(why: &str) -> ClientError {
+        ClientError::fatal("08006", "pgflip can't give a server connection this session's settings").detail(why)
+    }
+
     /// Nobody knows yet which side is active, or a flip takes longer than new clients are to wait.
     pub fn not_now(known: bool) -> ClientError {
         let message = if known {

@@ -6,6 +6,7 @@
 //! authenticated has to be an error and not a panic.
 
 pub mod certificate;
+mod deallocate;
 pub mod error;
 pub mod md5;
 pub mod message;
@@ -13,3 +14,4 @@ pub mod proxy_header;
 pub mod scan;
 pub mod scram;
 pub mod settings;
+pub mod statements;

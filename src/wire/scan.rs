@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use crate::wire::message::{self, cstr};
 use crate::wire::settings::SettingNames;
 
+/// The longest error that is looked into.
+const ERROR_MAX: usize = 8 << 10;
 /// Longest ParameterStatus that is remembered, and how many of them: a server that lies may say as many as it likes.
 const PARAMETER_MAX: usize = 32 << 10;
 const PARAMETERS_MAX: usize = 128;
@@ -244,6 +246,22 @@ impl Requests {
     }
 }
 
+/// A ParseComplete, a CloseComplete or an ErrorResponse in bytes that were scanned; or where all prepared statements have been
+/// deallocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// Where it begins.
+    pub at: usize,
+    /// Its length, its header's five bytes included.
+    pub length: usize,
+    /// An ErrorResponse.
+    pub error: bool,
+    /// ReadyForQuery seen before it.
+    pub answered: u64,
+    /// It is a CommandComplete: all prepared statements have been deallocated.
+    pub deallocated: bool,
+}
+
 /// What comes from the server. What every answer needs comes first and lies together.
 #[repr(C)]
 pub struct Replies {
@@ -255,6 +273,20 @@ pub struct Replies {
     /// Of the bytes scanned last: so many at their end begin a pid that the read has cut. They are to be scanned again,
     /// with what follows, and not to be passed on before that.
     pub held_back: usize,
+    /// Whether `marks` are wanted. Then a header that a read has cut is held back as well.
+    pub marking: bool,
+    /// A command or a ParameterStatus was seen that says that what the session holds beside its transaction may have changed.
+    pub state_changed: bool,
+    /// All prepared statements have been deallocated.
+    pub deallocated: bool,
+    /// The server has said that the columns of a statement have changed, as far as is known.
+    pub revalidated: bool,
+    /// With `marking`, each time that one statement has been deallocated: ReadyForQuery seen before it.
+    pub deallocates: Vec<u64>,
+    /// CopyInResponses seen.
+    pub copy_ins: u64,
+    /// In the bytes scanned last, with `marking`.
+    pub marks: Vec<Mark>,
     /// In the bytes scanned last: where the pids of NotificationResponses begin. Four bytes each.
     pub pids: Vec<usize>,
     parses_done: u32,
@@ -282,8 +314,8 @@ pub struct Replies {
     tag_length: u8,
 }
 
-/// Length of the longest tag that matters: `DISCARD ALL` and its zero byte.
-const TAG_MAX: usize = 12;
+/// Length of the longest tag that matters: `DEALLOCATE ALL` and its zero byte.
+const TAG_MAX: usize = 15;
 
 impl Default for Replies {
     fn default() -> Replies {
@@ -302,6 +334,13 @@ impl Default for Replies {
             error_last: false,
             failed: false,
             pids: Vec::new(),
+            marking: false,
+            state_changed: false,
+            deallocated: false,
+            deallocates: Vec::new(),
+            copy_ins: 0,
+            revalidated: false,
+            marks: Vec::new(),
             held_back: 0,
             pid_due: false,
             listens: false,
@@ -326,9 +365,26 @@ impl Replies {
     #[inline]
     pub fn scan(&mut self, bytes: &[u8], requests: &mut Requests) -> Result<(), BadLength> {
         let mut input = bytes;
+        let had = self.frames.have;
         self.pids.clear();
         self.held_back = 0;
+        self.marks.clear();
         while let Some(part) = self.frames.next(&mut input)? {
+            if self.marking && matches!(part.kind, b'1' | b'3' | b'E') && part.first {
+                if !part.last && part.length <= ERROR_MAX {
+                    // As if it had not been seen.
+                    self.held_back = part.body.len() + 5;
+                    self.frames = Frames::default();
+                    break;
+                }
+                self.marks.push(Mark {
+                    at: bytes.len() - input.len() - part.body.len() - 5,
+                    length: part.body.len() + 5,
+                    error: part.kind == b'E',
+                    answered: self.answered,
+                    deallocated: false,
+                });
+            }
             match part.kind {
                 b'D' | b'd' => {}
                 // A second status byte would be taken for the first, or not, as the read was cut.
@@ -353,14 +409,19 @@ impl Replies {
                     }
                 }
                 b'S' => {
+                    self.state_changed = true;
                     let recoded = self.parameter(&part);
                     requests.unnamed.confirmed &= !recoded || requests.unnamed.body.is_ascii();
                 }
                 b'G' if part.first => {
                     self.copy_in = true;
+                    self.copy_ins += 1;
                     self.uncertain = true;
                 }
                 b'E' if part.first => {
+                    // One that is cut may be that.
+                    self.revalidated |=
+                        !part.last || memchr::memmem::find(part.body, b"RevalidateCachedQuery").is_some();
                     self.copy_in = false;
                     self.failed = true;
                 }
@@ -372,11 +433,56 @@ impl Replies {
                 b'A' => self.notification(&part, bytes.len() - input.len() - part.body.len()),
                 _ => {}
             }
+            if self.deallocated && self.marking {
+                self.deallocated = false;
+                self.marks.push(Mark {
+                    at: bytes.len() - input.len(),
+                    length: 0,
+                    error: false,
+                    answered: self.answered,
+                    deallocated: true,
+                });
+            }
             if part.first {
                 self.error_last = part.kind == b'E';
             }
         }
+        // One that was begun before is not what marks are for: its first bytes have been passed on.
+        let begun_before = had > 0 && usize::from(self.frames.have) == usize::from(had) + bytes.len();
+        if self.marking && self.frames.have > 0 && !begun_before {
+            // As if it had not been seen.
+            self.held_back = usize::from(self.frames.have);
+            self.frames.have = 0;
+        }
         Ok(())
+    }
+
+    /// A CommandComplete: by its tag, whether the session holds other things now than its transaction's.
+    #[inline]
+    fn completed(&mut self, tag: &[u8]) {
+        match tag {
+            b"LISTEN\0" => self.listens = true,
+            b"DISCARD ALL\0" => (self.listens, self.deallocated) = (false, true),
+            b"DEALLOCATE ALL\0" => self.deallocated = true,
+            b"DEALLOCATE\0" if self.marking => self.deallocates.push(self.answered),
+            _ => {}
+        }
+        // Of all others a transaction's end takes away what they have done, or it is in the database.
+        self.state_changed |= match tag.first() {
+            Some(b'I' | b'U' | b'B' | b'F' | b'T' | b'V' | b'M' | b'E') => tag == b"UNLISTEN\0",
+            Some(b'S') => {
+                !(tag.starts_with(b"SELECT")
+                    || tag.starts_with(b"SHOW")
+                    || tag.starts_with(b"SA")
+                    || tag.starts_with(b"ST"))
+            }
+            Some(b'C') => !(tag.starts_with(b"COMMIT") || tag.starts_with(b"COPY")),
+            Some(b'R') => !(tag.starts_with(b"ROLLBACK") || tag.starts_with(b"RELEASE")),
+            Some(b'D') => !tag.starts_with(b"DELETE"),
+            Some(b'L') => !tag.starts_with(b"LOCK"),
+            Some(b'N') => !tag.starts_with(b"NOTIFY"),
+            _ => true,
+        };
     }
 
     #[inline]
@@ -397,15 +503,6 @@ impl Replies {
     }
 
     /// The tag of a CommandComplete.
-    #[inline]
-    fn completed(&mut self, tag: &[u8]) {
-        match tag.first() {
-            Some(b'L') if tag == b"LISTEN\0" => self.listens = true,
-            Some(b'D') if tag == b"DISCARD ALL\0" => self.listens = false,
-            _ => {}
-        }
-    }
-
     #[cold]
     fn completed_in_parts(&mut self, part: &Part<'_>) {
         if part.first {
@@ -419,6 +516,8 @@ impl Replies {
         if part.last && usize::from(self.tag_length) <= TAG_MAX {
             let tag = self.tag;
             self.completed(&tag[..usize::from(self.tag_length)]);
+        } else if part.last {
+            self.state_changed = true;
         }
     }
 

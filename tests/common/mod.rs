@@ -24,6 +24,17 @@ pub fn size(variable: &str, few: usize) -> usize {
     })
 }
 
+/// Of a configuration's sections, with those of `PGFLIP_POOL_MODE`: how tests of clients that have a server to themselves are
+/// run with such that share them, by hand. Some fail then, for good reasons: they look at what such a server means.
+pub fn with_pool(sections: String) -> String {
+    match std::env::var("PGFLIP_POOL_MODE") {
+        Ok(mode) if !sections.contains("[pool]") => {
+            format!("{sections}\n[pool]\npool_mode = \"{mode}\"\npool_size = 200\n")
+        }
+        _ => sections,
+    }
+}
+
 /// What a test's random choices begin with: another one each time, unless `PGFLIP_SEED` says which. To be printed on failure.
 pub fn seed() -> u64 {
     match std::env::var("PGFLIP_SEED") {
@@ -119,7 +130,7 @@ impl Plan {
         setup.pg_bin = Some(cluster::dump_tools(self.versions[0]).expect("pg_dump for tests"));
         setup.databases = apps.iter().map(|app| app.database.clone()).collect();
         setup.top = self.top;
-        setup.sections = with_limits(self.sections);
+        setup.sections = with_limits(with_pool(self.sections));
         setup.environment = self.environment;
         let mut sidecar = Sidecar::start(setup.clone()).expect("pgflip starts");
         sidecar.ready(LIMIT).await.expect("pgflip is ready");

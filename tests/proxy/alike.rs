@@ -41,12 +41,23 @@ struct Mode {
     /// Of its configuration: lines before the first section, and sections.
     top: &'static str,
     sections: &'static str,
+    /// Clients share servers: what is documented to be another's there is not said, or not compared.
+    shares: bool,
 }
 
 const SESSION: Mode = Mode {
     name: "session",
     top: "",
     sections: "",
+    shares: false,
+};
+
+/// Fewer servers than clients.
+const TRANSACTION: Mode = Mode {
+    name: "transaction",
+    top: "",
+    sections: "[pool]\npool_mode = \"transaction\"\npool_size = 2\n",
+    shares: true,
 };
 
 /// What goes on meanwhile.
@@ -172,6 +183,8 @@ struct Inventor<'a> {
     likes: [usize; 2],
     /// It has no simple queries, which would destroy the unnamed statement each time.
     extended_only: bool,
+    /// See [`Mode`].
+    shares: bool,
     /// How many parameters the statements have that it has parsed.
     parsed: BTreeMap<&'static str, usize>,
 }
@@ -272,17 +285,22 @@ impl Inventor<'_> {
                 "show TimeZone",
                 "show transaction_isolation",
                 "show default_transaction_read_only",
-                "select current_setting('app.x', true), current_setting('app.Y', true), current_setting('app.z', true)",
+                // Where servers are shared, those that a client does not have are empty.
+                match self.shares {
+                    true => "select nullif(current_setting('app.x', true), ''), nullif(current_setting('app.Y', true), '')",
+                    false => "select current_setting('app.x', true), current_setting('app.Y', true), current_setting('app.z', true)",
+                },
                 "select interval '1 day 2 hours', timestamptz '2026-02-03 04:05:06+00', 0.1::float8 + 0.2",
                 "select current_user, session_user",
             ]),
             15 => self.text(&[
-                "prepare s1 as select $1::int + {n}",
-                "prepare s2 (int) as select * from {t} where n < $1 order by n, v",
+                // Nor are names of both kinds the same there.
+                if self.shares { "prepare p as select $1::int + {n}" } else { "prepare s1 as select $1::int + {n}" },
+                if self.shares { "select 15" } else { "prepare s2 (int) as select * from {t} where n < $1 order by n, v" },
                 "prepare q as insert into {t} values ($1, 'prepared')",
-                "execute s1({n})",
-                "execute s2({n})",
-                "execute q({n})",
+                if self.shares { "select 15" } else { "execute s1({n})" },
+                if self.shares { "select 15" } else { "execute s2({n})" },
+                if self.shares { "select 15" } else { "execute q({n})" },
                 "deallocate s1",
                 "deallocate q",
                 "deallocate all",
@@ -306,7 +324,7 @@ impl Inventor<'_> {
                 "create temp table gone (x int) on commit drop",
                 "insert into tmp values ({n}) returning *",
                 "select * from tmp order by x",
-                "select count(*) from gone",
+                if self.shares { "select 15" } else { "select count(*) from gone" },
                 "drop table tmp",
             ]),
             18 => self.text(&[
@@ -353,6 +371,13 @@ impl Inventor<'_> {
             .filter(|parameter| text.contains(*parameter))
             .count();
         self.parsed.insert(statement, n);
+        // Where servers are shared, one that is itself prepared does not find the client's names, or not before its batch's end; and
+        // what a FETCH gives is asked for when it is prepared, which may happen again when its cursor is another.
+        let others = ["deallocate", "discard all", "fetch"];
+        let text = match self.shares && others.iter().any(|other| text.starts_with(other)) {
+            true => "select 15".to_owned(),
+            false => text,
+        };
         Say::Parse(statement, text)
     }
 
@@ -425,7 +450,8 @@ impl Inventor<'_> {
             match self.below(10) {
                 // The unnamed portal only where it was bound in the same batch: a simple Query that has failed leaves one
                 // behind, and who executes that in the failed transaction has Postgres (16.14) crash.
-                0 if self.below(2) == 0 => all.push(Say::Describe(b'S', statement)),
+                // Where servers are shared it may have to be prepared anew, which a failed transaction does not allow.
+                0 if self.below(2) == 0 && !self.shares => all.push(Say::Describe(b'S', statement)),
                 0 => all.push(Say::Describe(b'P', self.one(&NAMED_PORTALS))),
                 1 if self.below(2) == 0 => all.push(Say::Close(b'S', self.one(&["", "s1", "s2", "q"]))),
                 1 => all.push(Say::Close(b'P', self.one(&NAMED_PORTALS))),
@@ -512,12 +538,32 @@ impl Inventor<'_> {
             1 => step.push(Say::CopyData(b"9\tlate\n".to_vec())),
             _ => {}
         }
+        if self.shares {
+            step = closed(step);
+        }
         step
     }
 }
 
+/// With no Query or FunctionCall behind an open batch. If that has failed, so is what the client has prepared before: it loses its
+/// unnamed statement where it shares servers, and no driver does so.
+fn closed(step: Step) -> Step {
+    let mut open = false;
+    let mut all = Vec::new();
+    for say in step {
+        match say {
+            Say::Sync => open = false,
+            Say::Query(_) | Say::Function(..) if std::mem::take(&mut open) => all.push(Say::Sync),
+            Say::Parse(..) | Say::Bind(..) | Say::Describe(..) | Say::Execute(..) | Say::Close(..) => open = true,
+            _ => {}
+        }
+        all.push(say);
+    }
+    all
+}
+
 /// What all the clients of a conversation say.
-fn invent(seed: u64, meanwhile: Meanwhile) -> Vec<Talk> {
+fn invent(seed: u64, meanwhile: Meanwhile, shares: bool) -> Vec<Talk> {
     let mut random = StdRng::seed_from_u64(seed);
     (0..CLIENTS)
         .map(|client| {
@@ -531,6 +577,7 @@ fn invent(seed: u64, meanwhile: Meanwhile) -> Vec<Talk> {
                 meanwhile,
                 likes,
                 extended_only,
+                shares,
                 parsed: BTreeMap::new(),
             };
             let steps = 4 + inventor.below(16);
@@ -560,16 +607,24 @@ struct Client {
     raw: Raw,
     /// OIDs of tables that are there from the beginning.
     tables: Arc<Vec<u32>>,
+    /// See [`Mode`].
+    shares: bool,
 }
 
 impl Client {
     /// Logs in, says all of it and reads the answers, and says goodbye.
-    async fn talk(port: u16, database: &'static str, tables: Arc<Vec<u32>>, talk: Talk, seed: u64) -> Told {
+    async fn talk(
+        port: u16,
+        database: &'static str,
+        (tables, shares): (Arc<Vec<u32>>, bool),
+        talk: Talk,
+        seed: u64,
+    ) -> Told {
         let mut raw = Raw::connect(port).await;
         raw.startup(0, &[("user", "app"), ("database", database)]).await;
         raw.authenticate(PASSWORD).await.expect("a login");
         let parameters = raw.parameters.clone();
-        let mut client = Client { raw, tables };
+        let mut client = Client { raw, tables, shares };
         let mut random = StdRng::seed_from_u64(seed);
         let (mut steps, mut to_the_end) = (Vec::new(), true);
         for step in &talk {
@@ -641,11 +696,25 @@ impl Client {
             .await
             .unwrap_or_else(|_| panic!("no end of the answers to {}", show(step)));
         answer.iter_mut().for_each(|message| self.mask(message));
+        if self.shares {
+            // In which order several parameters are told depends on what happened before to that server.
+            let told = |message: &Message| message.0 == b'S';
+            answer.chunk_by_mut(|a, b| told(a) && told(b)).for_each(<[_]>::sort);
+        }
         (answer, goes_on)
     }
 
     fn mask(&self, (kind, body): &mut Message) {
         match *kind {
+            // Statements of clients that share servers have other names there.
+            b'E' if self.shares => {
+                // Of several things that are wrong with a statement another one may be named.
+                let code = match ErrorFields(body).code() {
+                    b"25P02" | b"42P05" | b"42601" | b"26000" | b"08P01" | b"42P01" => b"wrong",
+                    code => code,
+                };
+                *body = [b"C", code, b"\0\0"].concat();
+            }
             b'A' if body[..4] == self.raw.pid.to_be_bytes() => body[..4].copy_from_slice(b"mine"),
             b'T' => {
                 let mut at = 2;
@@ -682,6 +751,7 @@ struct Twins {
     server: Cluster,
     tables: Arc<Vec<u32>>,
     front: Front,
+    shares: bool,
 }
 
 impl Twins {
@@ -720,6 +790,7 @@ impl Twins {
         front.open(1);
         Twins {
             front,
+            shares: mode.shares,
             server,
             tables: Arc::new(tables),
         }
@@ -748,7 +819,13 @@ impl Twins {
             .enumerate()
             .map(|(n, talk)| {
                 let tables = self.tables.clone();
-                tokio::spawn(Client::talk(port, database, tables, talk, seed ^ n as u64))
+                tokio::spawn(Client::talk(
+                    port,
+                    database,
+                    (tables, self.shares),
+                    talk,
+                    seed ^ n as u64,
+                ))
             })
             .collect();
         let mut told = Vec::new();
@@ -916,7 +993,7 @@ async fn conversations(mode: &Mode, meanwhile: Meanwhile, few: usize) {
     let mut done = Done::default();
     let n = size("PGFLIP_ALIKE", few) as u64;
     for seed in (0..n).map(|n| first.wrapping_add(n)) {
-        let talks = invent(seed, meanwhile);
+        let talks = invent(seed, meanwhile, mode.shares);
         let _tried = Tried(seed);
         let Some(difference) = twins.compare(&talks, meanwhile, seed, &mut done).await else {
             continue;
@@ -947,6 +1024,16 @@ async fn conversations(mode: &Mode, meanwhile: Meanwhile, few: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_client_says_is_answered_as_the_server_itself_answers() {
     conversations(&SESSION, Meanwhile::Nothing, CONVERSATIONS).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_it_is_where_clients_share_servers() {
+    conversations(&TRANSACTION, Meanwhile::Nothing, CONVERSATIONS).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn and_where_such_clients_are_held_and_moved() {
+    conversations(&TRANSACTION, Meanwhile::Flips, CONVERSATIONS_MOVED).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,6 +16,7 @@ mod process;
 pub mod raw;
 mod replication;
 mod shapes;
+mod sharing;
 mod temporary;
 mod tools;
 
@@ -31,7 +32,7 @@ use pgflip::proxy::{self, Proxy};
 use raw::Raw;
 use tokio::sync::watch;
 
-use crate::common::LIMIT;
+use crate::common::{LIMIT, with_pool};
 
 const PASSWORD: &str = "wer's nicht \"weiß\"";
 
@@ -169,7 +170,8 @@ fn front(urls: &[String; 2], sections: &str) -> Front {
 /// One that is not open yet. `top`: lines of the configuration before its first section.
 fn front_as(urls: &[String; 2], top: &str, sections: &str) -> Front {
     let port = Port::take().expect("a port");
-    let config = Arc::new(config(urls, port.number(), top, sections));
+    let sections = with_pool(sections.to_owned());
+    let config = Arc::new(config(urls, port.number(), top, &sections));
     let gate = Gate::new();
     let (stop, stopped) = watch::channel(false);
     let proxy = proxy::serve(config, gate.clone(), stopped).expect("the proxy starts");
