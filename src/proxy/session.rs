@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -33,7 +33,7 @@ use crate::proxy::transfer::{self, Pins, State, TransferError};
 use crate::proxy::{Env, Worker, cancel};
 use crate::wire::error::ClientError;
 use crate::wire::message;
-use crate::wire::scan::{BadLength, Replies, Requests, at_boundary};
+use crate::wire::scan::{BadLength, Replies, Requests, answers_come, at_boundary};
 
 /// Bytes of a held client that are kept. More stays in its socket.
 pub(super) const HELD_MAX: usize = 64 << 10;
@@ -203,7 +203,7 @@ enum IdleLimit {
 /// Leaves the gate's registry, even when the task is dropped.
 pub(super) struct Registered {
     env: Arc<Env>,
-    shared: Arc<Shared>,
+    pub shared: Arc<Shared>,
     /// It ends because it could not be moved.
     pub not_moved: bool,
 }
@@ -224,37 +224,45 @@ impl Drop for Registered {
     }
 }
 
-/// Runs an authenticated client's session to its end.
-pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
-    let env = worker.env.clone();
-    let Client {
-        stream,
-        login,
-        user,
-        database,
-        application,
-        secret,
-        replication: _,
-    } = client;
+/// Lists an authenticated client's session, whose task this is from now on. `None`: its socket can't be waited for.
+pub(super) async fn enter(
+    env: &Arc<Env>,
+    client: Client,
+    peer: &Peer,
+    since: std::time::Instant,
+    shares: bool,
+) -> Option<(Registered, ClientStream, Login)> {
     let shared = env.gate.admit(Newcomer {
-        user,
-        database,
-        application,
+        user: client.user,
+        database: client.database,
+        application: client.application,
         client: peer.to_string(),
         since,
-        shares: false,
-        secret,
+        shares,
+        secret: client.secret,
     });
-    let mut registered = Registered::new(env.clone(), shared.clone());
+    let registered = Registered::new(env.clone(), shared.clone());
     poll_fn(|cx| {
         shared.set_waker(cx.waker());
         Poll::Ready(())
     })
     .await;
-    let mut client = match stream.into_ours() {
-        Ok(stream) => stream,
-        Err(error) => return tracing::warn!(%error, "a client's socket can't be waited for"),
+    match client.stream.into_ours() {
+        Ok(stream) => Some((registered, stream, client.login)),
+        Err(error) => {
+            tracing::warn!(%error, "a client's socket can't be waited for");
+            None
+        }
+    }
+}
+
+/// Runs an authenticated client's session to its end.
+pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
+    let env = worker.env.clone();
+    let Some((mut registered, mut client, login)) = enter(&env, client, &peer, since, false).await else {
+        return;
     };
+    let shared = registered.shared.clone();
     let mut held = Vec::new();
     let server = match first_server(&env, &shared, &mut client, &mut held, &login).await {
         Ok(server) => server,
@@ -397,6 +405,28 @@ pub(super) async fn gone(client: &mut ClientStream, held: &mut Vec<u8>, waiting:
             _ => return,
         }
     }
+}
+
+/// One read from a client.
+#[inline]
+pub(super) fn poll_read_client<'a>(
+    client: &mut ClientStream,
+    shared: &Shared,
+    cx: &mut Context<'_>,
+    scratch: &'a mut [u8],
+) -> Poll<Result<&'a [u8], Event>> {
+    let mut into = ReadBuf::new(scratch);
+    match Pin::new(client).poll_read(cx, &mut into) {
+        Poll::Pending => return Poll::Pending,
+        Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ClientGone)),
+        Poll::Ready(Ok(())) => {}
+    }
+    let read = into.filled().len();
+    if read == 0 {
+        return Poll::Ready(Err(Event::ClientGone));
+    }
+    add(&shared.bytes_in, read as u64);
+    Poll::Ready(Ok(&scratch[..read]))
 }
 
 impl Relays for Session {
@@ -731,33 +761,16 @@ impl Session {
             return self.poll_client_slowly(cx);
         }
         SCRATCH_BUFFER.with_borrow_mut(|scratch| {
-            let mut into = ReadBuf::new(scratch);
-            match Pin::new(&mut self.client).poll_read(cx, &mut into) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ClientGone)),
-                Poll::Ready(Ok(())) => {}
-            }
-            let bytes = into.filled();
-            if bytes.is_empty() {
-                return Poll::Ready(Err(Event::ClientGone));
-            }
-            add(&self.shared.bytes_in, bytes.len() as u64);
+            let bytes = ready!(poll_read_client(&mut self.client, &self.shared, cx, scratch))?;
             Poll::Ready(self.send_on(cx, bytes))
         })
     }
 
     /// A client that sends request upon request without waiting never comes to its boundary by itself: while the gate
-    /// wants attention, the next request waits until those before it are answered. Those are whole, and the server is in
-    /// no transaction as far as is known and not in COPY IN, so they will be.
+    /// wants attention, the next request waits until those before it are answered.
     #[inline]
     fn holds_back(&self) -> bool {
-        self.phase == Phase::Busy
-            && self.replies.status == b'I'
-            && self.outstanding()
-            && !self.requests.batch_open
-            && !self.replies.copy_in
-            && self.requests.between_messages()
-            && self.env.gate.attention()
+        self.phase == Phase::Busy && answers_come(&self.requests, &self.replies) && self.env.gate.attention()
     }
 
     fn send_on(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Result<bool, Event> {
@@ -816,17 +829,7 @@ impl Session {
 
     fn poll_read_held(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Event>> {
         SCRATCH_BUFFER.with_borrow_mut(|scratch| {
-            let mut into = ReadBuf::new(scratch);
-            match Pin::new(&mut self.client).poll_read(cx, &mut into) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ClientGone)),
-                Poll::Ready(Ok(())) => {}
-            }
-            let bytes = into.filled();
-            if bytes.is_empty() {
-                return Poll::Ready(Err(Event::ClientGone));
-            }
-            add(&self.shared.bytes_in, bytes.len() as u64);
+            let bytes = ready!(poll_read_client(&mut self.client, &self.shared, cx, scratch))?;
             self.held.bytes.extend_from_slice(bytes);
             Poll::Ready(Ok(()))
         })

@@ -13,7 +13,7 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::proxy::client::ClientStream;
-use crate::proxy::gate::{Newcomer, Phase, Shared, add, signal};
+use crate::proxy::gate::{Phase, Shared, add, signal};
 use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
 use crate::proxy::outbox::Outbox;
@@ -30,15 +30,15 @@ use crate::proxy::pool::{self, Call, Lent, Member, PoolId, Served, Ticket};
 use crate::proxy::reactor::{self, Lying, Relays, Socket};
 use crate::proxy::server::Login;
 use crate::proxy::session::{
-    self, Brings, End, Event, HELD_MAX, IN_THE_WAY, KEPT, LAST_WORDS, QUIET, ROUNDS, Registered, SCRATCH_BUFFER,
-    Session, gone,
+    self, Brings, End, Event, HELD_MAX, IN_THE_WAY, KEPT, LAST_WORDS, QUIET, ROUNDS, SCRATCH_BUFFER, Session, gone,
+    poll_read_client,
 };
 use crate::proxy::suspects::{self, Suspects};
 use crate::proxy::transfer::{self, State, TransferError};
 use crate::proxy::{Env, Worker};
 use crate::wire::error::ClientError;
 use crate::wire::message::{self, Pair};
-use crate::wire::scan::{BadLength, Replies, Requests, Unnamed, at_boundary};
+use crate::wire::scan::{BadLength, Replies, Requests, Unnamed, answers_come, at_boundary};
 use crate::wire::statements::{Names, Refused, Stop, To, worth_a_server};
 
 /// A server in COPY IN that has said nothing for so long waits for data.
@@ -87,44 +87,21 @@ pub(super) struct Sharing {
     out: Vec<u8>,
 }
 
+/// What the client calls itself, if it does.
+fn application_name(login: &Login) -> Option<&Pair> {
+    let named = |(name, _): &&Pair| name == b"application_name";
+    login.parameters.iter().rev().find(named)
+}
+
 /// Runs an authenticated client's session to its end.
 pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
-    let Client {
-        stream,
-        login,
-        user,
-        database,
-        application,
-        secret,
-        replication: _,
-    } = client;
-    let shared = env.gate.admit(Newcomer {
-        user,
-        database,
-        application,
-        client: peer.to_string(),
-        since,
-        shares: true,
-        secret,
-    });
-    let mut registered = Registered::new(env.clone(), shared.clone());
-    poll_fn(|cx| {
-        shared.set_waker(cx.waker());
-        Poll::Ready(())
-    })
-    .await;
-    let client = match stream.into_ours() {
-        Ok(stream) => stream,
-        Err(error) => return tracing::warn!(%error, "a client's socket can't be waited for"),
+    let Some((mut registered, client, login)) = session::enter(&env, client, &peer, since, true).await else {
+        return;
     };
+    let shared = registered.shared.clone();
     let (member, known) = pool::join(&worker, &login, &shared.user, &shared.database);
-    let application = login
-        .parameters
-        .iter()
-        .rev()
-        .find(|(name, _)| name == b"application_name");
-    let state = application.map(|(_, value)| Arc::new(State::named(&shared.user, value)));
+    let state = application_name(&login).map(|(_, value)| Arc::new(State::named(&shared.user, value)));
     let mut sharing = Box::new(Sharing {
         requests: Requests::new(env.config.limits.unnamed_statement_max),
         phase: Phase::Waiting,
@@ -336,13 +313,7 @@ impl Sharing {
         let parameters = match known {
             Some(known) => {
                 let mut parameters = pool::Parameters::clone(&known);
-                let application = self
-                    .login
-                    .parameters
-                    .iter()
-                    .rev()
-                    .find(|(name, _)| name == b"application_name");
-                if let Some((name, value)) = application {
+                if let Some((name, value)) = application_name(&self.login) {
                     parameters.insert(name.clone(), value.clone());
                 }
                 parameters
@@ -616,13 +587,7 @@ impl Sharing {
     /// See [`Session`].
     #[inline]
     fn holds_back(&self) -> bool {
-        self.phase == Phase::Busy
-            && self.replies.status == b'I'
-            && self.outstanding()
-            && !self.requests.batch_open
-            && !self.replies.copy_in
-            && self.requests.between_messages()
-            && self.env.gate.attention()
+        self.phase == Phase::Busy && answers_come(&self.requests, &self.replies) && self.env.gate.attention()
     }
 
     /// What it has sent has to wait until that is answered which was sent on before.
@@ -652,17 +617,7 @@ impl Sharing {
             return Poll::Pending;
         }
         SCRATCH_BUFFER.with_borrow_mut(|scratch| {
-            let mut into = ReadBuf::new(scratch);
-            match Pin::new(&mut self.client).poll_read(cx, &mut into) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ClientGone)),
-                Poll::Ready(Ok(())) => {}
-            }
-            let bytes = into.filled();
-            if bytes.is_empty() {
-                return Poll::Ready(Err(Event::ClientGone));
-            }
-            add(&self.shared.bytes_in, bytes.len() as u64);
+            let bytes = ready!(poll_read_client(&mut self.client, &self.shared, cx, scratch))?;
             Poll::Ready(self.send_on(cx, bytes))
         })
     }
@@ -671,26 +626,11 @@ impl Sharing {
     #[cold]
     fn poll_client_slowly(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Event>> {
         if self.stop == Stop::Incomplete || self.held.bytes.is_empty() {
-            let read = SCRATCH_BUFFER.with_borrow_mut(|scratch| {
-                let mut into = ReadBuf::new(scratch);
-                match Pin::new(&mut self.client).poll_read(cx, &mut into) {
-                    Poll::Pending => return Poll::Pending,
-                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Event::ClientGone)),
-                    Poll::Ready(Ok(())) => {}
-                }
-                let bytes = into.filled();
-                if bytes.is_empty() {
-                    return Poll::Ready(Err(Event::ClientGone));
-                }
-                add(&self.shared.bytes_in, bytes.len() as u64);
+            ready!(SCRATCH_BUFFER.with_borrow_mut(|scratch| {
+                let bytes = ready!(poll_read_client(&mut self.client, &self.shared, cx, scratch))?;
                 self.held.bytes.extend_from_slice(bytes);
                 Poll::Ready(Ok(()))
-            });
-            match read {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(event)) => return Poll::Ready(Err(event)),
-                Poll::Pending => return Poll::Pending,
-            }
+            }))?;
         }
         if let Err(event) = self.held.drop_canceled(&mut self.to_client) {
             return Poll::Ready(Err(event));
@@ -863,7 +803,7 @@ impl Sharing {
     /// Waits for a server, and for the gate; gives it what the client has set.
     async fn take_server(&mut self) -> Result<(), End> {
         loop {
-            let Some(mut lent) = self.borrow(true).await? else {
+            let Some(lent) = self.borrow(true).await? else {
                 // A cancel has answered what waited.
                 break;
             };
@@ -872,12 +812,10 @@ impl Sharing {
                 self.replies.parameters = lent.conn.parameters.clone();
             }
             self.version = lent.version;
-            if self.begin_with(&mut lent) {
-                self.server = Some(lent);
+            if self.begin(lent).is_ok() {
                 self.stop = Stop::No;
                 break;
             }
-            pool::give_back(lent);
         }
         self.shared.set_waiting(false);
         self.cancel_just_before()
@@ -908,22 +846,6 @@ impl Sharing {
         if let Some(Served::With(lent)) = self.served.take() {
             pool::give_back(lent);
         }
-    }
-
-    /// As [`Sharing::begin`], in the task.
-    fn begin_with(&mut self, lent: &mut Lent) -> bool {
-        let go = self.env.gate.begin_sharing(&self.shared);
-        if go != Some(lent.conn.side) {
-            if go.is_some() {
-                self.env.gate.ended(&self.shared);
-            }
-            return false;
-        }
-        self.shared.set_server(lent.key.clone());
-        self.phase = Phase::Busy;
-        self.names.begin();
-        self.replies.state_changed = false;
-        true
     }
 
     /// What the client has to be told of a server's parameters.

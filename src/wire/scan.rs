@@ -262,6 +262,17 @@ pub struct Mark {
     pub deallocated: bool,
 }
 
+/// True if something that was sent is not answered yet and will be, whatever the client does: all requests are whole, and the server is
+/// in no transaction as far as is known and not in COPY IN.
+#[inline]
+pub fn answers_come(requests: &Requests, replies: &Replies) -> bool {
+    replies.status == b'I'
+        && requests.sent != replies.answered
+        && !requests.batch_open
+        && !replies.copy_in
+        && requests.between_messages()
+}
+
 /// What comes from the server. What every answer needs comes first and lies together.
 #[repr(C)]
 pub struct Replies {
