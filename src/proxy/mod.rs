@@ -24,6 +24,7 @@ mod peer;
 mod pool;
 mod reactor;
 mod replication;
+mod secure;
 mod server;
 mod session;
 mod sharing;

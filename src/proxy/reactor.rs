@@ -12,7 +12,7 @@
 use std::any::Any;
 use std::cell::RefCell;
 use std::future::Future;
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use mio::event::Event as Ready;
 use mio::{Events, Interest, Registry, Token};
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use slab::Slab;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -281,6 +281,38 @@ impl Socket {
             Io::Unix(socket) => rustix::net::send(socket, bytes, SendFlags::NOSIGNAL),
         }?)
     }
+
+    fn send_vectored(&self, chunks: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut nothing = SendAncillaryBuffer::default();
+        Ok(match &self.io {
+            Io::Tcp(socket) => rustix::net::sendmsg(socket, chunks, &mut nothing, SendFlags::NOSIGNAL),
+            Io::Unix(socket) => rustix::net::sendmsg(socket, chunks, &mut nothing, SendFlags::NOSIGNAL),
+        }?)
+    }
+
+    /// Sends `length` bytes with `send`, or what the kernel takes of them.
+    #[inline]
+    fn poll_send(
+        &mut self,
+        cx: &Context<'_>,
+        length: usize,
+        send: impl Fn(&Socket) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        while self.poll_ready(WRITABLE, cx) {
+            match send(self) {
+                Ok(written) => {
+                    if written < length {
+                        self.ready &= !WRITABLE;
+                    }
+                    return Poll::Ready(Ok(written));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.ready &= !WRITABLE,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Pending
+    }
 }
 
 impl Drop for Socket {
@@ -324,21 +356,17 @@ impl AsyncRead for Socket {
 impl AsyncWrite for Socket {
     #[inline]
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let socket = self.get_mut();
-        while socket.poll_ready(WRITABLE, cx) {
-            match socket.send(bytes) {
-                Ok(written) => {
-                    if written < bytes.len() {
-                        socket.ready &= !WRITABLE;
-                    }
-                    return Poll::Ready(Ok(written));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.ready &= !WRITABLE,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
-        Poll::Pending
+        self.get_mut().poll_send(cx, bytes.len(), |socket| socket.send(bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        chunks: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let length = chunks.iter().map(|chunk| chunk.len()).sum();
+        self.get_mut()
+            .poll_send(cx, length, |socket| socket.send_vectored(chunks))
     }
 
     #[inline]

@@ -434,7 +434,7 @@ impl Relays for Session {
     fn socket(&mut self, end: reactor::End) -> Option<&mut Socket> {
         match end {
             reactor::End::Client => self.client.ours(),
-            reactor::End::Server => self.server.stream.ours(),
+            reactor::End::Server => Some(self.server.stream.ours()),
         }
     }
 

@@ -194,7 +194,7 @@ impl Relays for Sharing {
     fn socket(&mut self, end: reactor::End) -> Option<&mut Socket> {
         match end {
             reactor::End::Client => self.client.ours(),
-            reactor::End::Server => self.server.as_mut()?.conn.stream.ours(),
+            reactor::End::Server => Some(self.server.as_mut()?.conn.stream.ours()),
         }
     }
 
@@ -556,9 +556,7 @@ impl Sharing {
     #[inline]
     fn give_back(&mut self) {
         let Some(mut lent) = self.server.take() else { return };
-        if let Some(socket) = lent.conn.stream.ours() {
-            socket.assign(None, reactor::End::Server);
-        }
+        lent.conn.stream.ours().assign(None, reactor::End::Server);
         if self.shared.no_server() {
             pool::give_back(lent);
         } else {
@@ -790,9 +788,7 @@ impl Sharing {
         }
         self.shared.set_server(lent.key.clone());
         self.shared.set_waiting(false);
-        if let Some(socket) = lent.conn.stream.ours() {
-            socket.assign(self.place, reactor::End::Server);
-        }
+        lent.conn.stream.ours().assign(self.place, reactor::End::Server);
         self.phase = Phase::Busy;
         self.names.begin();
         self.replies.state_changed = false;

@@ -22,8 +22,10 @@ use pgflip::wire::message::{self, ErrorFields};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::io::AsyncWriteExt as _;
+use tokio_rustls::TlsConnector;
 
 use super::raw::{self, Message, Raw};
+use super::tls::{self, Authority, SPEAKS_TLS};
 use super::{Front, PASSWORD, front_as, soon};
 use crate::common::{LIMIT, seed, size};
 
@@ -43,6 +45,8 @@ struct Mode {
     sections: &'static str,
     /// Clients share servers: what is documented to be another's there is not said, or not compared.
     shares: bool,
+    /// On both legs.
+    tls: bool,
 }
 
 const SESSION: Mode = Mode {
@@ -50,6 +54,7 @@ const SESSION: Mode = Mode {
     top: "",
     sections: "",
     shares: false,
+    tls: false,
 };
 
 /// Fewer servers than clients.
@@ -58,7 +63,22 @@ const TRANSACTION: Mode = Mode {
     top: "",
     sections: "[pool]\npool_mode = \"transaction\"\npool_size = 2\n",
     shares: true,
+    tls: false,
 };
+
+/// The same two with TLS, of which all is one stream of other lengths.
+const OVER_TLS: [Mode; 2] = [
+    Mode {
+        name: "session, TLS",
+        tls: true,
+        ..SESSION
+    },
+    Mode {
+        name: "transaction, TLS",
+        tls: true,
+        ..TRANSACTION
+    },
+];
 
 /// What goes on meanwhile.
 #[derive(Clone, Copy, PartialEq)]
@@ -614,13 +634,11 @@ struct Client {
 impl Client {
     /// Logs in, says all of it and reads the answers, and says goodbye.
     async fn talk(
-        port: u16,
-        database: &'static str,
+        (mut raw, database): (Raw, &'static str),
         (tables, shares): (Arc<Vec<u32>>, bool),
         talk: Talk,
         seed: u64,
     ) -> Told {
-        let mut raw = Raw::connect(port).await;
         raw.startup(0, &[("user", "app"), ("database", database)]).await;
         raw.authenticate(PASSWORD).await.expect("a login");
         let parameters = raw.parameters.clone();
@@ -752,13 +770,16 @@ struct Twins {
     tables: Arc<Vec<u32>>,
     front: Front,
     shares: bool,
+    /// How clients of pgflip's connect.
+    tls: Option<(TlsConnector, Authority)>,
 }
 
 impl Twins {
     async fn start(mode: &Mode) -> Twins {
         let mut options = Options::named("twins").setting("autovacuum", "off");
         options.fsync = false;
-        let server = Cluster::start(&cluster::find(16).expect("Postgres"), options).expect("a server");
+        let version = if mode.tls { SPEAKS_TLS } else { 16 };
+        let mut server = Cluster::start(&cluster::find(version).expect("Postgres"), options).expect("a server");
         let admin = server.connect("postgres").await.unwrap();
         let password = PASSWORD.replace('\'', "''");
         let role = format!("create role app login password '{password}'");
@@ -783,14 +804,28 @@ impl Twins {
         while let Err(error) = admin.batch_execute("create database twin template app owner app").await {
             assert!(Instant::now() < until, "{error:?}");
         }
+        let (mut tls, mut certificates) = (None, String::new());
+        if mode.tls {
+            let authority = Authority::new();
+            let (certificate, key) = authority.sign("127.0.0.1");
+            tls::give(&mut server, &certificate, &key).await;
+            certificates = format!(
+                "[tls]\ncert = \"{}\"\nkey = \"{}\"\nrequired = true\n",
+                certificate.display(),
+                key.display()
+            );
+            tls = Some((tls::connector(&authority.root(), None, false), authority));
+        }
         let (secret, port) = (server.password().expose(), server.port());
+        let sslmode = if mode.tls { "require" } else { "disable" };
         let urls = ["127.0.0.1", "localhost"]
-            .map(|host| format!("postgresql://postgres:{secret}@{host}:{port}?sslmode=disable"));
-        let front = front_as(&urls, mode.top, mode.sections);
+            .map(|host| format!("postgresql://postgres:{secret}@{host}:{port}?sslmode={sslmode}"));
+        let front = front_as(&urls, mode.top, &[mode.sections, &certificates].concat());
         front.open(1);
         Twins {
             front,
             shares: mode.shares,
+            tls,
             server,
             tables: Arc::new(tables),
         }
@@ -813,23 +848,25 @@ impl Twins {
             false => (self.server.port(), "twin"),
         };
         self.clean(database).await;
-        let talks: Vec<_> = talks
-            .iter()
-            .cloned()
-            .enumerate()
-            .map(|(n, talk)| {
-                let tables = self.tables.clone();
-                tokio::spawn(Client::talk(
-                    port,
-                    database,
-                    (tables, self.shares),
-                    talk,
-                    seed ^ n as u64,
-                ))
-            })
-            .collect();
+        let mut running = Vec::new();
+        for (n, talk) in talks.iter().cloned().enumerate() {
+            let raw = match &self.tls {
+                Some((connector, _)) if through => {
+                    let stream = tls::connect(connector, port, false).await;
+                    Raw::on(Box::new(stream.expect("a TLS handshake")), port)
+                }
+                _ => Raw::connect(port).await,
+            };
+            let known = (self.tables.clone(), self.shares);
+            running.push(tokio::spawn(Client::talk(
+                (raw, database),
+                known,
+                talk,
+                seed ^ n as u64,
+            )));
+        }
         let mut told = Vec::new();
-        for talk in talks {
+        for talk in running {
             told.push(talk.await.expect("a talk that comes to its end"));
         }
         told
@@ -1039,4 +1076,11 @@ async fn and_where_such_clients_are_held_and_moved() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_same_when_clients_are_held_and_moved_at_random_moments() {
     conversations(&SESSION, Meanwhile::Flips, CONVERSATIONS_MOVED).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn and_all_of_it_over_tls() {
+    for mode in &OVER_TLS {
+        conversations(mode, Meanwhile::Flips, CONVERSATIONS_MOVED / 2).await;
+    }
 }

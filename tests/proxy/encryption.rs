@@ -1,117 +1,25 @@
 //! TLS on both legs.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
-use pgflip::demo::cluster::Cluster;
 use pgflip::pg::Side;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SerialNumber};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::io::AsyncReadExt as _;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
 
 use super::raw::{self, Raw};
+use super::tls::{self, Authority, SPEAKS_TLS, SSL_REQUEST, connector};
 use super::{PASSWORD, Servers};
 
-const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 const GSSENC_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 48];
 
-/// Not every build of Postgres that tests get speaks TLS; the distribution's does.
-const WITH_TLS: [u32; 2] = [15, 15];
-
-/// An authority, and certificates that it has signed.
-struct Authority {
-    directory: tempfile::TempDir,
-    issuer: Issuer<'static, KeyPair>,
-}
-
-impl Authority {
-    fn new() -> Authority {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate().unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        let certificate = params.self_signed(&key).unwrap();
-        std::fs::write(directory.path().join("root.crt"), certificate.pem()).unwrap();
-        // Servers run as another user when the tests run as root.
-        use std::os::unix::fs::PermissionsExt as _;
-        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        Authority {
-            directory,
-            issuer: Issuer::new(params, key),
-        }
-    }
-
-    fn root(&self) -> PathBuf {
-        self.directory.path().join("root.crt")
-    }
-
-    /// Certificate and key for a name, in files.
-    fn sign(&self, name: &str) -> (PathBuf, PathBuf) {
-        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        params.serial_number = Some(SerialNumber::from_slice(name.as_bytes()));
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let path = |extension| self.directory.path().join(format!("{name}.{extension}"));
-        std::fs::write(path("crt"), certificate.pem()).unwrap();
-        std::fs::write(path("key"), key.serialize_pem()).unwrap();
-        (path("crt"), path("key"))
-    }
-
-    /// A list of these, that has been the newest until then.
-    fn revoke(&self, names: &[&str], until: i32) -> String {
-        let (this_update, next_update) = (rcgen::date_time_ymd(2020, 1, 1), rcgen::date_time_ymd(until, 1, 1));
-        let revoked = names.iter().map(|name| rcgen::RevokedCertParams {
-            serial_number: SerialNumber::from_slice(name.as_bytes()),
-            revocation_time: this_update,
-            reason_code: None,
-            invalidity_date: None,
-        });
-        let list = rcgen::CertificateRevocationListParams {
-            this_update,
-            next_update,
-            crl_number: SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: revoked.collect(),
-            key_identifier_method: rcgen::KeyIdMethod::Sha256,
-        };
-        list.signed_by(&self.issuer).unwrap().pem().unwrap()
-    }
-}
-
-async fn reloaded(cluster: &Cluster, setting: &str, value: &str) {
-    cluster.reload();
-    let until = std::time::Instant::now() + super::LIMIT;
-    loop {
-        assert!(std::time::Instant::now() < until, "{setting}: {}", cluster.log_tail(5));
-        let client = cluster.connect("postgres").await.unwrap();
-        let now: String = client.query_one(&format!("show {setting}"), &[]).await.unwrap().get(0);
-        if now == value {
-            return;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
-}
+const WITH_TLS: [u32; 2] = [SPEAKS_TLS; 2];
 
 /// Gives both servers a certificate.
 async fn give_tls(servers: &mut Servers, certificate: &Path, key: &Path) {
-    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-    for side in Side::BOTH {
-        let cluster = match side {
-            Side::Blue => &mut servers.blue,
-            Side::Green => &mut servers.green,
-        };
-        let owner = std::fs::metadata(cluster.log_path()).unwrap();
-        let own = key.with_extension(format!("{side}.key"));
-        std::fs::copy(key, &own).unwrap();
-        std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o600)).unwrap();
-        std::os::unix::fs::chown(&own, Some(owner.uid()), Some(owner.gid())).unwrap();
-        cluster.set("ssl_cert_file", certificate.to_str().unwrap()).unwrap();
-        cluster.set("ssl_key_file", own.to_str().unwrap()).unwrap();
-        cluster.set("ssl", "on").unwrap();
-        reloaded(cluster, "ssl", "on").await;
+    for cluster in [&mut servers.blue, &mut servers.green] {
+        tls::give(cluster, certificate, key).await;
     }
 }
 
@@ -258,25 +166,9 @@ async fn clients_with_tls_are_served_and_bytes_before_it_are_refused() {
         )
     };
     let front = servers.serve("sslmode=disable", &tls(true));
-    let mut roots = rustls::RootCertStore::empty();
-    roots
-        .add(CertificateDer::from_pem_file(authority.root()).unwrap())
-        .unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-
-    let mut socket = TcpStream::connect(("127.0.0.1", front.port())).await.unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut socket, &SSL_REQUEST)
-        .await
-        .unwrap();
-    assert_eq!(socket.read_u8().await.unwrap(), b'S');
-    let name = ServerName::try_from("127.0.0.1").unwrap();
-    let stream = connector.connect(name, socket).await.expect("a TLS handshake");
+    let connector = connector(&authority.root(), None, false);
+    let stream = tls::connect(&connector, front.port(), false).await;
+    let stream = stream.expect("a TLS handshake");
     let mut raw = Raw::on(Box::new(stream), front.port());
     raw.startup(0, &[("user", "app"), ("database", "app")]).await;
     raw.authenticate(PASSWORD).await.expect("a login");
@@ -320,54 +212,15 @@ async fn clients_with_tls_are_served_and_bytes_before_it_are_refused() {
     assert!(said.contains("channel binding"), "{said}");
 }
 
-/// What a client without its own idea of certificates trusts, and shows.
-fn connector(root: &Path, shows: Option<&(PathBuf, PathBuf)>, alpn: bool) -> tokio_rustls::TlsConnector {
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(root).unwrap()).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots);
-    let mut config = match shows {
-        None => config.with_no_client_auth(),
-        Some((certificate, key)) => config
-            .with_client_auth_cert(
-                vec![CertificateDer::from_pem_file(certificate).unwrap()],
-                rustls::pki_types::PrivateKeyDer::from_pem_file(key).unwrap(),
-            )
-            .unwrap(),
-    };
-    if alpn {
-        config.alpn_protocols = vec![b"postgresql".to_vec()];
-    }
-    tokio_rustls::TlsConnector::from(Arc::new(config))
-}
-
 /// Over TLS, asked for or begun with at once. `None`: the connection ended in the handshake, or right behind it.
-async fn over_tls(
-    connector: &tokio_rustls::TlsConnector,
-    port: u16,
-    direct: bool,
-    user: &str,
-) -> Option<Result<Raw, String>> {
-    let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-    if !direct {
-        tokio::io::AsyncWriteExt::write_all(&mut socket, &SSL_REQUEST)
-            .await
-            .unwrap();
-        assert_eq!(socket.read_u8().await.unwrap(), b'S');
-    }
-    let name = ServerName::try_from("127.0.0.1").unwrap();
-    let stream = connector.connect(name, socket).await.ok()?;
+async fn over_tls(connector: &TlsConnector, port: u16, direct: bool, user: &str) -> Option<Result<Raw, String>> {
+    let stream = tls::connect(connector, port, direct).await.ok()?;
     let mut raw = Raw::on(Box::new(stream), port);
     let mut startup = Vec::new();
     let pairs = [("user", user), ("database", "app")].map(|(n, v)| (n.as_bytes().to_vec(), v.as_bytes().to_vec()));
     pgflip::wire::message::put_startup(&mut startup, &pairs);
-    tokio::io::AsyncWriteExt::write_all(&mut raw.stream, &startup)
-        .await
-        .ok()?;
-    tokio::io::AsyncWriteExt::flush(&mut raw.stream).await.ok()?;
+    raw.stream.write_all(&startup).await.ok()?;
+    raw.stream.flush().await.ok()?;
     // In TLS 1.3 a client hears only then that its certificate is refused.
     let (kind, body) = raw.next().await?;
     if kind == b'E' {
@@ -514,4 +367,56 @@ async fn client_certificates_name_their_user_and_tls_may_come_first() {
     assert!(over_tls(&app, port, false, "app").await.is_none());
     assert!(over_tls(&forged, port, false, "app").await.unwrap().is_ok());
     assert_eq!(raw.value("select 'who is in stays in'").await, "who is in stays in");
+}
+
+#[tokio::test]
+async fn large_values_pass_tls_both_ways_unchanged_however_slowly_they_are_read() {
+    let mut servers = Servers::with(WITH_TLS, &[], "").await;
+    let authority = Authority::new();
+    let (certificate, key) = authority.sign("127.0.0.1");
+    give_tls(&mut servers, &certificate, &key).await;
+    let certificates = format!(
+        "[tls]\ncert = \"{}\"\nkey = \"{}\"\nrequired = true\n",
+        certificate.display(),
+        key.display()
+    );
+    let connector = connector(&authority.root(), None, false);
+    for mode in ["session", "transaction"] {
+        let sections = format!("{certificates}[pool]\npool_mode = \"{mode}\"\n");
+        let front = servers.serve("sslmode=require", &sections);
+        let stream = tls::connect(&connector, front.port(), false).await;
+        let mut raw = Raw::on(Box::new(stream.expect("a TLS handshake")), front.port());
+        raw.startup(0, &[("user", "app"), ("database", "app")]).await;
+        raw.authenticate(PASSWORD).await.expect("a login");
+        let text: String = (0..600_000)
+            .map(|n: u32| format!("{:08x}", n.wrapping_mul(2_654_435_761)))
+            .collect();
+        let query = raw::query(&format!("select '{text}'"));
+        let (mut from_server, mut to_server) = tokio::io::split(&mut raw.stream);
+        // The answer begins while the question still goes out; nobody takes it for a while.
+        let write = async {
+            // Twice: the second waits behind an answer that is not taken.
+            to_server.write_all(&[&query[..], &query[..]].concat()).await.unwrap();
+            to_server.flush().await.unwrap();
+        };
+        let read = async {
+            let (mut answers, mut pause) = (Vec::new(), 40);
+            while answers.iter().filter(|(kind, _)| *kind == b'Z').count() < 2 {
+                tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
+                pause = 0;
+                answers.push(raw::read(&mut from_server).await.expect("an answer"));
+            }
+            answers
+        };
+        let ((), answers) = tokio::time::timeout(super::LIMIT, async { tokio::join!(write, read) })
+            .await
+            .expect("it comes to its end");
+        let rows: Vec<_> = answers.iter().filter(|(kind, _)| *kind == b'D').collect();
+        assert_eq!(rows.len(), 2, "{}", raw::kinds(&answers));
+        for (_, row) in rows {
+            assert!(row[6..] == *text.as_bytes(), "{mode}: another text");
+        }
+        front.flip().await;
+        assert_eq!(raw.value("select repeat('y', 300000)").await.len(), 300_000);
+    }
 }

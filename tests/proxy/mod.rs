@@ -18,6 +18,7 @@ mod replication;
 mod shapes;
 mod sharing;
 mod temporary;
+mod tls;
 mod tools;
 
 use std::path::Path;
