@@ -34,6 +34,9 @@ use super::sharing::Sharing;
 /// What one `epoll_wait` takes at most.
 const EVENTS: usize = 256;
 
+/// After so many the thread's tasks have their turn.
+const ROUNDS: u32 = 16;
+
 /// Sockets are looked at so often even if nobody says that one is ready: a lost wake-up would stop all sessions of a worker for ever.
 const LOOK_ANYWAY: Duration = Duration::from_secs(1);
 
@@ -436,7 +439,9 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
             ready = poll.readable_mut() => ready?.clear_ready(),
             _ = look.tick() => unasked = true,
         }
-        loop {
+        // Until nothing is ready: to ask here once more costs less than the runtime's way round, and what has come meanwhile is
+        // done together.
+        for round in 1.. {
             match poll.get_mut().poll(&mut events, Some(Duration::ZERO)) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -450,11 +455,14 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
                 taken += 1;
             }
             set_delivers(false);
-            if unasked && taken > 0 {
+            if taken == 0 {
+                break;
+            }
+            if std::mem::take(&mut unasked) {
                 tracing::debug!(taken, "sockets were ready when nobody had said so");
             }
-            if taken < EVENTS {
-                break;
+            if round % ROUNDS == 0 {
+                tokio::task::yield_now().await;
             }
         }
     }
