@@ -5,6 +5,7 @@
 //! cargo bench --bench flip -- --flips 20 --clients 32 --blue 16 --green 18
 //! cargo bench --bench flip -- --tables 2000 --noise on --only pgflip
 //! cargo bench --bench flip -- --idle 500 --only pgflip
+//! cargo bench --bench flip -- --mode transaction --pool 20 --only pgflip
 //! ```
 
 mod by_hand;
@@ -64,6 +65,7 @@ async fn main() -> Outcome<()> {
     let noise = argument("noise", "off".to_owned())? == "on";
     let idle: usize = argument("idle", 0)?;
     let only_pgflip = argument("only", String::new())? == "pgflip";
+    let (mode, pool): (String, usize) = (argument("mode", "session".to_owned())?, argument("pool", 20)?);
     let start = |version: u32, name: &str| {
         // Otherwise a subscription's worker comes back only 5 s after its last start, and flips have to wait for that.
         let mut options = Options::named(name).setting("wal_retrieve_retry_interval", "200ms");
@@ -89,7 +91,9 @@ async fn main() -> Outcome<()> {
         styles: vec![Style::Transaction],
         ..Load::default()
     };
-    println!("{flips} times, {clients} clients of TPC-B, Postgres {from} and {to}, fsync on; milliseconds");
+    println!(
+        "{flips} times, {clients} clients of TPC-B, {mode} mode, Postgres {from} and {to}, fsync on; milliseconds"
+    );
     println!(
         "{:<44} {:>8} {:>8} {:>8}   {:>8} {:>8}",
         "", "held p50", "p99", "max", "stall p50", "max"
@@ -99,6 +103,7 @@ async fn main() -> Outcome<()> {
     let mut setup = Setup::new(env!("CARGO_BIN_EXE_pgflip"), &blue, &green);
     setup.pg_bin = Some(cluster::dump_tools(from)?);
     setup.log_level = "info".to_owned();
+    setup.sections = format!("[pool]\npool_mode = \"{mode}\"\npool_size = {pool}\n");
     let mut sidecar = Sidecar::start(setup)?;
     sidecar.ready(Duration::from_secs(30)).await?;
     let ledger = Ledger::start(&app, sidecar.port(), &load);
