@@ -2,8 +2,11 @@
 //!
 //! Nothing here is called for each query: sessions keep their own counts, which are added up when they are scraped.
 
+use std::sync::OnceLock;
+
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -38,6 +41,8 @@ pub const ACTIVE: &str = "pgflip_active";
 pub const HELD: &str = "pgflip_held";
 /// Gauge, `version`: always 1.
 pub const BUILD: &str = "pgflip_build_info";
+/// Counter: lines that the log has not taken in time.
+pub const LOG_LINES_LOST: &str = "pgflip_log_lines_lost_total";
 
 /// What each metric means, for `/metrics` and for the README (a test compares).
 pub const METRICS: &[(&str, Kind, &str)] = &[
@@ -91,6 +96,11 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
         "1 for the active side, 0 for the other; label side. Both 0 until it is known.",
     ),
     (HELD, Kind::Gauge, "1 while clients are held."),
+    (
+        LOG_LINES_LOST,
+        Kind::Counter,
+        "Lines of the log that were left out, because whoever reads standard error did not take them in time.",
+    ),
 ];
 
 /// Kind of a metric.
@@ -142,19 +152,46 @@ impl LogLevel {
     }
 }
 
-/// Starts writing logs to standard error. Once a process.
-pub fn logs(format: LogFormat, level: &str) -> Result<LogLevel, TelemetryError> {
+/// Lines that wait until standard error takes them: some megabytes.
+const LOG_LINES_MAX: usize = 10_000;
+
+static LOST: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// What the log writes with. What was logged until it is dropped is written.
+pub struct Logs {
+    /// Changes how much is logged.
+    pub level: LogLevel,
+    _writer: WorkerGuard,
+}
+
+/// How many lines were left out since the process began.
+pub fn log_lines_lost() -> usize {
+    LOST.get().map_or(0, ErrorCounter::dropped_lines)
+}
+
+/// Starts writing logs to standard error, in a thread of its own: a reader that stalls, as a journal on a full disk does, must
+/// not stall the queries of clients. Lines that it does not take are left out, and counted. Once a process.
+pub fn logs(format: LogFormat, level: &str) -> Result<Logs, TelemetryError> {
     use std::io::IsTerminal as _;
     let (filter, handle) = reload::Layer::new(EnvFilter::try_new(level)?);
     let registry = tracing_subscriber::registry().with(filter).with(never_told());
-    let lines = fmt::layer().with_writer(std::io::stderr);
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(LOG_LINES_MAX)
+        .thread_name("log")
+        .finish(std::io::stderr());
+    let _ = LOST.set(writer.error_counter());
+    let lines = fmt::layer().with_writer(writer);
     match format {
         LogFormat::Human => registry
             .with(lines.with_ansi(std::io::stderr().is_terminal()))
             .try_init()?,
         LogFormat::Json => registry.with(lines.json().flatten_event(true)).try_init()?,
     }
-    Ok(LogLevel(handle))
+    Ok(Logs {
+        level: LogLevel(handle),
+        _writer: guard,
+    })
 }
 
 /// What no configured level makes visible. tokio-postgres logs every statement at `debug`, also those that have a password

@@ -386,6 +386,7 @@ async fn live_gauges(admin: &Admin, text: &mut String) {
     let totals = admin.gate.totals();
     put(telemetry::SESSIONS, &plain(totals.sessions as f64));
     put(telemetry::QUERIES, &plain(totals.queries as f64));
+    put(telemetry::LOG_LINES_LOST, &plain(telemetry::log_lines_lost() as f64));
     let direction = |name: &str, bytes: u64| (format!("{{direction=\"{name}\"}}"), bytes as f64);
     put(
         telemetry::BYTES,

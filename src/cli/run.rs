@@ -12,14 +12,14 @@ pub fn run(common: &Common) -> u8 {
         Ok(config) => config,
         Err(error) => return fail(common, &ClientError::OwnConfig(error)),
     };
-    let level = match telemetry::logs(config.log_format, &config.log_level) {
-        Ok(level) => level,
+    let logs = match telemetry::logs(config.log_format, &config.log_level) {
+        Ok(logs) => logs,
         Err(error) => {
             eprintln!("pgflip: {error}");
             return exit::FAILED;
         }
     };
-    match app::run(config, &common.config, level) {
+    match app::run(config, &common.config, logs.level.clone()) {
         Ok(()) => exit::DONE,
         Err(error) => {
             // Also where there is no log to look at: a service manager shows the last lines.

@@ -30,6 +30,7 @@ mod session;
 mod sharing;
 mod suspects;
 mod temporary;
+mod together;
 mod transfer;
 mod turns;
 mod unix;
@@ -175,7 +176,8 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
                 let driving = poller.start();
                 tokio::spawn(async move {
                     let error = driving.await;
-                    tracing::error!(%error, "a worker's sockets can't be waited for any more: pgflip ends");
+                    // The log's thread ends with the process.
+                    eprintln!("pgflip: a worker's sockets can't be waited for any more, so pgflip ends: {error}");
                     std::process::abort();
                 });
                 // Ends with the thread.

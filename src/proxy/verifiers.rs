@@ -21,6 +21,7 @@ use crate::pg::{self, Purpose, Side};
 use crate::proxy::auth;
 use crate::proxy::gate::Gate;
 use crate::proxy::server::{self, Keys, Learnt, Login, LoginError, Proven};
+use crate::proxy::together::Together;
 use crate::wire::md5;
 use crate::wire::message::ErrorFields;
 use crate::wire::scram::Verifier;
@@ -37,9 +38,12 @@ const OTHER_LIMIT: Duration = Duration::from_secs(2);
 const WRONG_FOR: Duration = Duration::from_secs(10);
 
 /// The active side can't be asked.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("clients' verifiers can't be read: {0}")]
 pub(super) struct Unavailable(String);
+
+/// What the active side has said.
+type Answer = Result<Arc<Vec<Row>>, Unavailable>;
 
 /// What a password is checked with.
 #[derive(Clone)]
@@ -98,6 +102,8 @@ pub(super) struct Verifiers {
     config: Arc<Config>,
     gate: Arc<Gate>,
     connection: tokio::sync::Mutex<Option<(Side, Arc<pg::Client>)>>,
+    /// Statements with their parameters.
+    asked: Together<(String, Vec<String>), Answer>,
     cache: Mutex<HashMap<String, Known>>,
     learnt: Mutex<HashMap<String, Taught>>,
     /// Users of the userlist, and when their password there was found to be wrong.
@@ -126,6 +132,7 @@ impl Verifiers {
             config,
             gate,
             connection: tokio::sync::Mutex::new(None),
+            asked: Together::default(),
             cache: Mutex::new(HashMap::new()),
             learnt: Mutex::new(HashMap::new()),
             wrong: Mutex::new(HashMap::new()),
@@ -456,11 +463,17 @@ impl Verifiers {
     }
 
     /// Asks the active side, as pgflip: of its search_path nothing comes from a client (src/pg/connect.rs).
-    async fn ask(&self, statement: &str, name: &str) -> Result<Vec<Row>, Unavailable> {
+    async fn ask(&self, statement: &str, name: &str) -> Answer {
         self.ask_of(statement, &[name]).await
     }
 
-    async fn ask_of(&self, statement: &str, of: &[&str]) -> Result<Vec<Row>, Unavailable> {
+    /// Of hundreds of clients that come at once, one asks for all.
+    async fn ask_of(&self, statement: &str, of: &[&str]) -> Answer {
+        let question = (statement.to_owned(), of.iter().map(|text| (*text).to_owned()).collect());
+        self.asked.ask(&question, || self.ask_alone(statement, of)).await
+    }
+
+    async fn ask_alone(&self, statement: &str, of: &[&str]) -> Answer {
         let parameters: Vec<(&(dyn ToSql + Sync), Type)> = of.iter().map(|text| (text as _, Type::TEXT)).collect();
         let limit = self.config.limits.server_connect_timeout;
         let mut why = String::new();
@@ -468,7 +481,7 @@ impl Verifiers {
         for _ in 0..2 {
             let client = self.client(limit).await?;
             match timeout(limit, client.query_typed(statement, &parameters)).await {
-                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Ok(answer)) => return Ok(Arc::new(answer)),
                 Ok(Err(error)) => why = pg::connect::describe(&error),
                 Err(_) => why = format!("no answer within {limit:?}"),
             }

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::LIMIT;
 use super::raw::{self, Raw, kinds, plain, query};
 use crate::common::{Rig, memory_kb};
+use LIMIT;
 use pgflip::demo::ledger::Shape;
 
 async fn rig() -> Rig {
@@ -115,4 +115,43 @@ async fn on_sigterm_transactions_are_finished_and_others_end_at_once() {
     assert_eq!(raw::code(&[running.message().await]), "57P01");
     let status = rig.sidecar.wait(Duration::from_secs(20)).expect("it ends by itself");
     assert!(status.success(), "{status}");
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_takes_holds_up_no_client() {
+    use std::os::fd::AsRawFd as _;
+    let mut rig = rig().await;
+    rig.sidecar.kill();
+    // Where the log was, there is a pipe with room for a page or so, and nobody reads.
+    let path = rig.sidecar.log_path();
+    std::fs::remove_file(&path).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    let pipe = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    // SAFETY: fcntl(2) on a descriptor that is open.
+    assert!(unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) } >= 4096);
+    let config = std::fs::read_to_string(rig.sidecar.config_path()).unwrap();
+    let start = config.find("[log]").expect("a section");
+    let level = start + config[start..].find("level = ").expect("a key");
+    let end = level + config[level..].find('\n').expect("a line");
+    let chatty = format!("{}level = \"trace\"{}", &config[..level], &config[end..]);
+    std::fs::write(rig.sidecar.config_path(), chatty).unwrap();
+    rig.sidecar.restart(&[]).expect("it starts again");
+    rig.sidecar.ready(LIMIT).await.expect("it serves");
+    let lost = async || {
+        let (_, text) = rig.sidecar.get("/metrics").await.expect("metrics");
+        let text = text.as_str().expect("text").to_owned();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("pgflip_log_lines_lost_total "));
+        line.and_then(|line| line.split(' ').nth(1)?.parse::<f64>().ok())
+            .expect("a number")
+    };
+    let until = Instant::now() + LIMIT;
+    while lost().await == 0.0 {
+        assert!(Instant::now() < until, "no line is lost");
+        let mut raw = login(&rig).await;
+        assert_eq!(raw.value("select 1").await, "1");
+    }
+    drop(pipe);
 }
