@@ -26,8 +26,9 @@ use slab::Slab;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::interval;
+use tokio::time::{MissedTickBehavior, interval};
 
+use super::limits::{Limit, Patience};
 use super::session::{Event, Session};
 use super::sharing::Sharing;
 
@@ -35,7 +36,8 @@ use super::sharing::Sharing;
 const EVENTS: usize = 256;
 
 /// Sockets are looked at so often even if nobody says that one is ready: a lost wake-up would stop all sessions of a worker for ever.
-const LOOK_ANYWAY: Duration = Duration::from_secs(1);
+/// Whoever is idle for too long is found then.
+pub(super) const LOOK_ANYWAY: Duration = Duration::from_secs(1);
 
 const READABLE: u8 = 1;
 const WRITABLE: u8 = 2;
@@ -83,6 +85,8 @@ pub(super) trait Relays: Sized + Send {
     fn socket(&mut self, end: End) -> Option<&mut Socket>;
     /// It lies in this place from now on, or in none: a server that it takes is to be given that ([`Socket::assign`]).
     fn place(&mut self, _place: Option<u32>) {}
+    /// A limit that it has run into by doing nothing.
+    fn idles(&mut self, patience: &Patience) -> Option<Limit>;
     /// As what it lies here.
     fn lying(self: Box<Self>) -> Lying;
     /// What it was when it was laid here.
@@ -109,6 +113,13 @@ impl Lying {
         match self {
             Lying::Session(session) => session.poll_relay(cx),
             Lying::Sharing(session) => session.poll_relay(cx),
+        }
+    }
+
+    fn idles(&mut self, patience: &Patience) -> Option<Limit> {
+        match self {
+            Lying::Session(session) => session.idles(patience),
+            Lying::Sharing(session) => session.idles(patience),
         }
     }
 }
@@ -369,7 +380,8 @@ impl Poller {
 
     /// From now on this thread can have [`Socket`]s. The future returned finds what is ready and calls whom it is for. It has
     /// to run on this thread's runtime for as long as there are any, and returns only with an error, which none recovers from.
-    pub fn start(self) -> impl Future<Output = io::Error> {
+    /// `patience`: with sessions that do nothing.
+    pub fn start(self, patience: Option<Patience>) -> impl Future<Output = io::Error> {
         HERE.set(Some(Reactor {
             registry: self.registry,
             users: Slab::new(),
@@ -379,7 +391,7 @@ impl Poller {
             delivers: false,
         }));
         async move {
-            match drive(self.poll).await {
+            match drive(self.poll, patience).await {
                 Ok(never) => match never {},
                 Err(error) => error,
             }
@@ -395,11 +407,12 @@ fn set_delivers(delivers: bool) {
     });
 }
 
-async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
+async fn drive(poll: mio::Poll, mut patience: Option<Patience>) -> io::Result<std::convert::Infallible> {
     // SAFETY: `poll` owns its descriptor and never changes it; it is not taken out of the AsyncFd.
     let mut poll = unsafe { AsyncFd::register_with_interest(poll, tokio::io::Interest::READABLE) }?;
     let mut events = Events::with_capacity(EVENTS);
     let mut look = interval(LOOK_ANYWAY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let mut unasked = false;
         tokio::select! {
@@ -429,7 +442,29 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
                 break;
             }
         }
+        // What has come by now has been heard.
+        if unasked
+            && let Some(patience) = &mut patience
+            && patience.counts()
+        {
+            look_at_all(patience);
+        }
     }
+}
+
+/// Stops the sessions that have run into a limit.
+fn look_at_all(patience: &Patience) {
+    HERE.with_borrow_mut(|here| {
+        let Some(here) = here else { return };
+        for (_, relay) in &mut here.relays {
+            let Relay::Lies(session, _) = relay else { continue };
+            let Some(limit) = session.idles(patience) else { continue };
+            if let Relay::Lies(session, waker) = std::mem::replace(relay, Relay::Runs) {
+                *relay = Relay::Stopped(Box::new((session, Why::Event(Event::Limit(limit)))));
+                waker.wake();
+            }
+        }
+    });
 }
 
 /// Notes what is ready, and calls or wakes whom it is for.
