@@ -18,7 +18,7 @@ use crate::pg::Side;
 use crate::proxy::gate::{Ahead, CancelKey, Orders, Shared};
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::reactor;
-use crate::proxy::seats::{Asked, Of, Seat, Seats, Whose};
+use crate::proxy::seats::{Asked, Of, Seat, Seats, Whose, Withdraws};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, State};
 use crate::proxy::{Env, Worker};
@@ -112,6 +112,7 @@ struct Pool {
 /// A pool waits until the number of servers allows it one more.
 struct Asks {
     side: Side,
+    _withdraws: Withdraws,
     task: AbortHandle,
 }
 
@@ -755,10 +756,13 @@ impl Pools {
                     match seat.take().or_else(|| seats.try_take(&whose)) {
                         Some(seat) => Some(seat),
                         None => {
-                            let asked = || seats.ask(whose);
-                            pool.asks.get_or_insert_with(|| Asks {
-                                side,
-                                task: tokio::spawn(ask(id, asked())).abort_handle(),
+                            pool.asks.get_or_insert_with(|| {
+                                let asked = seats.ask(whose);
+                                Asks {
+                                    side,
+                                    _withdraws: asked.withdraws(),
+                                    task: tokio::spawn(ask(id, asked)).abort_handle(),
+                                }
                             });
                             return;
                         }
@@ -769,7 +773,7 @@ impl Pools {
             let place = Place::new(pool, id);
             tokio::spawn(open(id, place, seat, pool.worker.clone(), pool.login.clone(), side));
         }
-        pool.ask_no_more();
+        pool.asks = None;
     }
 
     /// Closes idle servers of this thread for those who wait, somewhere, until there is room for theirs: the one that has been idle

@@ -94,10 +94,22 @@ impl Drop for Seat {
 
 /// Who waits for a seat. Whoever drops it waits no more.
 pub(super) struct Asked {
-    seats: Arc<Seats>,
-    whose: Whose,
-    number: u64,
+    side: Side,
+    withdraws: Withdraws,
     comes: oneshot::Receiver<Seat>,
+}
+
+/// Takes somebody off the queue when it is dropped: for who waits in a task, and whose task is not there at once to drop what it has.
+#[derive(Clone)]
+pub(super) struct Withdraws {
+    seats: Arc<Seats>,
+    number: u64,
+}
+
+impl Drop for Withdraws {
+    fn drop(&mut self) {
+        self.seats.withdraw(self.number);
+    }
 }
 
 impl Asked {
@@ -111,13 +123,11 @@ impl Asked {
     }
 
     pub fn side(&self) -> Side {
-        self.whose.side
+        self.side
     }
-}
 
-impl Drop for Asked {
-    fn drop(&mut self) {
-        self.seats.withdraw(self.number);
+    pub fn withdraws(&self) -> Withdraws {
+        self.withdraws.clone()
     }
 }
 
@@ -155,10 +165,10 @@ impl Seats {
         let (tell, comes) = oneshot::channel();
         let mut inner = self.inner.lock();
         inner.last += 1;
-        let number = inner.last;
+        let (number, side) = (inner.last, whose.side);
         inner.queue.push_back(Waits {
             number,
-            whose: whose.clone(),
+            whose,
             tell,
             answered: false,
         });
@@ -166,9 +176,11 @@ impl Seats {
         drop(inner);
         hand_out(granted);
         Asked {
-            seats: self.clone(),
-            whose,
-            number,
+            side,
+            withdraws: Withdraws {
+                seats: self.clone(),
+                number,
+            },
             comes,
         }
     }
