@@ -1,4 +1,4 @@
-//! Servers that clients share (`[pool] pool_mode = "transaction"` or `"statement"`): lent for a transaction, taken back, opened when clients
+//! Servers that clients share (`[pool] pool_mode`: all but `"session"`): lent for a transaction, taken back, opened when clients
 //! wait and there is room, closed when they are old or not needed. One pool for each user, database and way of logging in;
 //! it lives on one worker's thread with all its clients, so nothing here is locked or handed from thread to thread.
 //!
@@ -18,7 +18,7 @@ use crate::pg::Side;
 use crate::proxy::gate::{Ahead, CancelKey, Orders, Shared};
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::reactor;
-use crate::proxy::seats::{Asked, Of, Seat, Seats, Whose, Withdraws};
+use crate::proxy::seats::{Asked, Seat, Seats, Whose, Withdraws};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, State};
 use crate::proxy::{Env, Worker};
@@ -721,10 +721,8 @@ impl Pools {
         pool.serve();
         if let Some(seats) = &pool.worker.env.seats
             && seats.are_wanted()
-            && !pool.idle.is_empty()
         {
-            let seats = seats.clone();
-            self.make_room(&seats);
+            pool.give_way();
         }
     }
 
@@ -776,35 +774,13 @@ impl Pools {
         pool.asks = None;
     }
 
-    /// Closes idle servers of this thread for those who wait, somewhere, until there is room for theirs: the one that has been idle
-    /// for longest of those that are in the way.
-    #[cold]
-    fn make_room(&mut self, seats: &Seats) {
-        loop {
-            let pools = &mut self.pools;
-            let claimed = seats.claim(|side, of| {
-                let stands_in_the_way = |key: &Key| match of {
-                    Of::Database(database) => *key.database == **database,
-                    Of::User(user) => *key.user == **user,
-                };
-                let pools = pools.iter_mut().flatten().filter(|pool| stands_in_the_way(&pool.key));
-                let idle = pools.filter_map(|pool| {
-                    let at = pool.idle.iter().position(|lent| lent.conn.side == side)?;
-                    Some((pool.idle[at].used, pool, at))
-                });
-                let (_, pool, at) = idle.min_by_key(|(used, ..)| *used)?;
-                Some(pool.idle.remove(at))
-            });
-            let Some((number, lent)) = claimed else { return };
-            let Lent { mut conn, place, .. } = *lent;
-            if let Some(seat) = &mut conn.seat {
-                seat.leave_to(number);
-            }
-            metrics::counter!(EVICTED).increment(1);
-            tokio::spawn(async move {
-                drop(place);
-                conn.close(CLOSE_LIMIT, true).await;
-            });
+    /// Closes idle servers of this thread for those who wait, somewhere, for their seats: first those that have been idle for longest.
+    fn make_room(&mut self) {
+        let pools = self.pools.iter_mut().flatten();
+        let mut idle: Vec<_> = pools.filter_map(|pool| Some((pool.idle.first()?.used, pool))).collect();
+        idle.sort_by_key(|(used, _)| *used);
+        for (_, pool) in idle {
+            while pool.give_way() {}
         }
     }
 }
@@ -813,7 +789,7 @@ impl Pools {
 pub(super) async fn make_room(seats: Arc<Seats>) {
     let mut looked_for = seats.looked_for();
     while looked_for.changed().await.is_ok() {
-        HERE.with_borrow_mut(|here| here.make_room(&seats));
+        HERE.with_borrow_mut(|here| here.make_room());
     }
 }
 
@@ -939,6 +915,22 @@ impl Lent {
 }
 
 impl Pool {
+    /// Closes the server that has been idle for longest if somebody waits for its seat. False: there is none, or nobody.
+    #[cold]
+    fn give_way(&mut self) -> bool {
+        let seat = self.idle.first_mut().and_then(|lent| lent.conn.seat.as_mut());
+        if !seat.is_some_and(Seat::give_way) {
+            return false;
+        }
+        let Lent { conn, place, .. } = *self.idle.remove(0);
+        metrics::counter!(EVICTED).increment(1);
+        tokio::spawn(async move {
+            drop(place);
+            conn.close(CLOSE_LIMIT, true).await;
+        });
+        true
+    }
+
     /// How many servers it may have now.
     fn size(&self) -> usize {
         let config = &self.worker.env.config.pool;
@@ -1063,6 +1055,7 @@ async fn tidy() {
                 here.by_key.remove(&key);
                 here.pools[n] = None;
             }
+            here.make_room();
             for n in 0..here.pools.len() {
                 here.fill(PoolId(n));
             }

@@ -3,13 +3,13 @@
 //!
 //! Each server connection that is made for a client has a [`Seat`] for as long as it exists. Making one is no query's way, so
 //! there is a lock here; it is never taken for a query that finds a server. Who finds no seat free queues for one, and an idle
-//! server of another pool is closed for it: that lies on some thread, so all are asked ([`Seats::looked_for`]), and the first
-//! that has one closes it ([`Seats::claim`]).
+//! server of another pool is closed for it: that lies on some thread, so all look ([`Seats::looked_for`]), and the first that
+//! has one in the way closes it ([`Seat::give_way`]). So does who becomes idle later.
 //!
 //! Seats are counted for each side by itself. What a flip makes ahead on the other side takes a seat there whether one is free
 //! or not ([`Seats::take_over`]): it is as many as there are on this side at most, and no limit keeps a flip from happening.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -21,9 +21,9 @@ use crate::pg::Side;
 
 /// What is limited.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Of {
-    Database(Arc<str>),
-    User(Arc<str>),
+enum Of {
+    Database(Side, Arc<str>),
+    User(Side, Arc<str>),
 }
 
 /// Where and for whom a server is.
@@ -37,7 +37,7 @@ impl Whose {
     pub fn new(side: Side, user: &str, database: &str) -> Whose {
         Whose {
             side,
-            of: [Of::Database(database.into()), Of::User(user.into())],
+            of: [Of::Database(side, database.into()), Of::User(side, user.into())],
         }
     }
 }
@@ -46,21 +46,30 @@ pub(super) struct Seats {
     /// Of a database, and of a user.
     most: [usize; 2],
     inner: Mutex<Inner>,
-    /// Those who wait, and for whom no server is being closed.
+    /// As [`Inner::unanswered`].
     wanted: AtomicUsize,
     look: watch::Sender<()>,
 }
 
 #[derive(Default)]
 struct Inner {
-    taken: HashMap<(Side, Of), usize>,
-    /// The first first.
-    queue: VecDeque<Waits>,
+    /// Of each database and user that has any, or wants some.
+    rows: HashMap<Of, Row>,
+    /// By number, which rises.
+    queue: BTreeMap<u64, Waits>,
     last: u64,
+    /// Those who wait, and for whom no server is being closed.
+    unanswered: usize,
+}
+
+#[derive(Default)]
+struct Row {
+    taken: usize,
+    /// Who waits, by number.
+    queue: BTreeSet<u64>,
 }
 
 struct Waits {
-    number: u64,
     whose: Whose,
     tell: oneshot::Sender<Seat>,
     /// A server is being closed for it.
@@ -80,9 +89,10 @@ impl Seat {
         self.whose.side
     }
 
-    /// Its server is being closed for this one (see [`Seats::claim`]).
-    pub fn leave_to(&mut self, number: u64) {
-        self.for_whom = Some(number);
+    /// True if somebody waits who could have this one, and for whom no other server is being closed: then this one's is to be.
+    pub fn give_way(&mut self) -> bool {
+        self.for_whom = self.seats.answer(&self.whose);
+        self.for_whom.is_some()
     }
 }
 
@@ -149,10 +159,7 @@ impl Seats {
     pub fn try_take(self: &Arc<Seats>, whose: &Whose) -> Option<Seat> {
         let mut inner = self.inner.lock();
         // If it is free, nobody waits who could have it.
-        inner
-            .lacks(self.most, whose)
-            .is_none()
-            .then(|| self.take(&mut inner, whose))
+        self.has_room(&inner, whose).then(|| self.take(&mut inner, whose))
     }
 
     /// One, whatever the limit says: a flip goes over.
@@ -165,18 +172,22 @@ impl Seats {
         let (tell, comes) = oneshot::channel();
         let mut inner = self.inner.lock();
         inner.last += 1;
-        let (number, side) = (inner.last, whose.side);
-        inner.queue.push_back(Waits {
-            number,
-            whose,
+        let number = inner.last;
+        for of in &whose.of {
+            inner.rows.entry(of.clone()).or_default().queue.insert(number);
+        }
+        inner.unanswered += 1;
+        let waits = Waits {
+            whose: whose.clone(),
             tell,
             answered: false,
-        });
-        let granted = self.settle(&mut inner);
+        };
+        inner.queue.insert(number, waits);
+        let granted = self.settle(&mut inner, &whose);
         drop(inner);
         hand_out(granted);
         Asked {
-            side,
+            side: whose.side,
             withdraws: Withdraws {
                 seats: self.clone(),
                 number,
@@ -196,28 +207,29 @@ impl Seats {
         self.look.subscribe()
     }
 
-    /// Whoever has an idle server that stands in the way of somebody who waits closes it for that: `find` says whether there is one
-    /// on this side of this database or user. The first value: for whom.
-    pub fn claim<T>(&self, mut find: impl FnMut(Side, &Of) -> Option<T>) -> Option<(u64, T)> {
+    /// The first who waits for the like of this one, and for whom no server is being closed: one is from now on.
+    fn answer(&self, whose: &Whose) -> Option<u64> {
         let mut inner = self.inner.lock();
-        for at in 0..inner.queue.len() {
-            let waits = &inner.queue[at];
-            if !waits.answered
-                && let Some(of) = inner.lacks(self.most, &waits.whose)
-                && let Some(found) = find(waits.whose.side, &of)
-            {
-                let number = waits.number;
-                inner.queue[at].answered = true;
-                self.count(&inner);
-                return Some((number, found));
-            }
-        }
-        None
+        let Inner { rows, queue, .. } = &mut *inner;
+        let mut full = whose.of.iter().zip(self.most).filter_map(|(of, most)| {
+            let row = rows.get(of)?;
+            (row.taken >= most).then_some(row)
+        });
+        let number = full.find_map(|row| row.queue.iter().copied().find(|number| !queue[number].answered))?;
+        queue.get_mut(&number)?.answered = true;
+        inner.unanswered -= 1;
+        self.wanted.store(inner.unanswered, Ordering::Relaxed);
+        Some(number)
+    }
+
+    fn has_room(&self, inner: &Inner, whose: &Whose) -> bool {
+        let taken = |of| inner.rows.get(of).map_or(0, |row| row.taken);
+        whose.of.iter().zip(self.most).all(|(of, most)| taken(of) < most)
     }
 
     fn take(self: &Arc<Seats>, inner: &mut Inner, whose: &Whose) -> Seat {
         for of in &whose.of {
-            *inner.taken.entry((whose.side, of.clone())).or_default() += 1;
+            inner.rows.entry(of.clone()).or_default().taken += 1;
         }
         Seat {
             seats: self.clone(),
@@ -229,59 +241,45 @@ impl Seats {
     fn give_back(self: &Arc<Seats>, whose: &Whose, for_whom: Option<u64>) {
         let mut inner = self.inner.lock();
         for of in &whose.of {
-            let key = (whose.side, of.clone());
-            if let Some(taken) = inner.taken.get_mut(&key) {
-                *taken -= 1;
-                if *taken == 0 {
-                    inner.taken.remove(&key);
-                }
+            if let Some(row) = inner.rows.get_mut(of) {
+                row.taken -= 1;
             }
+            inner.tidy(of);
         }
-        if let Some(number) = for_whom
-            && let Some(waits) = inner.queue.iter_mut().find(|waits| waits.number == number)
-        {
+        if let Some(waits) = for_whom.and_then(|number| inner.queue.get_mut(&number)) {
             // If it does not get this one, another has to be closed for it.
             waits.answered = false;
+            inner.unanswered += 1;
         }
-        let granted = self.settle(&mut inner);
+        let granted = self.settle(&mut inner, whose);
         drop(inner);
         hand_out(granted);
     }
 
     fn withdraw(&self, number: u64) {
         let mut inner = self.inner.lock();
-        let before = inner.queue.len();
-        inner.queue.retain(|waits| waits.number != number);
-        if inner.queue.len() != before {
-            self.count(&inner);
-        }
+        inner.leave(number);
+        self.wanted.store(inner.unanswered, Ordering::Relaxed);
     }
 
-    /// Takes off the queue who can have a seat now: to be handed out when the lock is free.
-    fn settle(self: &Arc<Seats>, inner: &mut Inner) -> Vec<(oneshot::Sender<Seat>, Seat)> {
+    /// After what may have made room for the like of this one: takes off the queue who can have a seat now, to be handed out when the
+    /// lock is free. Has idle servers looked for, for those who are left.
+    fn settle(self: &Arc<Seats>, inner: &mut Inner, whose: &Whose) -> Vec<(oneshot::Sender<Seat>, Seat)> {
+        let waiting = |of| inner.rows.get(of).into_iter().flat_map(|row| row.queue.iter().copied());
+        let numbers: BTreeSet<u64> = whose.of.iter().flat_map(waiting).collect();
         let mut granted = Vec::new();
-        let mut at = 0;
-        while let Some(waits) = inner.queue.get(at) {
-            match inner.lacks(self.most, &waits.whose) {
-                Some(_) => at += 1,
-                None => {
-                    if let Some(Waits { whose, tell, .. }) = inner.queue.remove(at) {
-                        granted.push((tell, self.take(inner, &whose)));
-                    }
-                }
+        for number in numbers {
+            if self.has_room(inner, &inner.queue[&number].whose)
+                && let Some(Waits { whose, tell, .. }) = inner.leave(number)
+            {
+                granted.push((tell, self.take(inner, &whose)));
             }
         }
-        self.count(inner);
-        granted
-    }
-
-    /// After anything that has changed the queue.
-    fn count(&self, inner: &Inner) {
-        let wanted = inner.queue.iter().filter(|waits| !waits.answered).count();
-        self.wanted.store(wanted, Ordering::Relaxed);
-        if wanted > 0 {
+        self.wanted.store(inner.unanswered, Ordering::Relaxed);
+        if inner.unanswered > 0 {
             self.look.send_replace(());
         }
+        granted
     }
 }
 
@@ -293,11 +291,26 @@ fn hand_out(granted: Vec<(oneshot::Sender<Seat>, Seat)>) {
 }
 
 impl Inner {
-    /// Of what no seat is free for it.
-    fn lacks(&self, most: [usize; 2], whose: &Whose) -> Option<Of> {
-        let taken = |of: &Of| self.taken.get(&(whose.side, of.clone())).copied().unwrap_or(0);
-        let mut both = whose.of.iter().zip(most);
-        both.find(|(of, most)| taken(of) >= *most).map(|(of, _)| of.clone())
+    fn leave(&mut self, number: u64) -> Option<Waits> {
+        let waits = self.queue.remove(&number)?;
+        self.unanswered -= usize::from(!waits.answered);
+        for of in &waits.whose.of {
+            if let Some(row) = self.rows.get_mut(of) {
+                row.queue.remove(&number);
+            }
+            self.tidy(of);
+        }
+        Some(waits)
+    }
+
+    fn tidy(&mut self, of: &Of) {
+        if self
+            .rows
+            .get(of)
+            .is_some_and(|row| row.taken == 0 && row.queue.is_empty())
+        {
+            self.rows.remove(of);
+        }
     }
 }
 
@@ -360,23 +373,25 @@ mod tests {
     #[test]
     fn one_idle_server_is_closed_for_one_who_waits() {
         let seats = seats(2, 1);
-        let _busy = seats.try_take(&whose("a", "x")).unwrap();
-        let mut idle = Some(seats.try_take(&whose("b", "x")).unwrap());
+        let mut elsewhere = Seats::take_over(&seats, &Whose::new(Side::Green, "b", "x"));
+        let mut busy = seats.try_take(&whose("a", "x")).unwrap();
+        let mut idle = seats.try_take(&whose("b", "x")).unwrap();
+        assert!(!idle.give_way(), "nobody waits");
         let mut asked = seats.ask(whose("c", "x"));
         let other = seats.ask(whose("a", "y"));
-        let mut found =
-            |side: Side, of: &Of| (side == Side::Blue && *of == Of::Database("x".into())).then(|| idle.take())?;
-        let (number, mut seat) = seats.claim(&mut found).expect("the database's");
-        assert!(seats.claim(&mut found).is_none(), "it is closed once");
-        assert!(seats.are_wanted(), "the user's");
+        assert!(!elsewhere.give_way(), "it is in nobody's way");
+        assert!(idle.give_way());
+        assert!(seats.are_wanted(), "that of the user");
+        assert!(busy.give_way(), "it is that one's");
+        assert!(!seats.are_wanted(), "one for each is closed");
+        // Who has gone wants none, and somebody else is faster, as far as the count goes: another one has to be closed.
         drop(other);
-        assert!(!seats.are_wanted());
-        // Somebody else is faster, as far as the count goes: another one has to be closed.
         let over = seats.take_over(&whose("d", "x"));
-        seat.leave_to(number);
-        drop(seat);
+        drop(idle);
         assert!(asked.seat().now_or_never().is_none() && seats.are_wanted());
         drop(over);
         assert!(asked.seat().now_or_never().is_some());
+        drop((busy, asked, elsewhere));
+        assert!(seats.inner.lock().rows.is_empty(), "nothing is left");
     }
 }

@@ -1,5 +1,5 @@
-//! One client of `pool_mode = "transaction"` or `"statement"`: a task that owns the client's socket, and for each transaction borrows a server
-//! of the client's pool.
+//! One client of `pool_mode = "transaction"`, or `"statement"`, which is the same for one request at a time: a task that owns the
+//! client's socket, and for each transaction borrows a server of the client's pool.
 //!
 //! What a client prepares and sets follows it: statements by what is forwarded ([`crate::wire::statements`]), settings by what
 //! is found on the server after a transaction that may have changed them ([`Sharing::inspect`]), and set on the next server

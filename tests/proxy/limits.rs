@@ -357,3 +357,39 @@ async fn what_a_client_waits_for_a_flip_does_not_count() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn more_pools_than_servers_are_all_served_and_go_over() {
+    let servers = Servers::start(OTHER).await;
+    let front = servers.serve(
+        "sslmode=disable",
+        "[pool]\npool_mode = \"transaction\"\nmax_db_connections = 3\nmax_user_connections = 2",
+    );
+    let mut tasks = Vec::new();
+    for n in 0..12 {
+        let zone = ["UTC", "Asia/Kathmandu", "America/Caracas"][n % 3];
+        let (user, password) = [("app", PASSWORD), ("other", "other")][n % 2];
+        let mut raw = Raw::connect(front.port()).await;
+        let startup = [("user", user), ("database", "app"), ("TimeZone", zone)];
+        raw.startup(0, &startup).await;
+        raw.authenticate(password).await.expect("a login");
+        tasks.push(tokio::spawn(async move {
+            for _ in 0..25 {
+                raw.ok("begin").await;
+                assert_eq!(raw.value("show timezone").await, zone);
+                raw.ok("commit").await;
+            }
+        }));
+    }
+    for _ in 0..3 {
+        front.hold_all().await;
+        for side in Side::BOTH {
+            // On the other side as well: as many as there are here are made ahead.
+            assert!(servers.count(side, OF_CLIENTS).await <= 3, "{side}");
+        }
+        front.go_over().await;
+    }
+    for task in tasks {
+        task.await.expect("a client that is served");
+    }
+}
