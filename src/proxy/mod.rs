@@ -93,7 +93,7 @@ impl Env {
         (hasher.finish() % self.homes.len() as u64) as usize
     }
 
-    /// Room for a server to which a session or a pool goes over.
+    /// Room for a server to which a session goes over.
     fn seat_there(&self, side: Side, user: &str, database: &str) -> Option<Seat> {
         let seats = self.seats.as_ref()?;
         Some(seats.take_over(&Whose::new(side, user, database)))

@@ -592,8 +592,15 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
         let Some(key) = HERE.with_borrow_mut(|here| Some(here.pool(id)?.key.clone())) else {
             return;
         };
+        let seat = match &env.seats {
+            None => None,
+            Some(seats) => match seats.try_take(&Whose::new(to, &key.user, &key.database)) {
+                Some(seat) => Some(seat),
+                // More are opened when they are needed.
+                None => break,
+            },
+        };
         let made = async {
-            let seat = env.seat_there(to, &key.user, &key.database);
             let mut conn = server::open(env.config.server(to), &login, limit).await?;
             let said = Arc::new(conn.parameters.clone());
             let dressed = timeout(limit, transfer::dress(&mut conn, state.as_deref(), &[])).await;

@@ -6,8 +6,9 @@
 //! server of another pool is closed for it: that lies on some thread, so all look ([`Seats::looked_for`]), and the first that
 //! has one in the way closes it ([`Seat::give_way`]). So does who becomes idle later.
 //!
-//! Seats are counted for each side by itself. What a flip makes ahead on the other side takes a seat there whether one is free
-//! or not ([`Seats::take_over`]): it is as many as there are on this side at most, and no limit keeps a flip from happening.
+//! Seats are counted for each side by itself. A session that goes over to the other side takes a seat there whether one is free
+//! or not ([`Seats::take_over`]): no limit keeps a flip from happening. Pools have made ahead what there is room for. If that is
+//! too much together, idle servers are closed until it is not ([`Seat::give_way`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -65,6 +66,8 @@ struct Inner {
 #[derive(Default)]
 struct Row {
     taken: usize,
+    /// Of these, those that have given way and whose servers are being closed.
+    leaving: usize,
     /// Who waits, by number.
     queue: BTreeSet<u64>,
 }
@@ -80,8 +83,16 @@ struct Waits {
 pub(super) struct Seat {
     seats: Arc<Seats>,
     whose: Whose,
-    /// Who waits for this one to be free.
-    for_whom: Option<u64>,
+    leaving: Option<Leaving>,
+}
+
+/// Its server is being closed.
+#[derive(Clone, Copy)]
+enum Leaving {
+    /// For who waits.
+    For(u64),
+    /// Because there are more than may be.
+    TooMany,
 }
 
 impl Seat {
@@ -89,16 +100,17 @@ impl Seat {
         self.whose.side
     }
 
-    /// True if somebody waits who could have this one, and for whom no other server is being closed: then this one's is to be.
+    /// True if somebody waits who could have this one, and for whom no other server is being closed, or if there are more than may
+    /// be: then this one's server is to be closed.
     pub fn give_way(&mut self) -> bool {
-        self.for_whom = self.seats.answer(&self.whose);
-        self.for_whom.is_some()
+        self.leaving = self.seats.leave(&self.whose);
+        self.leaving.is_some()
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.seats.give_back(&self.whose, self.for_whom);
+        self.seats.give_back(&self.whose, self.leaving);
     }
 }
 
@@ -207,19 +219,33 @@ impl Seats {
         self.look.subscribe()
     }
 
-    /// The first who waits for the like of this one, and for whom no server is being closed: one is from now on.
-    fn answer(&self, whose: &Whose) -> Option<u64> {
+    /// Why a server like this is to be closed, if it is; from now on it is being closed.
+    fn leave(&self, whose: &Whose) -> Option<Leaving> {
         let mut inner = self.inner.lock();
-        let Inner { rows, queue, .. } = &mut *inner;
-        let mut full = whose.of.iter().zip(self.most).filter_map(|(of, most)| {
-            let row = rows.get(of)?;
-            (row.taken >= most).then_some(row)
-        });
-        let number = full.find_map(|row| row.queue.iter().copied().find(|number| !queue[number].answered))?;
-        queue.get_mut(&number)?.answered = true;
-        inner.unanswered -= 1;
-        self.wanted.store(inner.unanswered, Ordering::Relaxed);
-        Some(number)
+        let rows = || {
+            whose
+                .of
+                .iter()
+                .zip(self.most)
+                .filter_map(|(of, most)| Some((inner.rows.get(of)?, most)))
+        };
+        // The first who waits for the like of it, and for whom none is being closed.
+        let waits = |row: &Row| row.queue.iter().copied().find(|number| !inner.queue[number].answered);
+        let mut full = rows().filter(|(row, most)| row.taken >= *most);
+        let leaving = match full.find_map(|(row, _)| waits(row)) {
+            Some(number) => Leaving::For(number),
+            None if rows().any(|(row, most)| row.taken - row.leaving > most) => Leaving::TooMany,
+            None => return None,
+        };
+        if let Leaving::For(number) = leaving {
+            inner.queue.get_mut(&number)?.answered = true;
+            inner.unanswered -= 1;
+            self.wanted.store(inner.unanswered, Ordering::Relaxed);
+        }
+        for of in &whose.of {
+            inner.rows.entry(of.clone()).or_default().leaving += 1;
+        }
+        Some(leaving)
     }
 
     fn has_room(&self, inner: &Inner, whose: &Whose) -> bool {
@@ -234,19 +260,22 @@ impl Seats {
         Seat {
             seats: self.clone(),
             whose: whose.clone(),
-            for_whom: None,
+            leaving: None,
         }
     }
 
-    fn give_back(self: &Arc<Seats>, whose: &Whose, for_whom: Option<u64>) {
+    fn give_back(self: &Arc<Seats>, whose: &Whose, leaving: Option<Leaving>) {
         let mut inner = self.inner.lock();
         for of in &whose.of {
             if let Some(row) = inner.rows.get_mut(of) {
                 row.taken -= 1;
+                row.leaving -= usize::from(leaving.is_some());
             }
             inner.tidy(of);
         }
-        if let Some(waits) = for_whom.and_then(|number| inner.queue.get_mut(&number)) {
+        if let Some(Leaving::For(number)) = leaving
+            && let Some(waits) = inner.queue.get_mut(&number)
+        {
             // If it does not get this one, another has to be closed for it.
             waits.answered = false;
             inner.unanswered += 1;
@@ -337,13 +366,16 @@ mod tests {
     fn seats_are_counted_by_database_and_by_user_and_on_each_side_by_itself() {
         assert!(Seats::new(&Pool::default()).is_none());
         let seats = seats(2, 3);
-        let first = seats.try_take(&whose("a", "x")).unwrap();
+        let mut first = seats.try_take(&whose("a", "x")).unwrap();
         let _second = seats.try_take(&whose("b", "x")).unwrap();
         assert!(seats.try_take(&whose("c", "x")).is_none(), "two of a database");
-        let _third = [(); 2].map(|()| seats.try_take(&whose("a", "y")).unwrap());
+        let third = [(); 2].map(|()| seats.try_take(&whose("a", "y")).unwrap());
         assert!(seats.try_take(&whose("a", "z")).is_none(), "three of a user");
         assert!(seats.try_take(&Whose::new(Side::Green, "a", "x")).is_some());
-        let _fourth = seats.take_over(&whose("c", "x"));
+        let mut fourth = seats.take_over(&whose("c", "x"));
+        drop(third);
+        assert!(fourth.give_way(), "there are three of a database");
+        assert!(!first.give_way(), "one is enough");
         drop(first);
         assert!(
             seats.try_take(&whose("c", "x")).is_none(),
