@@ -200,6 +200,10 @@ pub struct Limits {
     pub temporary_max: u64,
     /// How long a client that arrives while no side can be served, or is held by a flip, waits before 57P03.
     pub hold_timeout: Duration,
+    /// How long a client may do nothing outside of a transaction before it is ended with 57P05.
+    pub client_idle_timeout: Option<Duration>,
+    /// How long it may do nothing within one before it is ended with 25P03.
+    pub idle_transaction_timeout: Option<Duration>,
 }
 
 /// For how long a client has a server connection.
@@ -209,6 +213,19 @@ pub enum PoolMode {
     Session,
     /// For a transaction; clients share servers.
     Transaction,
+    /// For one request, which must not leave a transaction open; clients share servers.
+    Statement,
+}
+
+impl PoolMode {
+    /// As it is written in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            PoolMode::Session => "session",
+            PoolMode::Transaction => "transaction",
+            PoolMode::Statement => "statement",
+        }
+    }
 }
 
 /// Servers that clients share. Names and meaning as in PgBouncer.
@@ -224,6 +241,14 @@ pub struct Pool {
     pub pool_size: usize,
     /// So many stay open however long they are idle.
     pub min_pool_size: usize,
+    /// So many more are opened while a client has waited for [`Pool::reserve_pool_timeout`].
+    pub reserve_pool_size: usize,
+    /// See there.
+    pub reserve_pool_timeout: Duration,
+    /// Servers of clients of one database, of all users and pool modes, on a side. 0: no limit.
+    pub max_db_connections: usize,
+    /// Servers of clients of one user, of all databases and pool modes, on a side. 0: no limit.
+    pub max_user_connections: usize,
     /// How long a client may wait for a server before it is ended with 57014.
     pub query_wait_timeout: Duration,
     /// A server that nobody has needed for so long is closed.
@@ -244,6 +269,10 @@ impl Default for Pool {
             databases: BTreeMap::new(),
             pool_size: 20,
             min_pool_size: 0,
+            reserve_pool_size: 0,
+            reserve_pool_timeout: Duration::from_secs(5),
+            max_db_connections: 0,
+            max_user_connections: 0,
             query_wait_timeout: Duration::from_secs(120),
             server_idle_timeout: Duration::from_secs(600),
             server_lifetime: Duration::from_secs(3600),

@@ -20,7 +20,8 @@
 //!                   workers' sockets; verifiers: what passwords are checked with; failures: who guesses them; peer and unix:
 //!                   who is at the other end; replication: what passes beside sessions; transfer, temporary and cursors: what
 //!                   a session takes along; sharing, pool, suspects: clients that share servers; pace: connections made and
-//!                   closed without haste; turns: who is let through in a drain because others wait for it
+//!                   closed without haste; turns: who is let through in a drain because others wait for it; limits: who does
+//!                   nothing for too long; seats: how many servers there may be
 //! 1  wire/          bytes: scan headers, startup, SCRAM, md5, certificates, errors, statements under other names and what
 //!                   deallocates them; no sockets inside
 //!    pg/            the servers: Side, Lsn, Ident, connecting, server features, SQL (`pg/sql/*.sql`)

@@ -25,6 +25,11 @@ pub const BYTES: &str = "pgflip_bytes_total";
 pub const LOGINS: &str = "pgflip_logins_total";
 /// Counter: clients that shared servers and have kept one, because of what they hold.
 pub const BOUND: &str = "pgflip_clients_bound_total";
+/// Counter, `limit` = `client_idle_timeout`, `idle_transaction_timeout` or `query_wait_timeout`: clients ended because they ran
+/// into it.
+pub const TIMED_OUT: &str = "pgflip_clients_timed_out_total";
+/// Counter: idle servers closed so that another pool, or a client, could have one.
+pub const EVICTED: &str = "pgflip_servers_evicted_total";
 /// Counter, `direction` = `cutover` or `rollback`, `outcome`: flips that have ended.
 pub const FLIPS: &str = "pgflip_flips_total";
 /// Histogram, seconds: how long a flip held clients.
@@ -68,6 +73,16 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
         BOUND,
         Kind::Counter,
         "Clients that shared servers (pool_mode = \"transaction\") and have kept one, because of what they hold.",
+    ),
+    (
+        TIMED_OUT,
+        Kind::Counter,
+        "Clients ended because they ran into it; label limit: client_idle_timeout, idle_transaction_timeout, query_wait_timeout.",
+    ),
+    (
+        EVICTED,
+        Kind::Counter,
+        "Idle servers closed to make room for another (max_db_connections, max_user_connections).",
     ),
     (
         FLIPS,

@@ -71,6 +71,8 @@ async fn pair(blue: u32, green: u32) -> Pair {
             unnamed_statement_max: 1 << 16,
             temporary_max: 0,
             hold_timeout: second * 30,
+            client_idle_timeout: None,
+            idle_transaction_timeout: None,
         },
         custom_settings: Vec::new(),
         pg_bin: Some(cluster::dump_tools(blue.version()).unwrap()),

@@ -202,6 +202,8 @@ const KEYS: &[(&str, &[&str])] = &[
             "unnamed_statement_max",
             "temporary_max",
             "hold_timeout",
+            "client_idle_timeout",
+            "idle_transaction_timeout",
         ],
     ),
     (
@@ -210,10 +212,16 @@ const KEYS: &[(&str, &[&str])] = &[
             "pool_mode",
             "session_users",
             "transaction_users",
+            "statement_users",
             "session_databases",
             "transaction_databases",
+            "statement_databases",
             "pool_size",
             "min_pool_size",
+            "reserve_pool_size",
+            "reserve_pool_timeout",
+            "max_db_connections",
+            "max_user_connections",
             "query_wait_timeout",
             "server_idle_timeout",
             "server_lifetime",
@@ -548,6 +556,26 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// How long something may last. `None`, the default: for ever, which is also said by zero.
+    fn patience(&mut self, section: &str, key: &str) -> Option<Duration> {
+        const LEAST: Duration = Duration::from_secs(1);
+        let most = Duration::from_secs(30 * 86_400);
+        let found = self.duration(section, key, Duration::ZERO, Duration::ZERO, most);
+        if found.is_zero() {
+            return None;
+        }
+        if found < LEAST
+            && let Some((_, at)) = self.raw(section, key)
+        {
+            self.problem(
+                &at,
+                "this is too short: clients are looked at once a second",
+                "Write \"1s\" or more, or \"0s\" for no limit",
+            );
+        }
+        Some(found)
+    }
+
     fn choice<T: Copy>(&mut self, section: &str, key: &str, choices: &[(&str, T)], default: T) -> T {
         let Some((text, at)) = self.text(section, key) else {
             return default;
@@ -702,6 +730,8 @@ impl<'a> Reader<'a> {
                 .integer("limits", "temporary_max", 1 << 20, 0, 1 << 25)
                 .unsigned_abs(),
             hold_timeout: self.duration("limits", "hold_timeout", s(30), ms(100), s(86_400)),
+            client_idle_timeout: self.patience("limits", "client_idle_timeout"),
+            idle_transaction_timeout: self.patience("limits", "idle_transaction_timeout"),
         };
         let pool = self.pool(&databases);
         let log_format = self.choice(
@@ -736,7 +766,7 @@ impl<'a> Reader<'a> {
     }
 
     fn pool(&mut self, served: &[String]) -> Pool {
-        let modes = [("session", PoolMode::Session), ("transaction", PoolMode::Transaction)];
+        let modes = [PoolMode::Session, PoolMode::Transaction, PoolMode::Statement].map(|mode| (mode.name(), mode));
         let named = |reader: &mut Self, what: &str| {
             let mut found = BTreeMap::new();
             for (name, mode) in modes {
@@ -753,7 +783,7 @@ impl<'a> Reader<'a> {
                         );
                     }
                     if found.insert(one.clone(), mode).is_some_and(|before| before != mode) {
-                        reader.problem(&at, format!("{one:?} is named with both modes"), "Name it once");
+                        reader.problem(&at, format!("{one:?} is named with two modes"), "Name it once");
                     }
                 }
             }
@@ -767,11 +797,15 @@ impl<'a> Reader<'a> {
         };
         let pool_size = count("pool_size", default.pool_size, 1);
         let min_pool_size = count("min_pool_size", default.min_pool_size, 0);
+        let reserve_pool_size = count("reserve_pool_size", default.reserve_pool_size, 0);
+        let max_db_connections = count("max_db_connections", default.max_db_connections, 0);
+        let max_user_connections = count("max_user_connections", default.max_user_connections, 0);
         let max_prepared_statements = count("max_prepared_statements", default.max_prepared_statements, 1);
         let max_bound_clients = count("max_bound_clients", default.max_bound_clients, 0);
         let mut time = |key, default, least| self.duration("pool", key, default, least, s(30 * 86_400));
         let pool = Pool {
             query_wait_timeout: time("query_wait_timeout", default.query_wait_timeout, ms(10)),
+            reserve_pool_timeout: time("reserve_pool_timeout", default.reserve_pool_timeout, ms(10)),
             server_idle_timeout: time("server_idle_timeout", default.server_idle_timeout, ms(100)),
             server_lifetime: time("server_lifetime", default.server_lifetime, ms(100)),
             pool_mode: self.choice("pool", "pool_mode", &modes, default.pool_mode),
@@ -779,6 +813,9 @@ impl<'a> Reader<'a> {
             databases,
             pool_size,
             min_pool_size,
+            reserve_pool_size,
+            max_db_connections,
+            max_user_connections,
             max_prepared_statements,
             max_bound_clients,
         };
@@ -786,6 +823,16 @@ impl<'a> Reader<'a> {
             && let Some((_, at)) = self.raw("pool", "min_pool_size")
         {
             self.problem(&at, "this is more than pool_size", "Keep it at or below pool_size");
+        }
+        if pool.reserve_pool_size > 0
+            && pool.reserve_pool_timeout >= pool.query_wait_timeout
+            && let Some((_, at)) = self.raw("pool", "reserve_pool_size")
+        {
+            self.problem(
+                &at,
+                "the reserve is never used: reserve_pool_timeout is not below query_wait_timeout, which ends who waits",
+                "Set reserve_pool_timeout below query_wait_timeout",
+            );
         }
         pool
     }

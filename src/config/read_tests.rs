@@ -109,11 +109,11 @@ fn each_kind_of_mistake_names_its_key_value_line_and_remedy() {
     let kinds: &[Mistake] = &[
         (
             "pool",
-            "pool_mode = \"statement\"",
+            "pool_mode = \"query\"",
             "pool.pool_mode",
-            Some("\"statement\""),
+            Some("\"query\""),
             "",
-            "\"transaction\"",
+            "\"statement\"",
         ),
         (
             "pool",
@@ -128,8 +128,40 @@ fn each_kind_of_mistake_names_its_key_value_line_and_remedy() {
             "transaction_users = [\"a\"]\nsession_users = [\"a\"]",
             "pool.transaction_users",
             Some("\"a\""),
-            "with both modes",
+            "with two modes",
             "once",
+        ),
+        (
+            "pool",
+            "reserve_pool_size = 2\nreserve_pool_timeout = \"2m\"",
+            "pool.reserve_pool_size",
+            Some("2"),
+            "never used",
+            "below query_wait_timeout",
+        ),
+        (
+            "pool",
+            "max_db_connections = -1",
+            "pool.max_db_connections",
+            Some("-1"),
+            "out of range",
+            "from 0",
+        ),
+        (
+            "limits",
+            "client_idle_timeout = \"500ms\"",
+            "limits.client_idle_timeout",
+            Some("\"500ms\""),
+            "too short",
+            "\"0s\" for no limit",
+        ),
+        (
+            "limits",
+            "idle_transaction_timeout = 30",
+            "limits.idle_transaction_timeout",
+            Some("30"),
+            "no unit",
+            "\"30s\"",
         ),
         ("pool", "pool_size = 0", "pool.pool_size", Some("0"), "", ""),
         (
@@ -555,6 +587,26 @@ fn a_users_pool_mode_counts_before_a_databases_and_that_before_the_rest() {
     assert_eq!(pool.mode("other", "app"), PoolMode::Session);
     assert_eq!(pool.mode("other", "app2"), PoolMode::Transaction);
     assert_eq!(pool.pool_size, 3);
+    let config = parse(&format!(
+        "{GOOD}\n[pool]\nstatement_databases = [\"app\"]\nstatement_users = [\"web\"]\nsession_users = [\"root\"]"
+    ));
+    let pool = config.unwrap().pool;
+    assert_eq!(pool.mode("web", "app2"), PoolMode::Statement);
+    assert_eq!(pool.mode("other", "app"), PoolMode::Statement);
+    assert_eq!(pool.mode("root", "app"), PoolMode::Session);
+}
+
+#[test]
+fn a_limit_of_zero_is_none() {
+    let limits = |keys: &str| parse(&format!("{GOOD}\n[limits]\n{keys}")).unwrap().limits;
+    let none = limits("client_idle_timeout = \"0s\"");
+    assert_eq!((none.client_idle_timeout, none.idle_transaction_timeout), (None, None));
+    let some = limits("client_idle_timeout = \"1s\"\nidle_transaction_timeout = \"1m\"");
+    let seconds = |n| Some(std::time::Duration::from_secs(n));
+    assert_eq!(
+        (some.client_idle_timeout, some.idle_transaction_timeout),
+        (seconds(1), seconds(60))
+    );
 }
 
 #[test]

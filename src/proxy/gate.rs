@@ -31,6 +31,7 @@ use subtle::ConstantTimeEq;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::config::PoolMode;
 use crate::pg::Side;
 
 /// Where new transactions go.
@@ -281,8 +282,8 @@ pub(super) struct Shared {
     pub application: String,
     pub client: String,
     pub since: std::time::Instant,
-    /// It has a server only for a transaction, unless it keeps one.
-    pub shares: bool,
+    /// For how long it has a server, unless it keeps one.
+    pub pool_mode: PoolMode,
     /// Why it keeps its server.
     pub keeps: OnceLock<String>,
     waker: Mutex<Option<Waker>>,
@@ -299,8 +300,7 @@ pub(super) struct Newcomer {
     /// Its address.
     pub client: String,
     pub since: std::time::Instant,
-    /// See [`Shared::shares`].
-    pub shares: bool,
+    pub pool_mode: PoolMode,
     pub secret: Vec<u8>,
 }
 
@@ -329,6 +329,10 @@ pub(super) fn add(counter: &AtomicU64, n: u64) {
 }
 
 impl Shared {
+    /// It has a server only while it needs one, unless it keeps one.
+    pub fn shares(&self) -> bool {
+        self.pool_mode != PoolMode::Session
+    }
     #[inline]
     pub fn signals(&self) -> u8 {
         self.signals.load(Ordering::Relaxed)
@@ -579,7 +583,7 @@ impl Gate {
                         failed.push(session.obstacle(format!("login on {to}: {why}")))
                     }
                     // Already there, or without a server connection yet: it will open its first one where it belongs.
-                    _ if session.side() == Some(to) || session.phase() == Phase::Waiting && !session.shares => {
+                    _ if session.side() == Some(to) || session.phase() == Phase::Waiting && !session.shares() => {
                         ready += 1
                     }
                     _ if late => failed.push(session.obstacle(format!("login on {to}: no answer in time"))),
@@ -877,7 +881,7 @@ impl Gate {
             application,
             client,
             since,
-            shares,
+            pool_mode,
             secret,
         } = newcomer;
         let mut inner = self.inner.lock();
@@ -896,7 +900,7 @@ impl Gate {
             application,
             client,
             since,
-            shares,
+            pool_mode,
             keeps: OnceLock::new(),
             phase: AtomicU8::new(Phase::Waiting as u8),
             signals: AtomicU8::new(0),
@@ -1157,7 +1161,7 @@ impl Gate {
         // Servers that are lent for a transaction are not listed.
         let lent: HashMap<u32, SessionId> = sessions
             .values()
-            .filter(|session| session.shares)
+            .filter(|session| session.shares())
             .filter_map(|session| Some((session.server_key()?, session.id)))
             .filter(|(key, _)| key.side == at.source)
             .map(|(key, id)| (key.pid, id))
@@ -1321,17 +1325,17 @@ impl Shared {
             application: self.application.clone(),
             state: match self.phase() {
                 Phase::Login => "login",
-                Phase::Waiting if self.shares && !self.waiting.load(Ordering::SeqCst) => "idle",
-                Phase::Waiting if self.shares && !held => "waiting",
+                Phase::Waiting if self.shares() && !self.waiting.load(Ordering::SeqCst) => "idle",
+                Phase::Waiting if !held => "waiting",
                 Phase::Waiting => "held",
                 Phase::Boundary if held && self.waiting.load(Ordering::SeqCst) => "held",
                 Phase::Boundary => "idle",
                 Phase::Busy => "active",
                 Phase::InTransaction => "idle in transaction",
             },
-            pool_mode: match self.shares && self.keeps.get().is_none() {
-                true => "transaction",
-                false => "session",
+            pool_mode: match self.keeps.get() {
+                None => self.pool_mode.name(),
+                Some(_) => PoolMode::Session.name(),
             },
             keeps: self.keeps.get().cloned(),
             side: self.side(),
@@ -1361,11 +1365,11 @@ pub struct SessionView {
     pub database: String,
     /// `application_name` of the startup message.
     pub application: String,
-    /// `login`, `idle`, `active`, `idle in transaction`, `held`; `waiting` for a server that others share.
+    /// `login`, `idle`, `active`, `idle in transaction`, `held`; `waiting` for a server that others have.
     pub state: &'static str,
-    /// `session` or `transaction`: for how long it has a server connection.
+    /// `session`, `transaction` or `statement`: for how long it has a server connection.
     pub pool_mode: &'static str,
-    /// Why it keeps its server connection, though its pool's mode is `transaction`.
+    /// Why it keeps its server connection, though its pool's mode is `transaction` or `statement`.
     #[serde(skip)]
     pub keeps: Option<String>,
     /// Side its server connection is on; none while it has none.
@@ -1408,7 +1412,7 @@ mod tests {
             application: text(),
             client: text(),
             since: Instant::now(),
-            shares: false,
+            pool_mode: PoolMode::Session,
             secret: b"key!".to_vec(),
         }
     }

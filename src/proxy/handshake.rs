@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, timeout_at};
 
 use crate::proxy::Env;
 use crate::proxy::auth::{self, Candidate};
@@ -65,9 +66,14 @@ pub(super) async fn refuse(stream: &mut ClientStream, error: ClientError) -> Fai
     Failed::Refused(error)
 }
 
-/// Brings a connection to an authenticated client. The caller bounds it with `limits.client_login_timeout`.
-/// `peer` becomes the one that a load balancer names.
-pub(super) async fn receive(env: &Arc<Env>, mut stream: ClientStream, peer: &mut Peer) -> Result<Arrival, Failed> {
+/// Brings a connection to an authenticated client. The caller bounds it with `limits.client_login_timeout`; who has said what it
+/// wants by `deadline`, which is a moment before that, and not who it is, is told. `peer` becomes the one that a load balancer names.
+pub(super) async fn receive(
+    env: &Arc<Env>,
+    mut stream: ClientStream,
+    peer: &mut Peer,
+    deadline: Instant,
+) -> Result<Arrival, Failed> {
     if peer.speaks_for_others(&env.config.proxy_protocol) && !peer.introduce(&mut stream).await? {
         return Err(refuse(&mut stream, ClientError::no_proxy_header()).await);
     }
@@ -140,7 +146,13 @@ pub(super) async fn receive(env: &Arc<Env>, mut stream: ClientStream, peer: &mut
             .unwrap_or(&user),
         user: &user,
     };
-    let keys = auth::log_in(env, &mut stream, &candidate).await?;
+    let keys = match timeout_at(deadline, auth::log_in(env, &mut stream, &candidate)).await {
+        Ok(keys) => keys?,
+        Err(_) => {
+            let error = ClientError::login_timeout(env.config.limits.client_login_timeout);
+            return Err(refuse(&mut stream, error).await);
+        }
+    };
     let replication = startup.parameter(b"replication").is_some_and(wants_replication);
     let mut parameters = startup.parameters;
     parameters.retain(|(name, _)| !name.starts_with(b"_pq_."));

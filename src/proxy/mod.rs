@@ -4,7 +4,7 @@
 //! `replication` is what passes beside sessions; the `reactor` calls a session when its sockets are ready; `transfer` moves a
 //! session's state to the other side, with `temporary` objects and `cursors` WITH HOLD, at the `pace` that servers bear;
 //! `sharing` serves clients that borrow a server from a `pool` for each transaction (`suspects`: what may change more than
-//! that); `cancel` passes cancel requests on, `verifiers` knows what clients' passwords are checked with, `turns` lets those
+//! that); `limits` ends who does nothing for too long, `seats` limits the number of servers; `cancel` passes cancel requests on, `verifiers` knows what clients' passwords are checked with, `turns` lets those
 //! through in a drain whom others wait for.
 //!
 //! Each worker is a thread with a runtime and a listener of its own (SO_REUSEPORT); a session is one task that owns both
@@ -18,12 +18,14 @@ mod failures;
 pub mod gate;
 mod handshake;
 mod held;
+mod limits;
 mod outbox;
 mod pace;
 mod peer;
 mod pool;
 mod reactor;
 mod replication;
+mod seats;
 mod secure;
 mod server;
 mod session;
@@ -53,12 +55,14 @@ use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::{Auth, ClientTls, Config, PoolMode, Verifiers};
+use crate::pg::Side;
 use crate::wire::error::ClientError;
 use crate::wire::scram;
 use client::ClientStream;
 use gate::Gate;
 use handshake::{Arrival, Failed};
 use peer::Peer;
+use seats::{Seat, Seats, Whose};
 
 /// Connections the kernel keeps for us, a worker.
 const BACKLOG: i32 = 1024;
@@ -79,6 +83,8 @@ struct Env {
     clients: AtomicUsize,
     /// Of those that share servers, those that keep one.
     bound: AtomicUsize,
+    /// Where the number of servers is limited.
+    seats: Option<Arc<Seats>>,
 }
 
 impl Env {
@@ -87,6 +93,12 @@ impl Env {
         let mut hasher = std::hash::DefaultHasher::new();
         (user, database).hash(&mut hasher);
         (hasher.finish() % self.homes.len() as u64) as usize
+    }
+
+    /// Room for a server to which a session goes over.
+    fn seat_there(&self, side: Side, user: &str, database: &str) -> Option<Seat> {
+        let seats = self.seats.as_ref()?;
+        Some(seats.take_over(&Whose::new(side, user, database)))
     }
 }
 
@@ -140,6 +152,7 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         tls,
         clients: AtomicUsize::new(0),
         bound: AtomicUsize::new(0),
+        seats: Seats::new(&config.pool),
         config: config.clone(),
     });
     let mut address = config.listen;
@@ -173,7 +186,9 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
         let poller = reactor::Poller::new()?;
         let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(move || {
             runtime.block_on(async {
-                let driving = poller.start();
+                let env = &worker.env;
+                let patience = limits::Patience::new(&env.config.limits, &env.gate, reactor::LOOK_ANYWAY);
+                let driving = poller.start(patience);
                 tokio::spawn(async move {
                     let error = driving.await;
                     // The log's thread ends with the process.
@@ -183,6 +198,9 @@ pub fn serve(config: Arc<Config>, gate: Arc<Gate>, shutdown: watch::Receiver<boo
                 // Ends with the thread.
                 if n == 0 {
                     tokio::spawn(turns::watch(worker.env.clone()));
+                }
+                if let Some(seats) = &env.seats {
+                    tokio::spawn(pool::make_room(seats.clone()));
                 }
                 tokio::spawn(welcome(worker.clone(), travellers));
                 work(worker, listener, local, shutdown, stopped).await;
@@ -404,7 +422,10 @@ async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
     if clients >= limits.max_clients.saturating_mul(2).saturating_add(64) {
         return;
     }
-    let arrival = tokio::time::timeout(limits.client_login_timeout, handshake::receive(&env, stream, &mut peer)).await;
+    let deadline = tokio::time::Instant::now() + limits.client_login_timeout;
+    let arrival = handshake::receive(&env, stream, &mut peer, deadline);
+    // Who is told that it is too late may take a moment to hear it.
+    let arrival = tokio::time::timeout_at(deadline + session::LAST_WORDS, arrival).await;
     match arrival {
         Ok(Ok(Arrival::Cancel(_closed_behind_it, pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
         Ok(Ok(Arrival::Client(mut client))) => {

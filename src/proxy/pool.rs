@@ -1,4 +1,4 @@
-//! Servers that clients share (`[pool] pool_mode = "transaction"`): lent for a transaction, taken back, opened when clients
+//! Servers that clients share (`[pool] pool_mode`: all but `"session"`): lent for a transaction, taken back, opened when clients
 //! wait and there is room, closed when they are old or not needed. One pool for each user, database and way of logging in;
 //! it lives on one worker's thread with all its clients, so nothing here is locked or handed from thread to thread.
 //!
@@ -11,15 +11,18 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::pg::Side;
 use crate::proxy::gate::{Ahead, CancelKey, Orders, Shared};
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::reactor;
+use crate::proxy::seats::{Asked, Seat, Seats, Whose, Withdraws};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, State};
 use crate::proxy::{Env, Worker};
+use crate::telemetry::EVICTED;
 use crate::wire::message::{ErrorFields, Pair};
 use crate::wire::statements::{OnServer, Statements};
 
@@ -93,6 +96,8 @@ struct Pool {
     kept: usize,
     /// On blue, and on green.
     opening: [usize; 2],
+    /// It waits for room for one more.
+    asks: Option<Asks>,
     clients: usize,
     /// How long to wait before a server that could not be reached is tried again.
     again: Duration,
@@ -102,6 +107,19 @@ struct Pool {
     parameters_ahead: Option<Arc<Parameters>>,
     /// What the last client had set.
     state: Option<Arc<State>>,
+}
+
+/// A pool waits until the number of servers allows it one more.
+struct Asks {
+    side: Side,
+    _withdraws: Withdraws,
+    task: AbortHandle,
+}
+
+impl Drop for Asks {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 /// Servers for a flip, made ahead.
@@ -227,6 +245,7 @@ impl Drop for Ticket {
             let Some(pool) = here.pool(self.pool) else { return };
             if let Some(at) = pool.waits(self.number) {
                 pool.waiting.remove(at);
+                pool.ask_no_more();
             } else if let Some(at) = pool.served.iter().position(|(number, _)| *number == self.number)
                 && let Served::With(lent) = pool.served.swap_remove(at).1
             {
@@ -321,6 +340,7 @@ pub(super) fn join(
                 places: 0,
                 kept: 0,
                 opening: [0; 2],
+                asks: None,
                 clients: 0,
                 again: AGAIN,
                 parameters: None,
@@ -439,12 +459,15 @@ pub(super) fn queue(id: PoolId, call: Call) -> Ticket {
     })
 }
 
-/// Sees to it that nobody waits for longer than `pool.query_wait_timeout`. For as long as somebody waits.
+/// Sees to it that nobody waits for longer than `pool.query_wait_timeout`, and that the reserve is used for who has waited for
+/// `pool.reserve_pool_timeout`. For as long as somebody waits.
 async fn watch(id: PoolId) {
     loop {
         let next = HERE.with_borrow_mut(|here| {
             let pool = here.pool(id)?;
-            let limit = pool.worker.env.config.pool.query_wait_timeout;
+            let config = &pool.worker.env.config.pool;
+            let limit = config.query_wait_timeout;
+            let reserve = Some(config.reserve_pool_timeout).filter(|_| config.reserve_pool_size > 0);
             let now = Instant::now();
             while let Some(first) = pool.waiting.front().filter(|first| now - first.since >= limit) {
                 let (number, call) = (first.ticket, pool.waiting.pop_front()?.call);
@@ -452,7 +475,19 @@ async fn watch(id: PoolId) {
                 call.call();
             }
             pool.watched = !pool.waiting.is_empty();
-            Some(pool.waiting.front()?.since + limit)
+            pool.ask_no_more();
+            let since = pool.waiting.front()?.since;
+            let next = match reserve.map(|after| since + after) {
+                Some(reserve) if reserve > now => reserve,
+                Some(_) => {
+                    here.fill(id);
+                    since + limit
+                }
+                None => since + limit,
+            };
+            // Whoever is the first by then may have waited for long.
+            let again = reserve.map_or(limit, |after| after.min(limit));
+            Some(next.min(now + again))
         });
         match next {
             Some(next) => sleep_until(next).await,
@@ -554,6 +589,17 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
         let Some((login, state)) = next else { break };
         let _turn = worker.opening.turn().await;
         let limit = env.config.limits.server_connect_timeout;
+        let Some(key) = HERE.with_borrow_mut(|here| Some(here.pool(id)?.key.clone())) else {
+            return;
+        };
+        let seat = match &env.seats {
+            None => None,
+            Some(seats) => match seats.try_take(&Whose::new(to, &key.user, &key.database)) {
+                Some(seat) => Some(seat),
+                // More are opened when they are needed.
+                None => break,
+            },
+        };
         let made = async {
             let mut conn = server::open(env.config.server(to), &login, limit).await?;
             let said = Arc::new(conn.parameters.clone());
@@ -564,6 +610,7 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
                 // It is given to a client all the same, which will be told.
                 _ => conn = server::open(env.config.server(to), &login, limit).await?,
             }
+            conn.seat = seat;
             Ok::<_, LoginError>((conn, state, said))
         };
         let made = made.await;
@@ -679,27 +726,89 @@ impl Pools {
         lent.used = now;
         pool.idle.push(lent);
         pool.serve();
+        if let Some(seats) = &pool.worker.env.seats
+            && seats.are_wanted()
+        {
+            pool.give_way();
+        }
     }
 
     /// Has as many servers opened as clients wait for, and as there is room for.
     fn fill(&mut self, id: PoolId) {
+        self.fill_with(id, None);
+    }
+
+    /// The same. `seat`: one that has come, for which the pool has asked.
+    fn fill_with(&mut self, id: PoolId, mut seat: Option<Seat>) {
         let Some(pool) = self.pool(id) else { return };
-        let size = pool.worker.env.config.pool.pool_size;
+        let size = pool.size();
         let Some(side) = pool.worker.env.gate.active() else {
             return;
         };
         pool.go_to(side);
         pool.serve();
+        seat.take_if(|seat| seat.side() != side);
+        pool.asks.take_if(|asks| asks.side != side);
         // Those that are still being opened on the side where nobody goes any more are of no use to anybody.
         let (here_now, elsewhere) = (at(side), pool.opening[at(side.other())]);
         while pool.opening[here_now] < pool.waiting.len()
             && pool.places - pool.kept - pool.ahead.len() - elsewhere < size
         {
+            let seat = match &pool.worker.env.seats {
+                None => None,
+                Some(seats) => {
+                    let whose = Whose::new(side, &pool.key.user, &pool.key.database);
+                    match seat.take().or_else(|| seats.try_take(&whose)) {
+                        Some(seat) => Some(seat),
+                        None => {
+                            pool.asks.get_or_insert_with(|| {
+                                let asked = seats.ask(whose);
+                                Asks {
+                                    side,
+                                    _withdraws: asked.withdraws(),
+                                    task: tokio::spawn(ask(id, asked)).abort_handle(),
+                                }
+                            });
+                            return;
+                        }
+                    }
+                }
+            };
             pool.opening[here_now] += 1;
             let place = Place::new(pool, id);
-            tokio::spawn(open(id, place, pool.worker.clone(), pool.login.clone(), side));
+            tokio::spawn(open(id, place, seat, pool.worker.clone(), pool.login.clone(), side));
+        }
+        pool.asks = None;
+    }
+
+    /// Closes idle servers of this thread for those who wait, somewhere, for their seats: first those that have been idle for longest.
+    fn make_room(&mut self) {
+        let pools = self.pools.iter_mut().flatten();
+        let mut idle: Vec<_> = pools.filter_map(|pool| Some((pool.idle.first()?.used, pool))).collect();
+        idle.sort_by_key(|(used, _)| *used);
+        for (_, pool) in idle {
+            while pool.give_way() {}
         }
     }
+}
+
+/// Closes idle servers of this thread whenever somebody waits for room. For as long as the thread lives.
+pub(super) async fn make_room(seats: Arc<Seats>) {
+    let mut looked_for = seats.looked_for();
+    while looked_for.changed().await.is_ok() {
+        HERE.with_borrow_mut(|here| here.make_room());
+    }
+}
+
+/// Waits for room for one more server.
+async fn ask(id: PoolId, mut asked: Asked) {
+    let seat = asked.seat().await;
+    HERE.with_borrow_mut(|here| {
+        if let Some(pool) = here.pool(id) {
+            pool.asks = None;
+        }
+        here.fill_with(id, Some(seat));
+    });
 }
 
 /// Where a side's number is.
@@ -711,7 +820,7 @@ fn at(side: Side) -> usize {
 }
 
 /// Opens a server for whoever waits first.
-async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side: Side) {
+async fn open(id: PoolId, place: Place, seat: Option<Seat>, worker: Arc<Worker>, login: Login, side: Side) {
     struct Opening(PoolId, Side);
     impl Drop for Opening {
         fn drop(&mut self) {
@@ -733,8 +842,9 @@ async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side:
     )
     .await;
     match opened {
-        Ok(conn) => {
+        Ok(mut conn) => {
             drop(opening);
+            conn.seat = seat;
             HERE.with_borrow_mut(|here| {
                 let here = &mut *here;
                 let version = here.version(&conn.parameters);
@@ -745,6 +855,7 @@ async fn open(id: PoolId, place: Place, worker: Arc<Worker>, login: Login, side:
             });
         }
         Err(error) => {
+            drop(seat);
             tracing::info!(%side, user = login_user(&login), %error, "a server that clients share could not be opened");
             let unreachable = matches!(
                 error,
@@ -811,6 +922,39 @@ impl Lent {
 }
 
 impl Pool {
+    /// Closes the server that has been idle for longest if somebody waits for its seat. False: there is none, or nobody.
+    #[cold]
+    fn give_way(&mut self) -> bool {
+        let seat = self.idle.first_mut().and_then(|lent| lent.conn.seat.as_mut());
+        if !seat.is_some_and(Seat::give_way) {
+            return false;
+        }
+        let Lent { conn, place, .. } = *self.idle.remove(0);
+        metrics::counter!(EVICTED).increment(1);
+        tokio::spawn(async move {
+            drop(place);
+            conn.close(CLOSE_LIMIT, true).await;
+        });
+        true
+    }
+
+    /// How many servers it may have now.
+    fn size(&self) -> usize {
+        let config = &self.worker.env.config.pool;
+        let waits = self.waiting.front().filter(|_| config.reserve_pool_size > 0);
+        match waits.is_some_and(|first| first.since.elapsed() >= config.reserve_pool_timeout) {
+            true => config.pool_size + config.reserve_pool_size,
+            false => config.pool_size,
+        }
+    }
+
+    /// After anything that has made fewer wait: room for a server that nobody would use is not asked for.
+    #[inline]
+    fn ask_no_more(&mut self) {
+        let sides = &self.opening;
+        self.asks.take_if(|asks| sides[at(asks.side)] >= self.waiting.len());
+    }
+
     /// Where in the queue this ticket is.
     fn waits(&self, ticket: u64) -> Option<usize> {
         self.waiting
@@ -830,6 +974,9 @@ impl Pool {
             let first = self.waiting.pop_front().expect("seen above");
             self.served.push((first.ticket, Served::With(lent)));
             first.call.call();
+        }
+        if self.asks.is_some() {
+            self.ask_no_more();
         }
     }
 
@@ -884,8 +1031,13 @@ impl Pool {
     fn close(&mut self, lent: Box<Lent>) {
         let Lent { conn, place, .. } = *lent;
         let left = self.worker.left.clone();
+        let at_once = self.worker.env.seats.as_ref().is_some_and(|seats| seats.are_wanted());
         tokio::spawn(async move {
-            left.close(conn);
+            match at_once {
+                // Somebody waits for its seat.
+                true => drop(tokio::spawn(conn.close(CLOSE_LIMIT, true))),
+                false => left.close(conn),
+            }
             // Its room is free at once: that the server is a moment behind matters to nobody but max_connections.
             drop(place);
         });
@@ -910,6 +1062,7 @@ async fn tidy() {
                 here.by_key.remove(&key);
                 here.pools[n] = None;
             }
+            here.make_room();
             for n in 0..here.pools.len() {
                 here.fill(PoolId(n));
             }

@@ -19,6 +19,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use mio::event::Event as Ready;
 use mio::{Events, Interest, Registry, Token};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
@@ -26,8 +27,9 @@ use slab::Slab;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::interval;
+use tokio::time::{MissedTickBehavior, interval};
 
+use super::limits::{Limit, Patience};
 use super::session::{Event, Session};
 use super::sharing::Sharing;
 
@@ -38,7 +40,8 @@ const EVENTS: usize = 256;
 const ROUNDS: u32 = 16;
 
 /// Sockets are looked at so often even if nobody says that one is ready: a lost wake-up would stop all sessions of a worker for ever.
-const LOOK_ANYWAY: Duration = Duration::from_secs(1);
+/// Whoever is idle for too long is found then.
+pub(super) const LOOK_ANYWAY: Duration = Duration::from_secs(1);
 
 const READABLE: u8 = 1;
 const WRITABLE: u8 = 2;
@@ -86,6 +89,8 @@ pub(super) trait Relays: Sized + Send {
     fn socket(&mut self, end: End) -> Option<&mut Socket>;
     /// It lies in this place from now on, or in none: a server that it takes is to be given that ([`Socket::assign`]).
     fn place(&mut self, _place: Option<u32>) {}
+    /// A limit that it has run into by doing nothing.
+    fn idles(&mut self, patience: &Patience) -> Option<Limit>;
     /// As what it lies here.
     fn lying(self: Box<Self>) -> Lying;
     /// What it was when it was laid here.
@@ -112,6 +117,13 @@ impl Lying {
         match self {
             Lying::Session(session) => session.poll_relay(cx),
             Lying::Sharing(session) => session.poll_relay(cx),
+        }
+    }
+
+    fn idles(&mut self, patience: &Patience) -> Option<Limit> {
+        match self {
+            Lying::Session(session) => session.idles(patience),
+            Lying::Sharing(session) => session.idles(patience),
         }
     }
 }
@@ -400,7 +412,8 @@ impl Poller {
 
     /// From now on this thread can have [`Socket`]s. The future returned finds what is ready and calls whom it is for. It has
     /// to run on this thread's runtime for as long as there are any, and returns only with an error, which none recovers from.
-    pub fn start(self) -> impl Future<Output = io::Error> {
+    /// `patience`: with sessions that do nothing.
+    pub fn start(self, patience: Option<Patience>) -> impl Future<Output = io::Error> {
         HERE.set(Some(Reactor {
             registry: self.registry,
             users: Slab::new(),
@@ -410,7 +423,7 @@ impl Poller {
             delivers: false,
         }));
         async move {
-            match drive(self.poll).await {
+            match drive(self.poll, patience).await {
                 Ok(never) => match never {},
                 Err(error) => error,
             }
@@ -426,19 +439,31 @@ fn set_delivers(delivers: bool) {
     });
 }
 
-async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
+async fn drive(poll: mio::Poll, mut patience: Option<Patience>) -> io::Result<std::convert::Infallible> {
     // SAFETY: `poll` owns its descriptor and never changes it; it is not taken out of the AsyncFd.
     let mut poll = unsafe { AsyncFd::register_with_interest(poll, tokio::io::Interest::READABLE) }?;
     let mut events = Events::with_capacity(EVENTS);
     let mut look = interval(LOOK_ANYWAY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let mut unasked = false;
-        tokio::select! {
+        // Its turn comes however busy the sockets are.
+        let looks = tokio::select! {
             biased;
+            _ = look.tick() => true,
             // Before it is asked: what comes after that makes it ready anew.
-            ready = poll.readable_mut() => ready?.clear_ready(),
-            _ = look.tick() => unasked = true,
-        }
+            ready = poll.readable_mut() => {
+                ready?.clear_ready();
+                false
+            }
+        };
+        let told = !looks
+            || match poll.readable_mut().now_or_never() {
+                Some(ready) => {
+                    ready?.clear_ready();
+                    true
+                }
+                None => false,
+            };
         // Until nothing is ready: to ask here once more costs less than the runtime's way round, and what has come meanwhile is
         // done together.
         for round in 1.. {
@@ -458,14 +483,36 @@ async fn drive(poll: mio::Poll) -> io::Result<std::convert::Infallible> {
             if taken == 0 {
                 break;
             }
-            if std::mem::take(&mut unasked) {
+            if !told && round == 1 {
                 tracing::debug!(taken, "sockets were ready when nobody had said so");
             }
             if round % ROUNDS == 0 {
                 tokio::task::yield_now().await;
             }
         }
+        // What has come by now has been heard.
+        if looks
+            && let Some(patience) = &mut patience
+            && patience.counts()
+        {
+            look_at_all(patience);
+        }
     }
+}
+
+/// Stops the sessions that have run into a limit.
+fn look_at_all(patience: &Patience) {
+    HERE.with_borrow_mut(|here| {
+        let Some(here) = here else { return };
+        for (_, relay) in &mut here.relays {
+            let Relay::Lies(session, _) = relay else { continue };
+            let Some(limit) = session.idles(patience) else { continue };
+            if let Relay::Lies(session, waker) = std::mem::replace(relay, Relay::Runs) {
+                *relay = Relay::Stopped(Box::new((session, Why::Event(Event::Limit(limit)))));
+                waker.wake();
+            }
+        }
+    });
 }
 
 /// Notes what is ready, and calls or wakes whom it is for.

@@ -11,6 +11,7 @@ use std::task::Poll;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::config::PoolMode;
 use crate::proxy::client::ClientStream;
 use crate::proxy::gate::{Ahead, CancelKey, Newcomer, Outcome, Shared, add, signal};
 use crate::proxy::handshake::Client;
@@ -46,7 +47,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         application: client.application,
         client: peer.to_string(),
         since,
-        shares: false,
+        pool_mode: PoolMode::Session,
         secret: client.secret,
     });
     let mut registered = Registered::new(env.clone(), shared.clone());

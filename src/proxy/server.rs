@@ -17,6 +17,7 @@ use crate::config::Server;
 use crate::pg::{ConnectError, Side, Stream};
 use crate::proxy::auth;
 use crate::proxy::client::ServerStream;
+use crate::proxy::seats::Seat;
 use crate::wire::error::ClientError;
 use crate::wire::md5;
 use crate::wire::message::{self, ErrorFields, Pair};
@@ -128,6 +129,8 @@ pub(super) struct ServerConn {
     buffer: Vec<u8>,
     /// Whole messages that came unasked in between (notices, notifications, ParameterStatus): the client's.
     pub aside: Vec<u8>,
+    /// Where servers are limited in number, for as long as this one exists.
+    pub seat: Option<Seat>,
 }
 
 /// Why a server connection could not be opened for a client.
@@ -244,6 +247,7 @@ async fn log_in(
         login_left: MAX_LOGIN,
         buffer: Vec::new(),
         aside: Vec::new(),
+        seat: None,
     };
     let mut out = Vec::new();
     message::put_startup(&mut out, parameters);

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
+use crate::config::PoolMode;
 use crate::pg::Side;
 use crate::proxy::client::ClientStream;
 use crate::proxy::gate::{
@@ -24,13 +25,16 @@ use crate::proxy::gate::{
 };
 use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
+use crate::proxy::limits::{Doing, Idle, Limit, Patience};
 use crate::proxy::outbox::Outbox;
 use crate::proxy::pace::CLOSE_LIMIT;
 use crate::proxy::peer::Peer;
 use crate::proxy::reactor::{self, Lying, Relays, Socket};
+use crate::proxy::seats::{Asked, Seat, Whose};
 use crate::proxy::server::{self, Login, LoginError, ServerConn};
 use crate::proxy::transfer::{self, Pins, State, TransferError};
 use crate::proxy::{Env, Worker, cancel};
+use crate::telemetry::TIMED_OUT;
 use crate::wire::error::ClientError;
 use crate::wire::message;
 use crate::wire::scan::{BadLength, Replies, Requests, answers_come, at_boundary};
@@ -90,6 +94,8 @@ pub(super) enum Event {
     Attention,
     /// Quiet, and not sure whether at the boundary.
     Settle,
+    /// It has run into this one, and is to end.
+    Limit(Limit),
     Protocol(&'static str),
 }
 
@@ -190,6 +196,8 @@ pub(super) struct Session {
     touch_at: Option<Instant>,
     /// The server has closed the connection after the session's state was taken from it.
     source_gone: bool,
+    /// For how long its client has done nothing.
+    client_idle: Idle,
 }
 
 /// `idle_session_timeout`: a session that is held looks idle to its servers.
@@ -230,7 +238,7 @@ pub(super) async fn enter(
     client: Client,
     peer: &Peer,
     since: std::time::Instant,
-    shares: bool,
+    pool_mode: PoolMode,
 ) -> Option<(Registered, ClientStream, Login)> {
     let shared = env.gate.admit(Newcomer {
         user: client.user,
@@ -238,7 +246,7 @@ pub(super) async fn enter(
         application: client.application,
         client: peer.to_string(),
         since,
-        shares,
+        pool_mode,
         secret: client.secret,
     });
     let registered = Registered::new(env.clone(), shared.clone());
@@ -259,7 +267,7 @@ pub(super) async fn enter(
 /// Runs an authenticated client's session to its end.
 pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
-    let Some((mut registered, mut client, login)) = enter(&env, client, &peer, since, false).await else {
+    let Some((mut registered, mut client, login)) = enter(&env, client, &peer, since, PoolMode::Session).await else {
         return;
     };
     let shared = registered.shared.clone();
@@ -325,15 +333,28 @@ pub(super) async fn first_server(
     login: &Login,
 ) -> Result<ServerConn, Option<Vec<u8>>> {
     let limits = &env.config.limits;
-    let deadline = Instant::now() + limits.hold_timeout;
-    let tell = |error: ClientError| {
-        let mut bytes = Vec::new();
-        error.encode(&mut bytes);
-        Err(Some(bytes))
-    };
-    let upstream = loop {
-        if let Some(upstream) = env.gate.try_login(shared) {
-            break upstream;
+    let mut deadline = Instant::now() + limits.hold_timeout;
+    let tell = |error: ClientError| Err(Some(encoded(&error)));
+    let (upstream, seat) = loop {
+        // First: who waits for one is in no flip's way.
+        let seat = seat(env, shared, client, held).await?;
+        if let Some(seat) = &seat
+            && env.gate.active() != Some(seat.side())
+        {
+            continue;
+        }
+        if (seat.is_some() || env.seats.is_none())
+            && let Some(upstream) = env.gate.try_login(shared)
+        {
+            if seat.as_ref().is_none_or(|seat| seat.side() == upstream.side) {
+                break (upstream, seat);
+            }
+            env.gate.ended(shared);
+            continue;
+        }
+        if seat.is_some() {
+            // How long that took does not count.
+            deadline = Instant::now() + limits.hold_timeout;
         }
         if env.gate.orders().shutdown {
             return tell(ClientError::shutting_down());
@@ -355,7 +376,10 @@ pub(super) async fn first_server(
         () = killed(shared) => return tell(ClientError::terminated("It was still logging in.")),
     };
     match opened {
-        Ok(conn) => Ok(conn),
+        Ok(mut conn) => {
+            conn.seat = seat;
+            Ok(conn)
+        }
         Err(error) => {
             tracing::info!(side = %upstream.side, user = shared.user, database = shared.database, %error, "a server login failed");
             metrics::counter!("pgflip_logins_total", "result" => "server").increment(1);
@@ -363,6 +387,49 @@ pub(super) async fn first_server(
             error.tell(upstream.side, &mut bytes);
             Err(Some(bytes))
         }
+    }
+}
+
+fn encoded(error: &ClientError) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    error.encode(&mut bytes);
+    bytes
+}
+
+/// Where servers are limited in number: waits for room for this client's, on the side where clients are. `None`: there is no limit,
+/// or the gate is closed.
+async fn seat(
+    env: &Arc<Env>,
+    shared: &Arc<Shared>,
+    client: &mut ClientStream,
+    held: &mut Vec<u8>,
+) -> Result<Option<Seat>, Option<Vec<u8>>> {
+    let Some(seats) = &env.seats else { return Ok(None) };
+    let limit = env.config.pool.query_wait_timeout;
+    let until = Instant::now() + limit;
+    let mut asked: Option<Asked> = None;
+    loop {
+        let orders = env.gate.orders();
+        let Some(Upstream { side, .. }) = orders.upstream.filter(|_| !orders.held && !orders.shutdown) else {
+            return Ok(None);
+        };
+        let mut asks = match asked.take() {
+            Some(asks) if asks.side() == side => asks,
+            _ => seats.ask(Whose::new(side, &shared.user, &shared.database)),
+        };
+        tokio::select! {
+            biased;
+            seat = asks.seat() => return Ok(Some(seat)),
+            bits = signals(shared) => if bits & signal::KILL != 0 {
+                return Err(Some(encoded(&ClientError::terminated("It was still logging in."))));
+            },
+            () = gone(client, held, None) => return Err(None),
+            () = sleep_until(until) => {
+                metrics::counter!(TIMED_OUT, "limit" => "query_wait_timeout").increment(1);
+                return Err(Some(encoded(&ClientError::no_seat(limit))));
+            }
+        }
+        asked = Some(asks);
     }
 }
 
@@ -447,6 +514,17 @@ impl Relays for Session {
         Lying::Session(self)
     }
 
+    fn idles(&mut self, patience: &Patience) -> Option<Limit> {
+        let doing = match self.phase {
+            _ if !self.to_client.is_empty() || !self.to_server.is_empty() => Doing::Something,
+            Phase::Boundary => Doing::Nothing,
+            // What was sent before a Sync may be running.
+            Phase::InTransaction if !self.requests.batch_open => Doing::NothingInTransaction,
+            _ => Doing::Something,
+        };
+        self.client_idle.look(doing, &self.shared, patience)
+    }
+
     fn from(lying: Lying) -> Option<Box<Session>> {
         match lying {
             Lying::Session(session) => Some(session),
@@ -507,6 +585,7 @@ impl Session {
             idle: IdleLimit::Unknown,
             touch_at: None,
             source_gone: false,
+            client_idle: Idle::default(),
         }
     }
 
@@ -605,6 +684,7 @@ impl Session {
                 Event::ClientGone => Err(End::Client),
                 Event::ServerGone => Err(End::Server),
                 Event::Protocol(what) => Err(End::Tell(ClientError::protocol(what))),
+                Event::Limit(limit) => Err(End::Tell(limit.reached(&self.env.config.limits))),
                 Event::Signals(bits) => self.on_signals(bits).await,
                 Event::Attention => self.park().await,
                 Event::Settle => self.settle().await,
@@ -1133,7 +1213,8 @@ impl Session {
                 Event::ClientGone => return Err(End::Client),
                 Event::ServerGone => return Err(End::Server),
                 Event::Protocol(what) => return Err(End::Tell(ClientError::protocol(what))),
-                Event::Attention | Event::Settle => {}
+                // A limit is found in the reactor alone.
+                Event::Attention | Event::Settle | Event::Limit(_) => {}
                 Event::Signals(bits) => {
                     if bits & signal::KILL != 0 {
                         return Err(End::Kill(ClientError::terminated(IN_THE_WAY)));
@@ -1398,9 +1479,11 @@ impl Session {
                     Err(_) => return Err(late()),
                 }
             }
+            let seat = env.seat_there(to, &shared.user, &shared.database);
             let mut conn = server::open(env.config.server(to), login, limit)
                 .await
                 .map_err(|error| TransferError::Unmovable(format!("login on {to}: {error}")))?;
+            conn.seat = seat;
             timeout(limit, transfer::replay(&mut conn, &state, None))
                 .await
                 .map_err(|_| late())??;
@@ -1442,9 +1525,11 @@ impl Session {
             _ if self.phase != Phase::Boundary => {
                 // Only with the boundary left out on purpose: nothing is taken along.
                 let limit = self.env.config.limits.server_connect_timeout;
-                let conn = server::open(self.env.config.server(upstream.side), &self.login, limit)
+                let mut conn = server::open(self.env.config.server(upstream.side), &self.login, limit)
                     .await
                     .map_err(|error| End::NotMoved(error.to_string()))?;
+                let Shared { user, database, .. } = &*self.shared;
+                conn.seat = self.env.seat_there(upstream.side, user, database);
                 Ready { conn, pins: no_pins }
             }
             _ => match self.make_ready(upstream.side).await {
@@ -1687,7 +1772,11 @@ async fn make_ahead(
     let env = &worker.env;
     let report = |ahead| env.gate.report_ahead(&shared, ahead);
     let limit = env.config.limits.server_connect_timeout;
-    let open = async || server::open(env.config.server(to), &login, limit).await;
+    let open = async || {
+        let mut conn = server::open(env.config.server(to), &login, limit).await?;
+        conn.seat = env.seat_there(to, &shared.user, &shared.database);
+        Ok::<_, LoginError>(conn)
+    };
     let made = async {
         worker.left.gone().await;
         let mut turn = Some(worker.opening.turn().await);

@@ -1,5 +1,5 @@
-//! One client of `pool_mode = "transaction"`: a task that owns the client's socket, and for each transaction borrows a server
-//! of the client's pool.
+//! One client of `pool_mode = "transaction"`, or `"statement"`, which is the same for one request at a time: a task that owns the
+//! client's socket, and for each transaction borrows a server of the client's pool.
 //!
 //! What a client prepares and sets follows it: statements by what is forwarded ([`crate::wire::statements`]), settings by what
 //! is found on the server after a transaction that may have changed them ([`Sharing::inspect`]), and set on the next server
@@ -20,10 +20,12 @@ use arc_swap::ArcSwap;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
+use crate::config::PoolMode;
 use crate::proxy::client::ClientStream;
 use crate::proxy::gate::{Phase, Shared, add, signal};
 use crate::proxy::handshake::Client;
 use crate::proxy::held::Held;
+use crate::proxy::limits::{Doing, Idle, Limit, Patience};
 use crate::proxy::outbox::Outbox;
 use crate::proxy::peer::Peer;
 use crate::proxy::pool::{self, Call, Lent, Member, PoolId, Served, Ticket};
@@ -36,6 +38,7 @@ use crate::proxy::session::{
 use crate::proxy::suspects::{self, Suspects};
 use crate::proxy::transfer::{self, State, TransferError};
 use crate::proxy::{Env, Worker};
+use crate::telemetry::TIMED_OUT;
 use crate::wire::error::ClientError;
 use crate::wire::message::{self, Pair};
 use crate::wire::scan::{BadLength, Replies, Requests, Unnamed, answers_come, at_boundary};
@@ -52,6 +55,8 @@ pub(super) struct Sharing {
     phase: Phase,
     /// Why what is held was not forwarded.
     stop: Stop,
+    /// `pool_mode = "statement"`: it has a server for one request at a time, and no transaction outlives that.
+    statement: bool,
     /// Where it lies in the reactor.
     place: Option<u32>,
     server: Option<Box<Lent>>,
@@ -85,6 +90,8 @@ pub(super) struct Sharing {
     quiet: Option<Pin<Box<Sleep>>>,
     /// What is forwarded, while it is put together.
     out: Vec<u8>,
+    /// For how long its client has done nothing.
+    client_idle: Idle,
 }
 
 /// What the client calls itself, if it does.
@@ -96,7 +103,8 @@ fn application_name(login: &Login) -> Option<&Pair> {
 /// Runs an authenticated client's session to its end.
 pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
-    let Some((mut registered, client, login)) = session::enter(&env, client, &peer, since, true).await else {
+    let mode = env.config.pool.mode(&client.user, &client.database);
+    let Some((mut registered, client, login)) = session::enter(&env, client, &peer, since, mode).await else {
         return;
     };
     let shared = registered.shared.clone();
@@ -106,6 +114,8 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         requests: Requests::new(env.config.limits.unnamed_statement_max),
         phase: Phase::Waiting,
         stop: Stop::No,
+        statement: mode == PoolMode::Statement,
+        client_idle: Idle::default(),
         place: None,
         server: None,
         ticket: None,
@@ -207,6 +217,18 @@ impl Relays for Sharing {
 
     fn lying(self: Box<Self>) -> Lying {
         Lying::Sharing(self)
+    }
+
+    fn idles(&mut self, patience: &Patience) -> Option<Limit> {
+        let doing = match self.phase {
+            // How long it may wait for a server is another limit.
+            _ if !self.to_client.is_empty() || !self.to_server.is_empty() || self.ticket.is_some() => Doing::Something,
+            _ if self.server.is_none() => Doing::Nothing,
+            // What was sent before a Sync may be running.
+            Phase::InTransaction if !self.requests.batch_open => Doing::NothingInTransaction,
+            _ => Doing::Something,
+        };
+        self.client_idle.look(doing, &self.shared, patience)
     }
 
     fn from(lying: Lying) -> Option<Box<Sharing>> {
@@ -394,6 +416,7 @@ impl Sharing {
                 Event::ClientGone => Err(End::Client),
                 Event::ServerGone => Err(End::Server),
                 Event::Protocol(what) => Err(End::Tell(ClientError::protocol(what))),
+                Event::Limit(limit) => Err(End::Tell(limit.reached(&self.env.config.limits))),
                 Event::Signals(bits) => self.on_signals(bits),
                 Event::Attention if self.server.is_none() => self.take_server().await,
                 Event::Attention | Event::Settle => {
@@ -467,17 +490,25 @@ impl Sharing {
                 return Poll::Ready(Err(Event::ServerGone));
             }
             let answered = self.replies.answered;
-            let Ok(end) = self.understand(&mut scratch[..cut + read]) else {
+            let Ok(mut end) = self.understand(&mut scratch[..cut + read]) else {
                 return Poll::Ready(Err(Event::Protocol(
                     "the server sent a message of an impossible length",
                 )));
             };
+            let block = self.statement && self.replies.status != b'I' && answered != self.replies.answered;
+            if block && scratch[..end].ends_with(&[b'Z', 0, 0, 0, 5, self.replies.status]) {
+                // Before it is told that it may go on, it is told why it may not.
+                end -= 6;
+            }
             add(&self.shared.bytes_out, read as u64);
             if self.to_client.push(cx, &mut self.client, &scratch[..end]).is_err() {
                 return Poll::Ready(Err(Event::ClientGone));
             }
             if answered != self.replies.answered {
                 add(&self.shared.queries, self.replies.answered - answered);
+            }
+            if block {
+                return Poll::Ready(Err(Event::Limit(Limit::TransactionBlock)));
             }
             Poll::Ready(Ok(self.update()))
         })
@@ -585,7 +616,9 @@ impl Sharing {
     /// See [`Session`].
     #[inline]
     fn holds_back(&self) -> bool {
-        self.phase == Phase::Busy && answers_come(&self.requests, &self.replies) && self.env.gate.attention()
+        self.phase == Phase::Busy
+            && answers_come(&self.requests, &self.replies)
+            && (self.statement || self.env.gate.attention())
     }
 
     /// What it has sent has to wait until that is answered which was sent on before.
@@ -709,7 +742,7 @@ impl Sharing {
         }
         let lent = self.server.as_mut().expect("taken before");
         // While the gate wants attention, one request at a time, so that the client can be stopped behind it.
-        let one = self.replies.status == b'I' && self.env.gate.attention();
+        let one = self.replies.status == b'I' && (self.statement || self.env.gate.attention());
         let pool = &self.env.config.pool;
         let suspects = self.suspects.load();
         self.out.clear();
@@ -918,7 +951,10 @@ impl Sharing {
                         pool::give_back(lent);
                         0
                     }
-                    Served::Late => return Err(End::Tell(ClientError::no_server_free(config.pool.query_wait_timeout))),
+                    Served::Late => {
+                        metrics::counter!(TIMED_OUT, "limit" => "query_wait_timeout").increment(1);
+                        return Err(End::Tell(ClientError::no_server_free(config.pool.query_wait_timeout)));
+                    }
                     Served::Not(error) => {
                         let mut bytes = Vec::new();
                         error.tell(env.gate.active().unwrap_or(crate::pg::Side::Blue), &mut bytes);

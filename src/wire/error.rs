@@ -182,6 +182,45 @@ impl ClientError {
         )
     }
 
+    /// `pool.query_wait_timeout`, and this client's own server would be one more than `pool.max_db_connections` or
+    /// `pool.max_user_connections`.
+    pub fn no_seat(after: std::time::Duration) -> ClientError {
+        ClientError::fatal(
+            "53300",
+            format!("no server connection became free within {after:?} (pool.query_wait_timeout)"),
+        )
+        .hint("Others have as many as pool.max_db_connections or pool.max_user_connections allows: `pgflip sessions`.")
+    }
+
+    /// `limits.client_idle_timeout`: PgBouncer's words, Postgres's code.
+    pub fn idle(after: std::time::Duration) -> ClientError {
+        ClientError::fatal("57P05", "client_idle_timeout").detail(format!(
+            "The client has sent nothing for longer than {after:?} (pgflip's limits.client_idle_timeout)."
+        ))
+    }
+
+    /// `limits.idle_transaction_timeout`: the same.
+    pub fn idle_in_transaction(after: std::time::Duration) -> ClientError {
+        ClientError::fatal("25P03", "idle transaction timeout").detail(format!(
+            "The client has left a transaction open and sent nothing for longer than {after:?} \
+             (pgflip's limits.idle_transaction_timeout). The transaction is rolled back."
+        ))
+    }
+
+    /// `pool_mode = "statement"`: PgBouncer's words. Its code, 08P01, would have clients connect and try again.
+    pub fn transaction_block() -> ClientError {
+        ClientError::fatal("0A000", "transaction blocks not allowed in statement pooling mode")
+            .detail("The transaction is rolled back.")
+            .hint("Use no transactions, or give this user or database pool_mode = \"transaction\" (pool.transaction_users).")
+    }
+
+    /// `limits.client_login_timeout`: PgBouncer's words.
+    pub fn login_timeout(after: std::time::Duration) -> ClientError {
+        ClientError::fatal("57014", "client_login_timeout").detail(format!(
+            "The login was not over within {after:?} (pgflip's limits.client_login_timeout)."
+        ))
+    }
+
     /// `pool.max_bound_clients`, and one more client holds what no other may get.
     pub fn too_many_bound(why: &str, max: usize) -> ClientError {
         ClientError::fatal(

@@ -280,6 +280,9 @@ async fn a_client_that_says_nothing_is_sent_away() {
     asked.startup(0, &[("user", "app"), ("database", "app")]).await;
     assert_eq!(asked.message().await.0, b'R');
     let started = Instant::now();
+    // Who has said what it wants is told.
+    let (kind, body) = asked.message().await;
+    assert_eq!((kind, ErrorFields(&body).code()), (b'E', &b"57014"[..]));
     for mut raw in [silent, half, asked] {
         assert!(raw.next().await.is_none());
     }

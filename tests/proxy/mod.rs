@@ -8,6 +8,7 @@ mod cursors;
 mod encryption;
 mod held;
 mod hostile;
+mod limits;
 mod login;
 mod messages;
 mod moved;
