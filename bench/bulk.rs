@@ -23,7 +23,10 @@ pub fn head(report: &mut Report) -> Outcome<()> {
 
 pub async fn measure(stage: &Stage, report: &mut Report, mode: Mode, legs: Legs) -> Outcome<()> {
     let (megabytes, rounds): (u64, usize) = (argument("megabytes", 500)?, argument("rounds", 3)?);
-    let rows = format!("SELECT repeat('x', 1000) FROM generate_series(1, {})", megabytes * 1_000);
+    let rows = format!(
+        "SELECT repeat('x', 1000) FROM generate_series(1, {})",
+        megabytes * 1_000
+    );
     let pair = stage.pair(mode, legs).await?;
     let ways = stage.ways(&pair)?;
     for (name, text) in [("COPY", format!("COPY ({rows}) TO STDOUT")), ("SELECT", rows)] {

@@ -81,7 +81,11 @@ impl Login {
         let (mut exchange, first) = ClientExchange::begin(None, None);
         loop {
             let kind = stream.read_u8().await?;
-            let length = stream.read_u32().await?.checked_sub(4).ok_or("a message without a length")?;
+            let length = stream
+                .read_u32()
+                .await?
+                .checked_sub(4)
+                .ok_or("a message without a length")?;
             let mut body = vec![0; length as usize];
             stream.read_exact(&mut body).await?;
             let mut rest = &body[..];

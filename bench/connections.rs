@@ -166,7 +166,10 @@ pub async fn many(stage: &Stage, report: &mut Report, legs: Legs) -> Outcome<()>
         for (aid, mut connection) in connections.into_iter().enumerate() {
             let start = Arc::clone(&start);
             tasks.spawn(async move {
-                let request = query(&format!("SELECT abalance FROM pgbench_accounts WHERE aid = {}", aid + 1));
+                let request = query(&format!(
+                    "SELECT abalance FROM pgbench_accounts WHERE aid = {}",
+                    aid + 1
+                ));
                 start.wait().await;
                 let until = Instant::now() + Duration::from_secs(seconds);
                 let mut waits = Vec::new();

@@ -1,9 +1,10 @@
 //! How many instructions a proxy executes for a query, counted by valgrind's callgrind: a figure that other processes, the
 //! clock and the machine's mood don't move. The kernel's part, which is most of a query's time, is not in it.
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use pgflip::wire::message;
 
@@ -25,8 +26,13 @@ pub fn find() -> Result<(), String> {
     }
     let apt = |arguments: &[&str]| {
         let mut command = Command::new("apt-get");
-        command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=600"]).args(arguments);
-        command.env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null()).stdout(Stdio::null());
+        command
+            .args(["-q", "-y", "-o", "DPkg::Lock::Timeout=600"])
+            .args(arguments);
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         command.status().is_ok_and(|status| status.success())
     };
     let install = ["install", "--no-install-recommends", "valgrind"];
@@ -44,8 +50,9 @@ pub fn find() -> Result<(), String> {
 pub fn wrap(directory: &Path, program: &Path) -> Outcome<PathBuf> {
     let wrapper = directory.join("under-callgrind");
     let text = format!(
-        "#!/bin/sh\nexec valgrind --quiet --tool=callgrind --callgrind-out-file='{}' '{}' \"$@\"\n",
-        directory.join("counts").display(),
+        "#!/bin/sh\nexec valgrind --quiet --tool=callgrind --separate-threads=yes \
+         --callgrind-out-file='{0}/counts' --vgdb-prefix='{0}/vgdb' --vgdb-poll=100 '{1}' \"$@\"\n",
+        directory.display(),
         program.display(),
     );
     std::fs::write(&wrapper, text)?;
@@ -53,24 +60,57 @@ pub fn wrap(directory: &Path, program: &Path) -> Outcome<PathBuf> {
     Ok(wrapper)
 }
 
-/// Instructions since the last call. `directory` is the one of [`wrap`].
-fn count(pid: u32, directory: &Path) -> Outcome<f64> {
-    let output = Command::new("vgdb").arg(format!("--pid={pid}")).arg("dump").stdin(Stdio::null()).output()?;
+/// A proxy under callgrind.
+pub struct Counted<'a> {
+    pub pid: u32,
+    pub port: u16,
+    /// The one of [`wrap`].
+    pub directory: &'a Path,
+    /// Threads count that run code of this source file; empty: all. Other threads of pgflip look after the servers.
+    pub source: &'a str,
+}
+
+/// pgflip's workers.
+pub const WORKERS: &str = "proxy/reactor.rs";
+
+/// Instructions since the last call.
+async fn count(
+    &Counted {
+        pid, directory, source, ..
+    }: &Counted<'_>,
+) -> Outcome<f64> {
+    let mut vgdb = tokio::process::Command::new("vgdb");
+    vgdb.arg(format!("--vgdb-prefix={}/vgdb", directory.display()))
+        .arg(format!("--pid={pid}"))
+        .arg("dump");
+    let owner = std::fs::metadata(format!("/proc/{pid}"))?.uid();
+    if owner != std::fs::metadata("/proc/self")?.uid() {
+        // As the one who runs it: even root's is not listened to.
+        vgdb.uid(owner);
+    }
+    let output = vgdb.stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = tokio::time::timeout(Duration::from_secs(60), output).await;
+    let output = output.map_err(|_| "callgrind has not written its counts within 60 s")??;
     if !output.status.success() {
         return Err(format!("vgdb: {}", String::from_utf8_lossy(&output.stderr)).into());
     }
     let mut sum = None;
     for entry in std::fs::read_dir(directory)? {
         let path = entry?.path();
-        if !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("counts.")) {
+        if !path
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("counts."))
+        {
             continue;
         }
         let text = std::fs::read_to_string(&path)?;
-        let total = text.lines().find_map(|line| line.strip_prefix("totals: "));
-        sum = Some(sum.unwrap_or(0.0) + total.ok_or("callgrind wrote no total")?.trim().parse::<f64>()?);
         std::fs::remove_file(path)?;
+        let total = text.lines().find_map(|line| line.strip_prefix("totals: "));
+        if text.contains(source) {
+            sum = Some(sum.unwrap_or(0.0) + total.ok_or("callgrind wrote no total")?.trim().parse::<f64>()?);
+        }
     }
-    sum.ok_or_else(|| "callgrind wrote nothing".into())
+    sum.ok_or_else(|| format!("callgrind saw no thread in {source}: is that still what workers run?").into())
 }
 
 /// `SELECT` by primary key, as pgbench sends it.
@@ -90,13 +130,12 @@ fn request(protocol: &str, aid: u32) -> Vec<u8> {
 }
 const STATEMENT: &[u8] = b"SELECT abalance FROM pgbench_accounts WHERE aid = $1;";
 
-/// Instructions a query, of the first so many of [`PROTOCOLS`], of one client. What the process does besides in that time is in it: so little
-/// that the figures differ by a hundredth from run to run.
-pub async fn of_queries(pid: u32, port: u16, directory: &Path, login: &Login, n: usize) -> Outcome<Vec<f64>> {
+/// Instructions a query, of the first so many of [`PROTOCOLS`], of one client.
+pub async fn of_queries(proxy: &Counted<'_>, login: &Login, n: usize) -> Outcome<Vec<f64>> {
     const QUERIES: u32 = 2_000;
     let mut counts = Vec::new();
     for protocol in &PROTOCOLS[..n] {
-        let mut client = login.open(port).await?;
+        let mut client = login.open(proxy.port).await?;
         if *protocol == "prepared" {
             let mut bytes = Vec::new();
             message::put_parse(&mut bytes, b"P_0", STATEMENT, &[]);
@@ -107,11 +146,11 @@ pub async fn of_queries(pid: u32, port: u16, directory: &Path, login: &Login, n:
         for aid in 1..=100 {
             client.ask(&request(protocol, aid)).await?;
         }
-        count(pid, directory)?;
+        count(proxy).await?;
         for aid in 1..=QUERIES {
             client.ask(&request(protocol, aid)).await?;
         }
-        counts.push(count(pid, directory)? / f64::from(QUERIES));
+        counts.push(count(proxy).await? / f64::from(QUERIES));
         client.close().await?;
     }
     Ok(counts)

@@ -29,7 +29,10 @@ async fn main() -> Outcome<()> {
         Ok(text.split(',').map(str::to_owned).collect())
     };
     let parts = list("parts", "queries")?;
-    if let Some(part) = parts.iter().find(|part| *part != "all" && !PARTS.contains(&part.as_str())) {
+    if let Some(part) = parts
+        .iter()
+        .find(|part| *part != "all" && !PARTS.contains(&part.as_str()))
+    {
         return Err(format!("--parts {part}: it is all, or some of {}", PARTS.join(",")).into());
     }
     let asked = |part: &str| parts.iter().any(|asked| asked == part || asked == "all");
@@ -41,12 +44,18 @@ async fn main() -> Outcome<()> {
             _ => return Err(format!("--mode {mode}: it is session or transaction").into()),
         });
     }
-    let legs: Vec<Legs> = list("tls", "none")?.iter().map(|legs| Legs::parse(legs)).collect::<Outcome<_>>()?;
+    let legs: Vec<Legs> = list("tls", "none")?
+        .iter()
+        .map(|legs| Legs::parse(legs))
+        .collect::<Outcome<_>>()?;
     let version: u32 = argument("version", 15)?;
     let files = raise_limit_of_files();
     let tls = legs.iter().any(|legs| *legs != Legs::PLAIN);
     let stage = Stage::set(version, tls).await?;
-    let all: Vec<(Mode, Legs)> = modes.iter().flat_map(|mode| legs.iter().map(|legs| (*mode, *legs))).collect();
+    let all: Vec<(Mode, Legs)> = modes
+        .iter()
+        .flat_map(|mode| legs.iter().map(|legs| (*mode, *legs)))
+        .collect();
 
     let mut report = Report::new()?;
     let bouncer = PgBouncer::version();
@@ -83,7 +92,9 @@ async fn main() -> Outcome<()> {
     if asked("many") {
         let n: u64 = argument("many", 10_000)?;
         if files < n + 200 {
-            return Err(format!("{n} clients need as many open files, and only {files} are allowed (ulimit -n)").into());
+            return Err(
+                format!("{n} clients need as many open files, and only {files} are allowed (ulimit -n)").into(),
+            );
         }
         connections::many(&stage, &mut report, legs[0]).await?;
     }
@@ -99,7 +110,7 @@ async fn count(stage: &Stage, report: &mut Report, modes: &[Mode]) -> Outcome<()
         return report.line(&format!("\nInstructions were not counted: {why}"));
     }
     report.head(
-        "Instructions of the proxy for a query, the kernel's not counted, one client (callgrind):",
+        "Instructions of the proxy for a query, the kernel's not counted, one client (callgrind; of pgflip its workers'):",
         &["mode", "protocol", "pgflip / PgBouncer", "pgflip of PgBouncer"],
     )?;
     for mode in modes {
@@ -113,10 +124,14 @@ async fn count(stage: &Stage, report: &mut Report, modes: &[Mode]) -> Outcome<()
         let can_all = *mode == "session" || PgBouncer::version() >= (1, 21);
         for (n, way) in stage.ways(&pair)?.iter().enumerate() {
             let Some(pid) = way.pid else { continue };
-            let directory = [own.path(), bouncers.path()][n - 1];
             let protocols = if n == 1 || can_all { 3 } else { 2 };
-            let login = stage.login(false)?;
-            let found = instructions::of_queries(pid, way.port, directory, &login, protocols).await?;
+            let proxy = instructions::Counted {
+                pid,
+                port: way.port,
+                directory: [own.path(), bouncers.path()][n - 1],
+                source: [instructions::WORKERS, ""][n - 1],
+            };
+            let found = instructions::of_queries(&proxy, &stage.login(false)?, protocols).await?;
             counts[n - 1][..protocols].copy_from_slice(&found);
         }
         for (n, protocol) in instructions::PROTOCOLS.iter().enumerate() {
@@ -134,7 +149,10 @@ async fn count(stage: &Stage, report: &mut Report, modes: &[Mode]) -> Outcome<()
 
 /// As many open files as may be, for us and the proxies that we start: how many those are.
 fn raise_limit_of_files() -> u64 {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: these read and write the place that they are given, and no other.
     unsafe {
         libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);

@@ -26,10 +26,7 @@ fn pgbench(stage: &Stage, way: &Way, arguments: &[&str]) -> Outcome<Run> {
         let line = text.lines().find_map(|line| line.strip_prefix(prefix))?;
         line.split([' ', '/']).find_map(|word| word.parse::<f64>().ok())
     };
-    let found = (
-        number("tps = "),
-        number("number of transactions actually processed: "),
-    );
+    let found = (number("tps = "), number("number of transactions actually processed: "));
     let (true, (Some(per_second), Some(transactions))) = (output.status.success(), found) else {
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("pgbench: {}{text}{said}", output.status).into());
@@ -48,7 +45,11 @@ fn waits(logs: &Path) -> Outcome<Vec<f64>> {
     let mut waits = Vec::new();
     for log in std::fs::read_dir(logs)? {
         for line in std::fs::read_to_string(log?.path())?.lines() {
-            let micros: f64 = line.split(' ').nth(2).ok_or("pgbench's log has another format")?.parse()?;
+            let micros: f64 = line
+                .split(' ')
+                .nth(2)
+                .ok_or("pgbench's log has another format")?
+                .parse()?;
             waits.push(micros / 1_000.0);
         }
     }

@@ -219,8 +219,7 @@ impl Stage {
         if workers > 0 {
             setup.top = format!("workers = {workers}\n");
         }
-        setup.sections =
-            format!("[pool]\npool_mode = \"{mode}\"\npool_size = {pool}\n[limits]\nmax_clients = 20000\n");
+        setup.sections = format!("[pool]\npool_mode = \"{mode}\"\npool_size = {pool}\n[limits]\nmax_clients = 20000\n");
         if legs.client {
             let (cert, key) = (self.file("tls.crt"), self.file("tls.key"));
             setup.sections += &format!("[tls]\ncert = \"{cert}\"\nkey = \"{key}\"\n");
@@ -241,7 +240,10 @@ impl Stage {
         setup.program = pgflip.to_owned();
         let mut sidecar = Sidecar::start(setup)?;
         sidecar.ready(Duration::from_secs(120)).await?;
-        let mut lines = format!("server_tls_sslmode = {}\n", if legs.server { "require" } else { "disable" });
+        let mut lines = format!(
+            "server_tls_sslmode = {}\n",
+            if legs.server { "require" } else { "disable" }
+        );
         if legs.client {
             // Whoever asks for it gets it: whether it is ready is asked in clear.
             lines += "client_tls_sslmode = allow\n";
@@ -291,7 +293,12 @@ async fn speak_tls(server: &mut Cluster, directory: &Path) -> Outcome<()> {
     server.reload();
     let until = Instant::now() + Duration::from_secs(10);
     loop {
-        let now: String = server.connect("postgres").await?.query_one("SHOW ssl", &[]).await?.get(0);
+        let now: String = server
+            .connect("postgres")
+            .await?
+            .query_one("SHOW ssl", &[])
+            .await?
+            .get(0);
         if now == "on" {
             return Ok(());
         }
