@@ -1,4 +1,4 @@
-//! What both benchmarks share: arguments, PgBouncer before a server, medians.
+//! What both benchmarks share: arguments, PgBouncer before a server, medians, what a process has used.
 #![allow(dead_code, reason = "each benchmark uses its own part of this")]
 
 use std::fs;
@@ -11,7 +11,7 @@ use pgflip::demo::cluster::{Cluster, Port, connect, spawn_tied};
 use pgflip::demo::ledger::App;
 
 /// What goes wrong ends the benchmark with its message.
-pub type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+pub type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 /// The value behind `--name`, or the default. cargo's own `--bench` is ignored.
 pub fn argument<T: std::str::FromStr>(name: &str, default: T) -> Outcome<T> {
@@ -38,16 +38,27 @@ pub fn at(values: &[f64], share: f64) -> f64 {
     sorted.get(index).copied().unwrap_or(f64::NAN)
 }
 
-/// CPU time of a process, all threads, user and system, in seconds (proc(5), fields 14 and 15 of stat).
+/// CPU time of a process, all threads, those that have ended too, user and system, in seconds.
 pub fn cpu_seconds(pid: u32) -> Outcome<f64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let after = stat.rsplit_once(')').ok_or("stat without a name")?.1;
-    let fields: Vec<&str> = after.split_whitespace().collect();
-    let ticks: f64 =
-        fields.get(11).ok_or("stat is short")?.parse::<f64>()? + fields.get(12).ok_or("short")?.parse::<f64>()?;
-    // SAFETY: sysconf touches no memory of ours.
-    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    Ok(ticks / per_second as f64)
+    let mut clock: libc::clockid_t = 0;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: both write to the place they are given, which is of the type they want, and to no other.
+    let done = unsafe {
+        libc::clock_getcpuclockid(libc::pid_t::try_from(pid)?, &mut clock) == 0
+            && libc::clock_gettime(clock, &mut time) == 0
+    };
+    if !done {
+        return Err(format!("the CPU time of process {pid} can't be read: it has ended").into());
+    }
+    Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
+}
+
+/// Memory of a process in KB; pages that it shares with others count in part (proc(5), smaps_rollup).
+pub fn memory_kb(pid: u32) -> Outcome<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    Ok(number.ok_or("smaps_rollup has no Pss")?)
 }
 
 /// A PgBouncer before one server, with the same authentication as pgflip: the roles' SCRAM verifiers.
@@ -57,13 +68,29 @@ pub struct PgBouncer {
     app: App,
     mode: &'static str,
     pool: usize,
+    lines: String,
     directory: tempfile::TempDir,
 }
 
 impl PgBouncer {
     /// Starts it. `mode` is `session` or `transaction`; it has so many servers.
     pub async fn start(server: &Cluster, app: &App, mode: &'static str, pool: usize) -> Outcome<PgBouncer> {
-        let program = std::env::var_os("PGBOUNCER").map_or_else(|| PathBuf::from("pgbouncer"), PathBuf::from);
+        PgBouncer::with(server, app, (mode, pool), "", &PgBouncer::program()).await
+    }
+
+    /// Which one is measured.
+    pub fn program() -> PathBuf {
+        std::env::var_os("PGBOUNCER").map_or_else(|| PathBuf::from("pgbouncer"), PathBuf::from)
+    }
+
+    /// The same with further lines of its configuration, and another program.
+    pub async fn with(
+        server: &Cluster,
+        app: &App,
+        (mode, pool): (&'static str, usize),
+        lines: &str,
+        program: &Path,
+    ) -> Outcome<PgBouncer> {
         let directory = tempfile::Builder::new().prefix("pgflip-pgbouncer-").tempdir()?;
         let port = Port::take()?;
         let admin = server.connect("postgres").await?;
@@ -74,7 +101,7 @@ impl PgBouncer {
         let ini = directory.path().join("pgbouncer.ini");
         fs::write(
             &ini,
-            configuration(directory.path(), &port, app, (mode, pool), server.port()),
+            configuration(directory.path(), &port, app, (mode, pool), server.port()) + lines,
         )?;
         let mut command = Command::new(program);
         command
@@ -100,9 +127,10 @@ impl PgBouncer {
             app: app.clone(),
             mode,
             pool,
+            lines: lines.to_owned(),
             directory,
         };
-        let until = Instant::now() + Duration::from_secs(10);
+        let until = Instant::now() + Duration::from_secs(30);
         loop {
             match connect(&app.url(bouncer.port())).await {
                 Ok(_) => return Ok(bouncer),
@@ -118,7 +146,7 @@ impl PgBouncer {
     pub fn lead_to(&self, server: &Cluster) -> Outcome<()> {
         let directory = self.directory.path();
         let text = configuration(directory, &self.port, &self.app, (self.mode, self.pool), server.port());
-        Ok(fs::write(directory.join("pgbouncer.ini"), text)?)
+        Ok(fs::write(directory.join("pgbouncer.ini"), text + &self.lines)?)
     }
 
     /// Where it listens.
@@ -127,9 +155,8 @@ impl PgBouncer {
     }
 
     /// Major and minor version; 0 if it does not say.
-    pub fn version(&self) -> (u32, u32) {
-        let program = std::env::var_os("PGBOUNCER").map_or_else(|| PathBuf::from("pgbouncer"), PathBuf::from);
-        let output = Command::new(program).arg("--version").output();
+    pub fn version() -> (u32, u32) {
+        let output = Command::new(PgBouncer::program()).arg("--version").output();
         let text = output
             .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
             .unwrap_or_default();
@@ -161,7 +188,7 @@ fn configuration(directory: &Path, port: &Port, app: &App, (mode, pool): (&str, 
         "[databases]\n{database} = host=127.0.0.1 port={server} dbname={database}\n\
          [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
          auth_type = scram-sha-256\nauth_file = {users}\nadmin_users = {user}\npool_mode = {mode}\n\
-         default_pool_size = {pool}\nmax_client_conn = 1000\nignore_startup_parameters = extra_float_digits\n\
+         default_pool_size = {pool}\nmax_client_conn = 20000\nignore_startup_parameters = extra_float_digits\n\
          logfile = {log}\n",
         users = directory.join("users.txt").display(),
         log = directory.join("log").display(),

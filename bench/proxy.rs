@@ -1,204 +1,171 @@
-//! What a proxy costs: `pgbench -S` straight to a server, through pgflip and through PgBouncer, in turn.
+//! What a proxy costs: straight to a server, through pgflip and through PgBouncer, in turn. Prints Markdown tables, and
+//! writes them to the file of `--table`.
 //!
 //! ```text
-//! cargo bench --bench proxy -- --clients 32 --seconds 5 --rounds 5 --version 16
-//! cargo bench --bench proxy -- --mode transaction --pool 20 --workers 1
+//! cargo bench --bench proxy                                   # three minutes: queries of 32 clients, in both modes
+//! cargo bench --bench proxy -- --parts all --table cost.md    # the other figures as well
+//! cargo bench --bench proxy -- --parts all --clients 1,8,32,128 --tls none,client,server --table cost.md
 //! ```
 
+mod bulk;
+mod client;
 mod common;
+mod connections;
+mod instructions;
+mod queries;
+mod stage;
 
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt as _;
 
-use common::{Outcome, PgBouncer, argument, cpu_seconds, median};
-use pgflip::demo::cluster::{self, Cluster, Options};
-use pgflip::demo::ledger::{App, Shape};
-use pgflip::demo::sidecar::{Setup, Sidecar};
+use common::{Outcome, PgBouncer, argument};
+use stage::{Legs, Mode, Report, Stage, cell, cells};
 
-struct Run {
-    per_second: f64,
-    transactions: f64,
-}
-
-fn pgbench(tools: &std::path::Path, app: &App, port: u16, arguments: &[&str]) -> Outcome<Run> {
-    let mut command = Command::new(tools.join("pgbench"));
-    command
-        .args(["-n", "-h", "127.0.0.1", "-p", &port.to_string(), "-U", &app.user])
-        .args(arguments)
-        .arg(&app.database);
-    command
-        .env("PGPASSWORD", app.password.expose())
-        .env("PGSSLMODE", "disable")
-        .stdin(Stdio::null());
-    let output = command.output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let number = |prefix: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(prefix))?;
-        line.split([' ', '/']).find_map(|word| word.parse::<f64>().ok())
-    };
-    match (
-        output.status.success(),
-        number("tps = "),
-        number("number of transactions actually processed: "),
-    ) {
-        (true, Some(per_second), Some(transactions)) => Ok(Run {
-            per_second,
-            transactions,
-        }),
-        _ => Err(format!(
-            "pgbench: {}{text}{}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        )
-        .into()),
-    }
-}
+const PARTS: [&str; 6] = ["queries", "idle", "logins", "bulk", "many", "instructions"];
 
 #[tokio::main]
 async fn main() -> Outcome<()> {
-    let (clients, seconds): (u32, u32) = (argument("clients", 32)?, argument("seconds", 5)?);
-    let (rounds, version): (usize, u32) = (argument("rounds", 5)?, argument("version", 16)?);
-    let tools = cluster::find_tools(version)?.bin;
-    let start = |name: &str| {
-        // Nothing is written: fsync would only slow the preparation.
-        let options = Options {
-            fsync: false,
-            ..Options::named(name)
-        };
-        Cluster::start(&cluster::find(version)?, options)
+    let list = |name: &str, default: &str| -> Outcome<Vec<String>> {
+        let text: String = argument(name, default.to_owned())?;
+        Ok(text.split(',').map(str::to_owned).collect())
     };
-    let (blue, green) = (start("blue")?, start("green")?);
-    let app = App::setup(
-        &blue.url(),
-        "app",
-        Shape {
-            tables: 1,
-            rows: 1,
-            accounts: 1,
-        },
-    )
-    .await?;
-    // In the application's role, so that its tables are its own; another schema, so that they don't meet the ledger's.
-    let server = blue.connect("app").await?;
-    server
-        .batch_execute(&format!(
-            "CREATE SCHEMA bench AUTHORIZATION {0}; ALTER ROLE {0} SET search_path = bench",
-            app.user
-        ))
-        .await?;
-    let initialise = |arguments: &[&str]| -> Outcome<()> {
-        let mut command = Command::new(tools.join("pgbench"));
-        command
-            .args([
-                "-i",
-                "-q",
-                "-h",
-                "127.0.0.1",
-                "-p",
-                &blue.port().to_string(),
-                "-U",
-                &app.user,
-            ])
-            .args(arguments);
-        command
-            .arg(&app.database)
-            .env("PGPASSWORD", app.password.expose())
-            .stdin(Stdio::null())
-            .stderr(Stdio::null());
-        if command.stdout(Stdio::null()).status()?.success() {
-            Ok(())
-        } else {
-            Err("pgbench -i failed".into())
-        }
-    };
-    initialise(&["-s", "10"])?;
-    server.batch_execute("VACUUM ANALYZE").await?;
-
-    let mut setup = Setup::new(env!("CARGO_BIN_EXE_pgflip"), &blue, &green);
-    let workers: usize = argument("workers", 0)?;
-    if workers > 0 {
-        setup.top = format!("workers = {workers}\n");
+    let parts = list("parts", "queries")?;
+    if let Some(part) = parts
+        .iter()
+        .find(|part| *part != "all" && !PARTS.contains(&part.as_str()))
+    {
+        return Err(format!("--parts {part}: it is all, or some of {}", PARTS.join(",")).into());
     }
-    let (mode, pool): (String, usize) = (argument("mode", "session".to_owned())?, argument("pool", 20)?);
-    setup.sections = format!("[pool]\npool_mode = \"{mode}\"\npool_size = {pool}\n");
-    setup.log_level = "warn".to_owned();
-    let mut sidecar = Sidecar::start(setup)?;
-    sidecar.ready(Duration::from_secs(30)).await?;
-    let pool = if mode == "session" { 200 } else { pool };
-    let bouncer = PgBouncer::start(
-        &blue,
-        &app,
-        if mode == "session" { "session" } else { "transaction" },
-        pool,
-    )
-    .await?;
-    let pgflip_pid = sidecar.pid().ok_or("pgflip has no pid")?;
-    let ways = [
-        ("direct", blue.port(), None),
-        ("pgflip", sidecar.port(), Some(pgflip_pid)),
-        ("PgBouncer", bouncer.port(), Some(bouncer.pid())),
-    ];
-    println!(
-        "pgbench -S, {mode} mode, {clients} clients, {rounds} rounds of {seconds} s each, in turn; Postgres {version}, {} cores",
-        cores()
-    );
-    println!(
-        "{:<10} {:<10} {:>12} {:>10} {:>26}",
-        "protocol", "way", "queries/s", "of direct", "proxy CPU s/100k queries"
-    );
-    let time = seconds.to_string();
-    let clients = clients.to_string();
-    let only: String = argument("protocol", String::new())?;
-    // Prepared statements in transaction mode came with PgBouncer 1.21.
-    let bouncer_can = |protocol: &str| mode == "session" || protocol != "prepared" || bouncer.version() >= (1, 21);
-    for protocol in ["simple", "extended", "prepared"] {
-        if !only.is_empty() && only != protocol {
-            continue;
+    let asked = |part: &str| parts.iter().any(|asked| asked == part || asked == "all");
+    let mut modes: Vec<Mode> = Vec::new();
+    for mode in list("mode", "session,transaction")? {
+        modes.push(match mode.as_str() {
+            "session" => "session",
+            "transaction" => "transaction",
+            _ => return Err(format!("--mode {mode}: it is session or transaction").into()),
+        });
+    }
+    let legs: Vec<Legs> = list("tls", "none")?
+        .iter()
+        .map(|legs| Legs::parse(legs))
+        .collect::<Outcome<_>>()?;
+    let version: u32 = argument("version", 15)?;
+    let files = raise_limit_of_files();
+    let tls = legs.iter().any(|legs| *legs != Legs::PLAIN);
+    let stage = Stage::set(version, tls).await?;
+    let all: Vec<(Mode, Legs)> = modes
+        .iter()
+        .flat_map(|mode| legs.iter().map(|legs| (*mode, *legs)))
+        .collect();
+
+    let mut report = Report::new()?;
+    let bouncer = PgBouncer::version();
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    report.line(&format!(
+        "pgflip {}, PgBouncer {}.{}, Postgres {version}, {cores} cores, all on loopback; medians; which way runs first rotates.",
+        env!("CARGO_PKG_VERSION"),
+        bouncer.0,
+        bouncer.1,
+    ))?;
+    if asked("queries") {
+        for (mode, legs) in &all {
+            queries::measure(&stage, &mut report, mode, *legs).await?;
         }
-        let mut rates = [const { Vec::new() }; 3];
-        let mut costs = [const { Vec::new() }; 3];
-        for round in 0..rounds {
-            // Each round begins with another one, so that none always runs on the warmest machine.
-            for n in 0..ways.len() {
-                let n = (n + round) % ways.len();
-                if n == 2 && !bouncer_can(protocol) {
-                    continue;
-                }
-                let (_, port, pid) = ways[n];
-                let before = pid.map(cpu_seconds).transpose()?;
-                let arguments = ["-S", "-M", protocol, "-c", &clients, "-j", "2", "-T", &time];
-                let run = pgbench(&tools, &app, port, &arguments)?;
-                rates[n].push(run.per_second);
-                if let (Some(pid), Some(before)) = (pid, before) {
-                    costs[n].push((cpu_seconds(pid)? - before) / run.transactions * 100_000.0);
-                }
-            }
+    }
+    if asked("bulk") {
+        bulk::head(&mut report)?;
+        for (mode, legs) in &all {
+            bulk::measure(&stage, &mut report, mode, *legs).await?;
         }
-        let direct = median(&rates[0]);
-        for (n, (way, ..)) in ways.iter().enumerate().filter(|(n, _)| !rates[*n].is_empty()) {
-            let rate = median(&rates[n]);
-            let cost = if costs[n].is_empty() {
-                "-".to_owned()
-            } else {
-                format!("{:.2}", median(&costs[n]))
-            };
-            println!(
-                "{protocol:<10} {way:<10} {rate:>12.0} {:>10.2} {cost:>26}",
-                rate / direct
+    }
+    if asked("logins") {
+        connections::logins_head(&mut report)?;
+        for (mode, legs) in &all {
+            connections::logins(&stage, &mut report, mode, *legs).await?;
+        }
+    }
+    if asked("idle") {
+        connections::idle_head(&mut report)?;
+        for (mode, legs) in &all {
+            connections::idle(&stage, &mut report, mode, *legs).await?;
+        }
+    }
+    if asked("many") {
+        let n: u64 = argument("many", 10_000)?;
+        if files < n + 200 {
+            return Err(
+                format!("{n} clients need as many open files, and only {files} are allowed (ulimit -n)").into(),
             );
         }
-        if rates[2].is_empty() {
-            println!("{protocol:<10} this PgBouncer has no prepared statements in transaction mode");
-            continue;
-        }
-        println!(
-            "{protocol:<10} pgflip's CPU per query is {:.2} of PgBouncer's",
-            median(&costs[1]) / median(&costs[2])
-        );
+        connections::many(&stage, &mut report, legs[0]).await?;
+    }
+    if asked("instructions") {
+        count(&stage, &mut report, &modes).await?;
     }
     Ok(())
 }
 
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(0, usize::from)
+/// Instructions a query, of both proxies.
+async fn count(stage: &Stage, report: &mut Report, modes: &[Mode]) -> Outcome<()> {
+    if let Err(why) = instructions::find() {
+        return report.line(&format!("\nInstructions were not counted: {why}"));
+    }
+    report.head(
+        "Instructions of the proxy for a query, the kernel's not counted, one client (callgrind; of pgflip its workers'):",
+        &["mode", "protocol", "pgflip / PgBouncer", "pgflip of PgBouncer"],
+    )?;
+    for mode in modes {
+        let [own, bouncers] = [tempfile::tempdir()?, tempfile::tempdir()?];
+        // PgBouncer runs as another user.
+        std::fs::set_permissions(bouncers.path(), std::fs::Permissions::from_mode(0o777))?;
+        let pgflip = instructions::wrap(own.path(), &stage.program)?;
+        let bouncer = instructions::wrap(bouncers.path(), &PgBouncer::program())?;
+        let pair = stage.pair_of(mode, Legs::PLAIN, &pgflip, &bouncer).await?;
+        let mut counts = [[f64::NAN; 3]; 2];
+        let can_all = *mode == "session" || PgBouncer::version() >= (1, 21);
+        for (n, way) in stage.ways(&pair)?.iter().enumerate() {
+            let Some(pid) = way.pid else { continue };
+            let protocols = if n == 1 || can_all { 3 } else { 2 };
+            let proxy = instructions::Counted {
+                pid,
+                port: way.port,
+                directory: [own.path(), bouncers.path()][n - 1],
+                source: [instructions::WORKERS, ""][n - 1],
+            };
+            let found = instructions::of_queries(&proxy, &stage.login(false)?, protocols).await?;
+            counts[n - 1][..protocols].copy_from_slice(&found);
+        }
+        for (n, protocol) in instructions::PROTOCOLS.iter().enumerate() {
+            let [pgflip, bouncer] = [counts[0][n], counts[1][n]];
+            report.row(&[
+                (*mode).to_owned(),
+                (*protocol).to_owned(),
+                cells(&[pgflip, bouncer], 0),
+                cell(pgflip / bouncer, 2),
+            ])?;
+        }
+    }
+    Ok(())
+}
+
+/// As many open files as may be, for us and the proxies that we start: how many those are.
+fn raise_limit_of_files() -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: these read and write the place that they are given, and no other.
+    unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
+        for wanted in [limit.rlim_max.max(65_536), limit.rlim_max] {
+            let raised = libc::rlimit {
+                rlim_cur: wanted,
+                rlim_max: wanted,
+            };
+            // Beyond the hard limit only root may go.
+            if libc::setrlimit(libc::RLIMIT_NOFILE, &raised) == 0 {
+                return wanted;
+            }
+        }
+    }
+    limit.rlim_cur
 }

@@ -13,6 +13,7 @@ mod fleet;
 mod flip_parts;
 mod forced;
 mod fuzzed;
+mod instructions;
 mod kept_connections;
 mod killed;
 mod many_flips;
