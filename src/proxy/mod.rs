@@ -423,18 +423,22 @@ async fn serve_one(worker: Arc<Worker>, stream: ClientStream, mut peer: Peer) {
         return;
     }
     let deadline = tokio::time::Instant::now() + limits.client_login_timeout;
-    let arrival = handshake::receive(&env, stream, &mut peer, deadline);
+    // Boxed, as all is that comes before a session and behind it: what a client at rest costs is what its task can hold.
+    let arrival = Box::pin(handshake::receive(&env, stream, &mut peer, deadline));
     // Who is told that it is too late may take a moment to hear it.
     let arrival = tokio::time::timeout_at(deadline + session::LAST_WORDS, arrival).await;
     match arrival {
-        Ok(Ok(Arrival::Cancel(_closed_behind_it, pid, secret))) => cancel::pass_on(&env, pid, &secret).await,
+        Ok(Ok(Arrival::Cancel(_closed_behind_it, pid, secret))) => {
+            Box::pin(cancel::pass_on(&env, pid, &secret)).await;
+        }
         Ok(Ok(Arrival::Client(mut client))) => {
             if clients >= limits.max_clients {
-                handshake::refuse(&mut client.stream, ClientError::too_many_clients(limits.max_clients)).await;
+                let error = ClientError::too_many_clients(limits.max_clients);
+                Box::pin(handshake::refuse(&mut client.stream, error)).await;
                 return;
             }
             if client.replication {
-                return replication::run(worker, *client, peer, since).await;
+                return Box::pin(replication::run(worker, *client, peer, since)).await;
             }
             if env.config.pool.mode(&client.user, &client.database) == PoolMode::Session {
                 return session::run(worker, *client, peer, since).await;

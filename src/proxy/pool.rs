@@ -5,7 +5,7 @@
 //! What clients do with a server that they have is not known here: see [`super::sharing`].
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
@@ -24,6 +24,7 @@ use crate::proxy::transfer::{self, State};
 use crate::proxy::{Env, Worker};
 use crate::telemetry::EVICTED;
 use crate::wire::message::{ErrorFields, Pair};
+use crate::wire::scan::Parameters;
 use crate::wire::statements::{OnServer, Statements};
 
 /// How often servers that nobody needs are looked for.
@@ -41,9 +42,6 @@ const VERSIONS: usize = 1024;
 thread_local! {
     static HERE: RefCell<Pools> = RefCell::default();
 }
-
-/// What a client knows of its parameters.
-pub(super) type Parameters = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// A pool of this thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,9 +100,9 @@ struct Pool {
     /// How long to wait before a server that could not be reached is tried again.
     again: Duration,
     /// What the last server has said of itself.
-    parameters: Option<Arc<Parameters>>,
+    parameters: Option<Parameters>,
     /// And what the last one made ahead has.
-    parameters_ahead: Option<Arc<Parameters>>,
+    parameters_ahead: Option<Parameters>,
     /// What the last client had set.
     state: Option<Arc<State>>,
 }
@@ -310,12 +308,7 @@ impl Drop for Member {
 }
 
 /// A client that has logged in belongs to this pool. The second value: what it is told of its parameters, if that is known.
-pub(super) fn join(
-    worker: &Arc<Worker>,
-    login: &Login,
-    user: &str,
-    database: &str,
-) -> (Member, Option<Arc<Parameters>>) {
+pub(super) fn join(worker: &Arc<Worker>, login: &Login, user: &str, database: &str) -> (Member, Option<Parameters>) {
     let mut parameters = login.parameters.clone();
     parameters.retain(|(name, _)| name != b"application_name");
     let key = Key {
@@ -516,6 +509,23 @@ pub(super) fn version(parameters: &Parameters) -> u64 {
     HERE.with_borrow_mut(|here| here.version(parameters))
 }
 
+/// The same parameters, as others have them already; with their number.
+pub(super) fn shared(parameters: Parameters) -> (Parameters, u64) {
+    HERE.with_borrow_mut(|here| {
+        let version = here.version(&parameters);
+        let same = here.versions.get_key_value(&parameters);
+        (same.map_or(parameters.clone(), |(same, _)| same.clone()), version)
+    })
+}
+
+/// The same state, as the pool's last client has it, if it is that.
+pub(super) fn shared_state(id: PoolId, state: Arc<State>) -> Arc<State> {
+    HERE.with_borrow_mut(|here| {
+        let last = here.pool(id).and_then(|pool| pool.state.clone());
+        last.filter(|last| last.same_settings(&state)).unwrap_or(state)
+    })
+}
+
 /// Calls with the statements of all clients.
 #[inline]
 pub(super) fn with_statements<R>(call: impl FnOnce(&mut Statements) -> R) -> R {
@@ -602,7 +612,7 @@ async fn make_ahead(id: PoolId, worker: Arc<Worker>, to: Side, number: u64) {
         };
         let made = async {
             let mut conn = server::open(env.config.server(to), &login, limit).await?;
-            let said = Arc::new(conn.parameters.clone());
+            let said = conn.parameters.clone();
             let dressed = timeout(limit, transfer::dress(&mut conn, state.as_deref(), &[])).await;
             let state = state.filter(|_| matches!(dressed, Ok(Ok(()))));
             match dressed {
@@ -850,7 +860,7 @@ async fn open(id: PoolId, place: Place, seat: Option<Seat>, worker: Arc<Worker>,
                 let version = here.version(&conn.parameters);
                 let Some(pool) = here.pool(id) else { return };
                 pool.again = AGAIN;
-                pool.parameters = Some(Arc::new(conn.parameters.clone()));
+                pool.parameters = Some(conn.parameters.clone());
                 here.take_back(Lent::new(place, conn, None, version));
             });
         }

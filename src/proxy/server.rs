@@ -21,7 +21,7 @@ use crate::proxy::seats::Seat;
 use crate::wire::error::ClientError;
 use crate::wire::md5;
 use crate::wire::message::{self, ErrorFields, Pair};
-use crate::wire::scan;
+use crate::wire::scan::{self, Parameters};
 use crate::wire::scram::{self, ClientExchange, MECHANISM, MECHANISM_PLUS, ScramError};
 
 /// Longest message read into memory while pgflip itself speaks: what it asks for is small, statements aside.
@@ -120,7 +120,7 @@ pub(super) struct ServerConn {
     pub pid: u32,
     pub key: Vec<u8>,
     /// What ParameterStatus said.
-    pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub parameters: Parameters,
     /// Before that, ParameterStatus is only remembered: the session tells what the client has to know.
     logged_in: bool,
     /// Of [`MAX_LOGIN`]: bytes that may still be read before that.
@@ -242,7 +242,7 @@ async fn log_in(
         side: server.side,
         pid: 0,
         key: Vec::new(),
-        parameters: BTreeMap::new(),
+        parameters: Parameters::default(),
         logged_in: false,
         login_left: MAX_LOGIN,
         buffer: Vec::new(),
@@ -377,7 +377,7 @@ impl ServerConn {
             match kind {
                 b'S' => {
                     if let Some((name, value)) = scan::parameter_status(&body) {
-                        self.parameters.insert(name, value);
+                        Arc::make_mut(&mut self.parameters).insert(name, value);
                     }
                 }
                 b'N' | b'A' => {}

@@ -267,16 +267,18 @@ pub(super) async fn enter(
 /// Runs an authenticated client's session to its end.
 pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
-    let Some((mut registered, mut client, login)) = enter(&env, client, &peer, since, PoolMode::Session).await else {
+    let Some((mut registered, mut client, login)) =
+        Box::pin(enter(&env, client, &peer, since, PoolMode::Session)).await
+    else {
         return;
     };
     let shared = registered.shared.clone();
     let mut held = Vec::new();
-    let server = match first_server(&env, &shared, &mut client, &mut held, &login).await {
+    let server = match Box::pin(first_server(&env, &shared, &mut client, &mut held, &login)).await {
         Ok(server) => server,
         Err(error) => {
             if let Some(bytes) = error {
-                say_last(&mut client, &bytes).await;
+                Box::pin(say_last(&mut client, &bytes)).await;
             }
             return;
         }
@@ -296,7 +298,7 @@ pub(super) async fn go_on(session: Box<Session>) -> bool {
     let (session, end) = session.relay().await;
     let not_moved = matches!(end, End::NotMoved(_));
     tracing::debug!(session = session.shared.id.0, ?end, "a session ended");
-    session.finish(end).await;
+    Box::pin(session.finish(end)).await;
     not_moved
 }
 
@@ -314,7 +316,7 @@ pub(super) async fn say_last(client: &mut ClientStream, bytes: &[u8]) {
 pub(super) fn greeting(server: &mut ServerConn, shared: &Shared) -> Vec<u8> {
     let mut out = Vec::new();
     message::put_authentication(&mut out, 0, &[]);
-    for (name, value) in &server.parameters {
+    for (name, value) in &*server.parameters {
         message::put_parameter_status(&mut out, name, value);
     }
     out.append(&mut server.aside);
@@ -462,8 +464,16 @@ pub(super) async fn gone(client: &mut ClientStream, held: &mut Vec<u8>, waiting:
             sleep(FULL_LOOK).await;
             continue;
         }
-        held.reserve(8192);
-        match client.read_buf(held).await {
+        // A client that waits in silence needs no room.
+        let read = poll_fn(|cx| {
+            SCRATCH_BUFFER.with_borrow_mut(|scratch| {
+                let mut into = ReadBuf::new(&mut scratch[..8192]);
+                ready!(Pin::new(&mut *client).poll_read(cx, &mut into))?;
+                held.extend_from_slice(into.filled());
+                Poll::Ready(Ok::<_, std::io::Error>(into.filled().len()))
+            })
+        });
+        match read.await {
             Ok(n) if n > 0 => {
                 if let Some(shared) = waiting {
                     shared.set_waiting(true);
@@ -674,7 +684,7 @@ impl Session {
         // The first boundary.
         self.phase = Phase::Boundary;
         self.env.gate.arrived(&self.shared);
-        if let Err(end) = self.on_signals(signal::LOOK).await {
+        if let Err(end) = Box::pin(self.on_signals(signal::LOOK)).await {
             return (self, end);
         }
         loop {
@@ -685,9 +695,9 @@ impl Session {
                 Event::ServerGone => Err(End::Server),
                 Event::Protocol(what) => Err(End::Tell(ClientError::protocol(what))),
                 Event::Limit(limit) => Err(End::Tell(limit.reached(&self.env.config.limits))),
-                Event::Signals(bits) => self.on_signals(bits).await,
-                Event::Attention => self.park().await,
-                Event::Settle => self.settle().await,
+                Event::Signals(bits) => Box::pin(self.on_signals(bits)).await,
+                Event::Attention => Box::pin(self.park()).await,
+                Event::Settle => Box::pin(self.settle()).await,
             };
             if let Err(end) = done {
                 return (self, end);
@@ -1561,7 +1571,7 @@ impl Session {
         self.read = None;
         self.worker.left.close(old);
         // Only what differs in the end, before the first answer of the new server.
-        for (name, value) in &self.server.parameters {
+        for (name, value) in &*self.server.parameters {
             if self.replies.parameters.get(name) != Some(value) {
                 message::put_parameter_status(self.to_client.later(), name, value);
             }

@@ -41,7 +41,7 @@ use crate::proxy::{Env, Worker};
 use crate::telemetry::TIMED_OUT;
 use crate::wire::error::ClientError;
 use crate::wire::message::{self, Pair};
-use crate::wire::scan::{BadLength, Replies, Requests, Unnamed, answers_come, at_boundary};
+use crate::wire::scan::{BadLength, Parameters, Replies, Requests, Unnamed, answers_come, at_boundary};
 use crate::wire::statements::{Names, Refused, Stop, To, worth_a_server};
 
 /// A server in COPY IN that has said nothing for so long waits for data.
@@ -104,12 +104,17 @@ fn application_name(login: &Login) -> Option<&Pair> {
 pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: std::time::Instant) {
     let env = worker.env.clone();
     let mode = env.config.pool.mode(&client.user, &client.database);
-    let Some((mut registered, client, login)) = session::enter(&env, client, &peer, since, mode).await else {
+    let Some((mut registered, client, login)) = Box::pin(session::enter(&env, client, &peer, since, mode)).await else {
         return;
     };
     let shared = registered.shared.clone();
     let (member, known) = pool::join(&worker, &login, &shared.user, &shared.database);
-    let state = application_name(&login).map(|(_, value)| Arc::new(State::named(&shared.user, value)));
+    let state = application_name(&login).map(|(_, value)| {
+        let state = Arc::new(State::named(&shared.user, value));
+        let state = pool::shared_state(member.0, state);
+        pool::note_state(member.0, Some(&state));
+        state
+    });
     let mut sharing = Box::new(Sharing {
         requests: Requests::new(env.config.limits.unnamed_statement_max),
         phase: Phase::Waiting,
@@ -147,7 +152,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
         sharing.suspects = suspects::of(&sharing.env, &sharing.shared.database).await;
         Ok(())
     };
-    let end = match greeted.await {
+    let end = match Box::pin(greeted).await {
         Ok(()) => {
             metrics::counter!("pgflip_logins_total", "result" => "ok").increment(1);
             sharing.shared.set_waiting(false);
@@ -158,7 +163,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
                     end
                 }
                 Relayed::Binds(session, keeps) => {
-                    let not_moved = session::go_on(session).await;
+                    let not_moved = Box::pin(session::go_on(session)).await;
                     registered.not_moved = not_moved;
                     drop(keeps);
                     return;
@@ -169,7 +174,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
     };
     tracing::debug!(session = sharing.shared.id.0, ?end, "a session ended");
     registered.not_moved = matches!(end, End::NotMoved(_));
-    sharing.finish(end).await;
+    Box::pin(sharing.finish(end)).await;
 }
 
 /// How a client goes on.
@@ -330,13 +335,13 @@ impl Sharing {
 
     /// What a client is told when it has logged in. Of its parameters, what the pool's servers say; the first client of a pool
     /// waits for one.
-    async fn greet(&mut self, known: Option<Arc<pool::Parameters>>) -> Result<(), End> {
+    async fn greet(&mut self, known: Option<Parameters>) -> Result<(), End> {
         self.wait_to_be_let_in().await?;
         let parameters = match known {
             Some(known) => {
-                let mut parameters = pool::Parameters::clone(&known);
+                let mut parameters = known;
                 if let Some((name, value)) = application_name(&self.login) {
-                    parameters.insert(name.clone(), value.clone());
+                    Arc::make_mut(&mut parameters).insert(name.clone(), value.clone());
                 }
                 parameters
             }
@@ -347,10 +352,11 @@ impl Sharing {
                 parameters
             }
         };
-        self.version = pool::version(&parameters);
+        let (parameters, version) = pool::shared(parameters);
+        self.version = version;
         let mut out = Vec::new();
         message::put_authentication(&mut out, 0, &[]);
-        for (name, value) in &parameters {
+        for (name, value) in &*parameters {
             message::put_parameter_status(&mut out, name, value);
         }
         self.replies.parameters = parameters;
@@ -418,15 +424,15 @@ impl Sharing {
                 Event::Protocol(what) => Err(End::Tell(ClientError::protocol(what))),
                 Event::Limit(limit) => Err(End::Tell(limit.reached(&self.env.config.limits))),
                 Event::Signals(bits) => self.on_signals(bits),
-                Event::Attention if self.server.is_none() => self.take_server().await,
+                Event::Attention if self.server.is_none() => Box::pin(self.take_server()).await,
                 Event::Attention | Event::Settle => {
                     let settled = match event {
-                        Event::Settle => self.settle().await,
+                        Event::Settle => Box::pin(self.settle()).await,
                         _ => Ok(()),
                     };
                     match settled {
                         // At its boundary, with something to read.
-                        Ok(()) if !self.update() => match self.inspect().await {
+                        Ok(()) if !self.update() => match Box::pin(self.inspect()).await {
                             // A session of its own has not heard it.
                             Ok(true) if self.names.goodbye => Err(End::Client),
                             Ok(true) => {
@@ -878,9 +884,9 @@ impl Sharing {
     }
 
     /// What the client has to be told of a server's parameters.
-    fn differs(&self, parameters: &pool::Parameters) -> Option<Vec<u8>> {
+    fn differs(&self, parameters: &Parameters) -> Option<Vec<u8>> {
         let mut out = Vec::new();
-        for (name, value) in parameters {
+        for (name, value) in &**parameters {
             if self.replies.parameters.get(name) != Some(value) {
                 message::put_parameter_status(&mut out, name, value);
             }
@@ -1037,7 +1043,7 @@ impl Sharing {
                     let same = self.state.as_ref().is_some_and(|before| before.same_settings(&state));
                     if !same {
                         self.dialect = state.dialect();
-                        self.state = Some(Arc::new(state));
+                        self.state = Some(pool::shared_state(self.pool(), Arc::new(state)));
                     }
                     pool::note_state(self.pool(), self.state.as_ref());
                     None

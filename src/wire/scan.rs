@@ -3,6 +3,7 @@
 //! Parse (bounded), and a header that a read has cut.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::wire::message::{self, cstr};
 use crate::wire::settings::SettingNames;
@@ -273,6 +274,9 @@ pub fn answers_come(requests: &Requests, replies: &Replies) -> bool {
         && requests.between_messages()
 }
 
+/// Names and values of parameters that a server tells of (ParameterStatus): clients mostly know the same ones, and share them.
+pub type Parameters = Arc<BTreeMap<Vec<u8>, Vec<u8>>>;
+
 /// What comes from the server. What every answer needs comes first and lies together.
 #[repr(C)]
 pub struct Replies {
@@ -317,7 +321,7 @@ pub struct Replies {
     /// A LISTEN has been answered; DISCARD ALL has not been since.
     pub listens: bool,
     /// What the client has been told by ParameterStatus.
-    pub parameters: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub parameters: Parameters,
     capture: Vec<u8>,
     /// Of a CommandComplete that a read has cut: its first bytes, and how many (one more than fit: it is none of those that
     /// matter).
@@ -341,7 +345,7 @@ impl Default for Replies {
             capture: Vec::new(),
             tag: [0; TAG_MAX],
             tag_length: 0,
-            parameters: BTreeMap::new(),
+            parameters: Parameters::default(),
             error_last: false,
             failed: false,
             pids: Vec::new(),
@@ -574,14 +578,15 @@ impl Replies {
         let Some(name) = cstr(&mut rest) else {
             return false;
         };
-        let before = self.parameters.remove(name);
+        let parameters = Arc::make_mut(&mut self.parameters);
+        let before = parameters.remove(name);
         // One that is not remembered whole is not known.
         if let Some(value) = cstr(&mut rest)
-            && self.parameters.len() < PARAMETERS_MAX
+            && parameters.len() < PARAMETERS_MAX
         {
-            self.parameters.insert(name.to_vec(), value.to_vec());
+            parameters.insert(name.to_vec(), value.to_vec());
         }
-        name == b"client_encoding" && before.as_ref() != self.parameters.get(name)
+        name == b"client_encoding" && before.as_ref() != parameters.get(name)
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::LIMIT;
 use super::raw::{self, Raw, kinds, plain, query};
 use crate::common::{Rig, memory_kb};
-use LIMIT;
 use pgflip::demo::ledger::Shape;
 
 async fn rig() -> Rig {
