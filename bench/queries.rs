@@ -14,6 +14,8 @@ struct Run {
     /// Milliseconds.
     p50: f64,
     p99: f64,
+    /// Seconds until all clients had logged in.
+    logins: f64,
 }
 
 fn pgbench(stage: &Stage, way: &Way, arguments: &[&str]) -> Outcome<Run> {
@@ -26,8 +28,12 @@ fn pgbench(stage: &Stage, way: &Way, arguments: &[&str]) -> Outcome<Run> {
         let line = text.lines().find_map(|line| line.strip_prefix(prefix))?;
         line.split([' ', '/']).find_map(|word| word.parse::<f64>().ok())
     };
-    let found = (number("tps = "), number("number of transactions actually processed: "));
-    let (true, (Some(per_second), Some(transactions))) = (output.status.success(), found) else {
+    let found = (
+        number("tps = "),
+        number("number of transactions actually processed: "),
+        number("initial connection time = "),
+    );
+    let (true, (Some(per_second), Some(transactions), Some(logins_ms))) = (output.status.success(), found) else {
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("pgbench: {}{text}{said}", output.status).into());
     };
@@ -37,6 +43,7 @@ fn pgbench(stage: &Stage, way: &Way, arguments: &[&str]) -> Outcome<Run> {
         transactions,
         p50: at(&waits, 0.5),
         p99: at(&waits, 0.99),
+        logins: logins_ms / 1_000.0,
     })
 }
 
@@ -81,15 +88,17 @@ pub async fn measure(stage: &Stage, report: &mut Report, mode: Mode, legs: Legs)
     )?;
     // Prepared statements in transaction mode came with PgBouncer 1.21.
     let bouncer_prepares = mode == "session" || PgBouncer::version() >= (1, 21);
-    let time = seconds.to_string();
     for clients in clients.split(',') {
-        // Clients log in, which is no part of a query: what that costs is measured by itself.
-        let mut logins = [0.0; 3];
+        // Clients log in, which is no part of a query: what that costs is measured by itself, and its time, which pgbench
+        // takes from the time that it is given, is added.
+        let (mut logins, mut times) = ([0.0; 3], Vec::new());
         for (way, cost) in ways.iter().zip(&mut logins) {
-            let Some(pid) = way.pid else { continue };
-            let before = cpu_seconds(pid)?;
-            pgbench(stage, way, &["-c", clients, "-t", "1"])?;
-            *cost = cpu_seconds(pid)? - before;
+            let before = way.pid.map(cpu_seconds).transpose()?;
+            let run = pgbench(stage, way, &["-c", clients, "-t", "1"])?;
+            times.push((f64::from(seconds) + run.logins.ceil()).to_string());
+            if let (Some(pid), Some(before)) = (way.pid, before) {
+                *cost = cpu_seconds(pid)? - before;
+            }
         }
         for protocol in ["simple", "extended", "prepared"] {
             if !only.is_empty() && only != protocol {
@@ -103,7 +112,7 @@ pub async fn measure(stage: &Stage, report: &mut Report, mode: Mode, legs: Legs)
                     continue;
                 }
                 let before = ways[n].pid.map(cpu_seconds).transpose()?;
-                let run = pgbench(stage, &ways[n], &["-M", protocol, "-c", clients, "-T", &time])?;
+                let run = pgbench(stage, &ways[n], &["-M", protocol, "-c", clients, "-T", &times[n]])?;
                 rates[n].push(run.per_second);
                 waits[n][0].push(run.p50);
                 waits[n][1].push(run.p99);

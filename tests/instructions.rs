@@ -28,7 +28,8 @@ async fn a_query_takes_no_more_instructions_than_it_did() {
         eprintln!("NOT MEASURED, and so not checked: {why}");
         return;
     }
-    let beside = || PathBuf::from(env!("CARGO_BIN_EXE_pgflip")).join("../../release/pgflip");
+    // Beside the debug build that the other tests run.
+    let beside = || PathBuf::from(env!("CARGO_BIN_EXE_pgflip")).with_file_name("../release/pgflip");
     let program = std::env::var_os("PGFLIP").map_or_else(beside, PathBuf::from);
     assert!(
         program.exists(),
