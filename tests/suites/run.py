@@ -72,8 +72,8 @@ def stop(process: subprocess.Popen, signal: int) -> None:
 
 
 @contextmanager
-def postgres(suite: suites.Suite, binaries: Path, directory: Path, port: int):
-    """A server that trusts this machine (or asks as `suite.rules` says), with what the suite wants to find there."""
+def postgres(suite: suites.Suite, way: str, binaries: Path, directory: Path, port: int):
+    """A server that trusts this machine (or asks as the suite's rules say), with what the suite wants to find there."""
     data, log = directory / "data", directory / "postgres.log"
     data.mkdir()
     if not os.geteuid():
@@ -82,7 +82,7 @@ def postgres(suite: suites.Suite, binaries: Path, directory: Path, port: int):
     run = {"env": environment(), "cwd": "/", **servers_user()}
     subprocess.run([binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"],
                    check=True, stdout=subprocess.DEVNULL, **run)
-    (data / "pg_hba.conf").write_text(suite.rules)
+    (data / "pg_hba.conf").write_text(suite.server_rules(way))
     settings = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off",
                 "max_connections": 300, "wal_level": "logical", "max_prepared_transactions": 20,
                 **suite.settings}
@@ -159,7 +159,7 @@ def run(suite: suites.Suite, way: str, binaries: Path, program: Path, only: str 
         port, server = suite.port or free_port(), free_port()
         if way == "direct":
             server = port
-        stack.enter_context(postgres(suite, binaries, directory, server))
+        stack.enter_context(postgres(suite, way, binaries, directory, server))
         if way != "direct":
             log = kept / f"{suite.name}.{way}.pgflip.log"
             stack.enter_context(pgflip(suite, program, way, directory, server, port, log))

@@ -1,9 +1,11 @@
 """The suites: where each comes from, what it needs, how it is run, and how its tests' outcomes are read."""
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -46,6 +48,9 @@ class Suite:
     failures_alike = False
     # How much of a failure is shown.
     lines = 6
+
+    def server_rules(self, way: str) -> str:
+        return self.rules
 
     def prepare(self) -> Path:
         """Fetches what is missing. Returns the directory with the server's programs."""
@@ -283,4 +288,129 @@ class Regress(Debian):
         return found
 
 
-ALL = {suite.name: suite for suite in (Asyncpg, Psycopg2, Regress)}
+class NodePostgres(Debian):
+    """node-postgres with its pool and its cursor: the tests of the repository's archive in Debian's source package, with what
+    they need from npm."""
+    name = "node-postgres"
+    package, release = "node-postgres", "sid"
+    archive = "node-postgres_*.orig.tar.gz"
+    landmark = "package.json"
+    sql = [("postgres", "create role scram_user login password 'secret'")]
+    rules = "host all scram_user 127.0.0.1/32 scram-sha-256\n" + Suite.rules
+    databases = ["postgres", "template1"]
+    # A test leaves a login unfinished, and ends when the server has had enough of that.
+    settings = {"authentication_timeout": "10s"}
+    lines = 12
+    # Beside pg itself and what it depends on: the development dependencies that these tests make use of.
+    packages = ["async@2.6.4", "bluebird@3.7.2", "co@4.6.0", "pg-copy-streams@0.3.0", "lodash@4", "expect.js@0.3.1", "mocha@10"]
+
+    def build(self, root: Path) -> None:
+        # The archive has its packages as a workspace, with tools that take long to install.
+        for file in ("package.json", "yarn.lock"):
+            (root / file).unlink(missing_ok=True)
+        ours = []
+        for name in ("pg", "pg-connection-string", "pg-cursor", "pg-pool", "pg-protocol"):
+            version = json.loads((root / "packages" / name / "package.json").read_text())["version"]
+            ours.append(f"{name}@{version}")
+        (root / "package.json").write_text("{}")
+        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", *ours, *self.packages], cwd=root,
+                       check=True, stdout=sys.stderr)
+
+    def run(self, place: Place, only: str | None) -> dict:
+        root = self.root()
+        variables = place.environment | {
+            "PGHOST": place.host, "PGPORT": str(place.port), "PGUSER": "postgres", "PGDATABASE": "postgres", "PGTESTNOSSL": "1",
+            "SCRAM_TEST_PGUSER": "scram_user", "SCRAM_TEST_PGPASSWORD": "secret", "USER": "postgres"}
+        pg = root / "packages" / "pg"
+        subprocess.run(["node", "script/create-test-tables.js"], cwd=pg, env=variables, check=True, stdout=subprocess.DEVNULL)
+        found = {}
+        # Each file is a program, as the Makefile there has it.
+        for file in sorted((pg / "test" / "integration").rglob("*-tests.js")):
+            name = str(file.relative_to(pg / "test"))
+            if only and only not in name:
+                continue
+            try:
+                ended = subprocess.run(["node", file], cwd=pg, env=variables, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True, timeout=TEST_LIMIT)
+                found[name] = outcome("failed" if ended.returncode else "passed", ended.stdout)
+            except subprocess.TimeoutExpired as hanging:
+                found[name] = outcome("failed", f"{(hanging.stdout or b'').decode()}\nhas not ended after {TEST_LIMIT} s")
+        for package in ("pg-pool", "pg-cursor"):
+            report = place.directory / f"{package}.json"
+            ended = subprocess.run([root / "node_modules" / ".bin" / "mocha", "--reporter=json", f"--reporter-option=output={report}",
+                                    "--exit", *(["--grep", only] if only else [])], cwd=root / "packages" / package,
+                                   env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SUITE_LIMIT)
+            if not report.exists():
+                sys.exit(f"{self.name}: mocha made no report for {package}\n{ended.stdout[-3000:]}")
+            told = json.loads(report.read_text())
+            for kind, key in (("passed", "passes"), ("failed", "failures"), ("skipped", "pending")):
+                for test in told[key]:
+                    found[f"{package}: {test['fullTitle']}"] = outcome(kind, test["err"].get("stack", ""))
+        return found
+
+
+class RustPostgres(Suite):
+    """tokio-postgres: the crate brings its tests along."""
+    name = "tokio-postgres"
+    crate, version = "tokio-postgres", "0.7.18"
+    # It is in the tests.
+    port = 5433
+    sql = [("postgres", "create role pass_user login password 'password'; create role scram_user login password 'password'"),
+           ("postgres", "create role ssl_user login"),
+           ("postgres", "set password_encryption = md5; create role md5_user login password 'password'"),
+           *(("postgres", f"create extension {name}") for name in ("hstore", "citext", "ltree"))]
+    rules = ("host all pass_user 127.0.0.1/32 password\nhost all md5_user 127.0.0.1/32 md5\n"
+             "host all scram_user 127.0.0.1/32 scram-sha-256\n" + Suite.rules)
+
+    def server_rules(self, way: str) -> str:
+        # A password in clear is for pgflip to take; the server has to ask pgflip for SCRAM.
+        return self.rules if way == "direct" else self.rules.replace(" password\n", " scram-sha-256\n")
+
+    features = ["with-bit-vec-0_6", "with-chrono-0_4", "with-eui48-1", "with-geo-types-0_7", "with-serde_json-1", "with-time-0_3",
+                "with-uuid-1", "array-impls"]
+    target = ["--test", "test"]
+
+    def fetch(self) -> None:
+        what = f"{self.crate} {self.version}"
+        self.directory, missing = once(self.name, what)
+        cargo = {"cwd": self.directory, "env": {name: value for name, value in os.environ.items() if name != "CARGO_TARGET_DIR"}}
+        root = self.directory / self.crate
+        if missing:
+            (self.directory / "src").mkdir()
+            (self.directory / "src" / "lib.rs").touch()
+            (self.directory / "Cargo.toml").write_text(
+                f"[package]\nname = \"fetched\"\n[dependencies]\n{self.crate} = \"={self.version}\"\n[workspace]\n")
+            told = subprocess.run(["cargo", "metadata", "--format-version=1"], check=True, stdout=subprocess.PIPE, **cargo).stdout
+            [manifest] = (p["manifest_path"] for p in json.loads(told)["packages"] if p["name"] == self.crate)
+            shutil.copytree(Path(manifest).parent, root)
+            with (root / "Cargo.toml").open("a") as manifest:
+                manifest.write("\n[workspace]\n")
+        cargo["cwd"] = root
+        say(f"building the tests of {what}")
+        built = subprocess.run(["cargo", "test", "--quiet", "--no-run", "--message-format=json", "--features",
+                                ",".join(self.features), *self.target], check=True, stdout=subprocess.PIPE, **cargo).stdout
+        done(self.directory, what)
+        messages = [json.loads(line) for line in built.splitlines() if line.startswith(b"{")]
+        [self.program] = (m["executable"] for m in messages if m.get("executable") and m["profile"]["test"])
+
+    def run(self, place: Place, only: str | None) -> dict:
+        ended = subprocess.run(["timeout", str(SUITE_LIMIT), self.program, *([only] if only else [])], cwd=place.directory,
+                               env=place.environment | {"RUST_BACKTRACE": "0"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        found = {}
+        for name, how in re.findall(r"(?m)^test (\S+)(?: - should panic)? \.\.\. (ok|FAILED|ignored)", ended.stdout):
+            said = re.search(rf"(?m)^---- {re.escape(name)} stdout ----\n((?:(?!----).*\n)*)", ended.stdout)
+            found[name] = outcome({"ok": "passed", "FAILED": "failed"}.get(how, "skipped"), said[1] if said else "")
+        if not found:
+            sys.exit(f"{self.name}: {ended.stdout[-3000:]}")
+        return found
+
+
+class Postgres(RustPostgres):
+    """The blocking driver on top of it."""
+    name = "postgres"
+    crate, version = "postgres", "0.19.14"
+    features = ["with-serde_json-1"]
+    target = ["--lib"]
+
+
+ALL = {suite.name: suite for suite in (Asyncpg, Regress, RustPostgres, Postgres, NodePostgres, Psycopg2)}
