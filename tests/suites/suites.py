@@ -107,8 +107,8 @@ class Pytest(Suite):
             subprocess.run([sys.executable, "-m", "venv", self.directory / "python"], check=True)
             pip = [self.directory / "python" / "bin" / "pip", "-q", "--disable-pip-version-check"]
             subprocess.run([*pip, "install", "pytest==8.*", "pytest-timeout==2.*", *self.packages], check=True)
-            subprocess.run([*pip, "download", "--no-deps", "--no-binary", ":all:", "-d", self.directory, self.source],
-                           check=True)
+            subprocess.run([*pip, "download", "--no-deps", "--no-binary", self.source.split("==")[0], "-d",
+                            self.directory, self.source], check=True)
             [archive] = self.directory.glob("*.tar.gz")
             unpack(archive, self.directory)
             self.unpacked(self.directory / archive.name.removesuffix(".tar.gz"))
@@ -169,6 +169,74 @@ class Psycopg2(Pytest):
     def variables(self, place: Place) -> dict:
         return {"PSYCOPG2_TESTDB": "psycopg2_test", "PSYCOPG2_TESTDB_HOST": place.host,
                 "PSYCOPG2_TESTDB_PORT": str(place.port), "PSYCOPG2_TESTDB_USER": "postgres"}
+
+
+class Sqlalchemy(Pytest):
+    """psycopg 3, whose own tests no registry has, by those of SQLAlchemy that send most to a server."""
+    name = "sqlalchemy"
+    packages = ["sqlalchemy[asyncio]==2.1.9", "psycopg[binary]==3.3.9"]
+    source = "sqlalchemy==2.1.9"
+    tests = ["test/dialect/postgresql", "test/dialect/test_suite.py", "test/engine", "test/sql/test_query.py",
+             "test/sql/test_resultset.py", "test/sql/test_insert_exec.py", "test/sql/test_returning.py",
+             "test/orm/test_unitofwork.py", "test/orm/test_transaction.py", "test/orm/test_versioning.py"]
+    databases = ["postgres", "test"]
+    sql = [("postgres", "create database test"),
+           *(("test", f"create {what}") for what in ("schema test_schema", "schema test_schema_2", "extension hstore",
+                                                      "extension citext"))]
+
+    def where(self, place: Place) -> list[str]:
+        return [f"--dburi=postgresql+psycopg://postgres:unused@{place.host}:{place.port}/test"]
+
+
+class Django(Suite):
+    """psycopg 3 by those of Django's tests that send most to a server, with server-side binding: prepared statements."""
+    name = "django"
+    packages = ["psycopg[binary]==3.3.9"]
+    source = "django==5.2.19"
+    applications = ["backends", "transactions", "transaction_hooks", "postgres_tests", "queries", "aggregation", "annotations",
+                    "bulk_create", "delete", "select_for_update", "schema", "introspection", "migrations", "model_fields", "timezones"]
+    databases = ["postgres", "test_django", "test_other"]
+
+    def fetch(self) -> None:
+        what = " ".join([*self.packages, self.source])
+        self.directory, missing = once(self.name, what)
+        if missing:
+            subprocess.run([sys.executable, "-m", "venv", self.directory / "python"], check=True)
+            pip = [self.directory / "python" / "bin" / "pip", "-q", "--disable-pip-version-check"]
+            subprocess.run([*pip, "install", self.source, *self.packages, "jinja2", "pillow"], check=True)
+            subprocess.run([*pip, "download", "--no-deps", "--no-binary", "django", "-d", self.directory, self.source], check=True)
+            [archive] = self.directory.glob("*.tar.gz")
+            unpack(archive, self.directory)
+            done(self.directory, what)
+        [archive] = self.directory.glob("*.tar.gz")
+        self.root = self.directory / archive.name.removesuffix(".tar.gz")
+
+    def run(self, place: Place, only: str | None) -> dict:
+        database = {"ENGINE": "django.db.backends.postgresql", "USER": "postgres", "HOST": place.host, "PORT": str(place.port),
+                    "OPTIONS": {"server_side_binding": True}}
+        (place.directory / "pgflip_settings.py").write_text(
+            f"DATABASES = {{'default': {database | {'NAME': 'django'}}, 'other': {database | {'NAME': 'other'}}}}\n"
+            "SECRET_KEY = 'none'\nUSE_TZ = False\nPASSWORD_HASHERS = ['django.contrib.auth.hashers.MD5PasswordHasher']\n"
+            "DEFAULT_AUTO_FIELD = 'django.db.models.AutoField'\n")
+        ended = subprocess.run(
+            ["timeout", str(SUITE_LIMIT), self.directory / "python" / "bin" / "python", "runtests.py", "--settings=pgflip_settings",
+             "--noinput", "--parallel=1", "-v2", *(["-k", only] if only else []), *self.applications],
+            cwd=self.root / "tests", env=place.environment | {"PYTHONPATH": str(place.directory)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace")
+        found = {}
+        outcomes = {"ok": "passed", "expected failure": "passed", "FAIL": "failed", "ERROR": "failed",
+                    "unexpected success": "failed"}
+        # A test's name, perhaps what it is about, and how it ended, behind whatever it has printed.
+        for name, how in re.findall(r"(?m)^\w+ \(([\w.]+)\)(?:\n[^\n]*)?? \.\.\. (?:.*?)(ok|FAIL|ERROR|skipped|expected failure|unexpected success)\b",
+                                    ended.stdout):
+            found[name] = outcome(outcomes.get(how, "skipped"))
+        for part in re.split(r"(?m)^={70}\n", ended.stdout)[1:]:
+            if bad := re.match(r"(?:FAIL|ERROR): \w+ \(([\w.]+)\)(.*)", part):
+                before = found.get(bad[1], outcome("failed"))
+                found[bad[1]] = outcome("failed", before["said"] + part.split("\n" + "-" * 70 + "\nRan ")[0])
+        if not re.search(r"(?m)^Ran \d+ tests", ended.stdout):
+            sys.exit(f"{self.name}: {ended.stdout[-3000:]}")
+        return found
 
 
 class Debian(Suite):
@@ -413,4 +481,4 @@ class Postgres(RustPostgres):
     target = ["--lib"]
 
 
-ALL = {suite.name: suite for suite in (Asyncpg, Regress, RustPostgres, Postgres, NodePostgres, Psycopg2)}
+ALL = {suite.name: suite for suite in (Asyncpg, Regress, RustPostgres, Postgres, NodePostgres, Sqlalchemy, Django, Psycopg2)}
