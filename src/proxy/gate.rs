@@ -20,7 +20,7 @@
 //! with it its next request, which may be for the same lock: so nobody waits twice, and it ends. For the last quarter of the
 //! drain's time nobody is let through: whoever still waits then waits for somebody who keeps a lock, and is a straggler.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Waker;
@@ -110,6 +110,9 @@ const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(20);
 const OTHERS_PATIENCE: std::time::Duration = std::time::Duration::from_millis(500);
 /// How long a flip waits, nobody held, for sessions that are busy to come to a boundary where their state can be read ahead.
 const READ_AHEAD: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// So many of those who have left are remembered. Servers use a pid again later than that.
+const LEFT_MAX: usize = 1000;
 
 /// Why a session can't be moved that calls set_config with names which pgflip can't see.
 pub const UNSEEN_SETTINGS: &str = "custom settings whose names are not known: put together at run time, given to \
@@ -483,6 +486,8 @@ struct Inner {
     /// Of server processes the sessions that they serve, or served before they went over: notifications of theirs may
     /// still be on their way.
     by_server: HashMap<(Side, u32), SessionId>,
+    /// The same of those that have left, newest last: who notifies and goes is heard of later.
+    left: VecDeque<((Side, u32), SessionId)>,
     draining: Option<Draining>,
     moved: usize,
     ended: usize,
@@ -534,6 +539,7 @@ impl Gate {
                 prepares: 0,
                 sessions: HashMap::new(),
                 by_server: HashMap::new(),
+                left: VecDeque::new(),
                 draining: None,
                 moved: 0,
                 ended: 0,
@@ -930,6 +936,10 @@ impl Gate {
                 && inner.by_server.get(&(key.side, key.pid)) == Some(&shared.id)
             {
                 inner.by_server.remove(&(key.side, key.pid));
+                if inner.left.len() == LEFT_MAX {
+                    inner.left.pop_front();
+                }
+                inner.left.push_back(((key.side, key.pid), shared.id));
             }
             inner.ended += usize::from(not_moved);
             self.refresh(&inner);
@@ -1064,7 +1074,9 @@ impl Gate {
     /// The pid by which clients know what server process `pid` does. That of a stranger stays as it is, unless the one
     /// who hears it would take it for its own: then it is nobody's.
     pub(super) fn known_as(&self, side: Side, pid: u32, to: SessionId) -> u32 {
-        match self.inner.lock().by_server.get(&(side, pid)) {
+        let inner = self.inner.lock();
+        let left = || inner.left.iter().rev().find(|(server, _)| *server == (side, pid));
+        match inner.by_server.get(&(side, pid)).or_else(|| Some(&left()?.1)) {
             Some(id) => id.0,
             None if pid == to.0 => 0,
             None => pid,
@@ -1604,7 +1616,12 @@ mod tests {
         gate.hold();
         assert_eq!((known(Side::Blue, 1000), known(Side::Green, 2000)), (1000, shared.id.0));
         gate.leave(&shared, false);
-        assert_eq!(known(Side::Green, 2000), 2000);
+        let other = gate.admit(newcomer());
+        let heard = gate.known_as(Side::Green, 2000, other.id);
+        assert_eq!(heard, shared.id.0, "it has notified and left");
+        gate.serves(&other, key(Side::Green, 2000));
+        let heard = gate.known_as(Side::Green, 2000, other.id);
+        assert_eq!(heard, other.id.0, "another process has its pid now");
     }
 
     #[test]

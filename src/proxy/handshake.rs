@@ -174,7 +174,13 @@ pub(super) async fn receive(
 
 /// What follows the length; `None`: that length is impossible.
 async fn startup_packet(stream: &mut ClientStream) -> io::Result<Option<Vec<u8>>> {
-    let length = stream.read_u32().await? as usize;
+    let length = stream.read_u32().await?;
+    // Who changes its mind before it has said anything may say Terminate (node-postgres does), and takes an error for a
+    // failure. Postgres doesn't answer it either.
+    if length.to_be_bytes() == *b"X\0\0\0" && stream.read_u8().await? == 4 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let length = length as usize;
     if !(8..=message::MAX_STARTUP).contains(&length) {
         return Ok(None);
     }

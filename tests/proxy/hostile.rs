@@ -83,6 +83,8 @@ async fn clients_that_are_none_are_told_so_and_cut_off_and_others_go_on() {
         let opening = [&length.to_be_bytes()[..], &three, b"user\0app\0\0"].concat();
         assert_eq!(told(port, &opening).await, "08P01", "{length}");
     }
+    // A client that has changed its mind is none of them.
+    assert_eq!(told(port, &plain(b'X', b"")).await, "");
     let long = vec![b'x'; 9_000];
     for (opening, words) in [
         (b"GET / HTTP/1.1\r\nHost: pgflip\r\n\r\n".to_vec(), "08P01"),
