@@ -1258,7 +1258,6 @@ impl Sharing {
             mut to_client,
             ..
         } = *self;
-        let told = error.is_some();
         if let Some(error) = error {
             let mut bytes = Vec::new();
             error.encode(&mut bytes);
@@ -1266,12 +1265,7 @@ impl Sharing {
         }
         let last_words = async {
             let _ = poll_fn(|cx| to_client.poll_empty(cx, &mut client)).await;
-            client.shutdown().await?;
-            // What it goes on sending is read: to close with bytes unread is a reset, which takes from it what it was told.
-            if told {
-                tokio::io::copy(&mut client, &mut tokio::io::sink()).await?;
-            }
-            Ok(())
+            client.shutdown().await
         };
         let _: Result<io::Result<()>, _> = timeout(LAST_WORDS, last_words).await;
     }

@@ -546,19 +546,6 @@ async fn a_client_that_says_goodbye_within_copy_leaves_its_server_to_others() {
 }
 
 #[tokio::test]
-async fn who_prepares_a_text_that_is_too_long_is_told_so() {
-    let servers = Servers::start("create table t (n bigint)").await;
-    let front = servers.serve("sslmode=disable", &pool(1, "query_wait_timeout = \"10s\""));
-    let (mut one, mut two) = (front.raw().await, front.raw().await);
-    let text = format!("select '{}'", "x".repeat(1 << 20));
-    one.send(&[parse("s", &text), sync()].concat()).await;
-    let answer = one.message().await;
-    assert_eq!(raw::code(&[answer]), "08P01");
-    one.until_closed().await;
-    assert_eq!(two.value("select 1").await, "1");
-}
-
-#[tokio::test]
 async fn a_client_that_is_bound_and_says_goodbye_at_once_is_let_go() {
     let servers = Servers::start("create table t (n bigint)").await;
     let front = servers.serve("sslmode=disable", &pool(1, "query_wait_timeout = \"10s\""));

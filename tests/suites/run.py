@@ -10,6 +10,7 @@ Suites come from the registries where their drivers come from, by name and versi
 $PGFLIP_SUITES_CACHE, and so does what they need. What each test said is kept there, in results/; so is pgflip's log.
 pgflip is built first, unless PGFLIP_BIN names one. Exit code 1: something passed directly and not through pgflip.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -80,23 +81,53 @@ def postgres(suite: suites.Suite, way: str, binaries: Path, directory: Path, por
         directory.chmod(0o711)
         shutil.chown(data, "nobody")
     run = {"env": environment(), "cwd": "/", **servers_user()}
-    subprocess.run([binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"],
-                   check=True, stdout=subprocess.DEVNULL, **run)
+    subprocess.run(
+        [binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "-N"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        **run,
+    )
     (data / "pg_hba.conf").write_text(suite.server_rules(way))
-    settings = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off",
-                "max_connections": 300, "wal_level": "logical", "max_prepared_transactions": 20,
-                **suite.settings}
+    settings = {
+        "port": port,
+        "listen_addresses": "127.0.0.1",
+        "unix_socket_directories": "",
+        "fsync": "off",
+        "max_connections": 300,
+        "wal_level": "logical",
+        "max_prepared_transactions": 20,
+        **suite.settings,
+    }
     command = [binaries / "postgres", "-D", data]
     for name, value in settings.items():
         command += ["-c", f"{name}={value}"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, **run)
     try:
+
         def psql(database: str, sql: str) -> int:
             return subprocess.run(
-                [binaries / "psql", "-qXw", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres",
-                 "-d", database, "-c", sql], env=environment(), stdout=subprocess.DEVNULL,
-                stderr=None if sql != "select 1" else subprocess.DEVNULL).returncode
+                [
+                    binaries / "psql",
+                    "-qXw",
+                    "-v",
+                    "ON_ERROR_STOP=1",
+                    "-h",
+                    "127.0.0.1",
+                    "-p",
+                    str(port),
+                    "-U",
+                    "postgres",
+                    "-d",
+                    database,
+                    "-c",
+                    sql,
+                ],
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=None if sql != "select 1" else subprocess.DEVNULL,
+            ).returncode
+
         wait_until(lambda: psql("postgres", "select 1") == 0, "Postgres", process, log)
         for database, sql in suite.sql:
             if psql(database, sql):
@@ -131,14 +162,16 @@ pool_mode = "{mode}"
 level = "info"
 """)
     with log.open("wb") as output:
-        process = subprocess.Popen([program, "run", "--config", directory / "config.toml"], env=environment(),
-                                   stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [program, "run", "--config", directory / "config.toml"], env=environment(), stdout=output, stderr=output
+        )
 
     def ready() -> bool:
         try:
             return urllib.request.urlopen(f"http://127.0.0.1:{admin}/readyz", timeout=5).status == 200
         except OSError:
             return False
+
     try:
         wait_until(ready, "pgflip", process, log)
         yield
@@ -168,9 +201,13 @@ def run(suite: suites.Suite, way: str, binaries: Path, program: Path, only: str 
         tests = suite.run(place, only)
         seconds = time.monotonic() - started
         shutil.copyfile(directory / "postgres.log", kept / f"{suite.name}.{way}.postgres.log")
-    counts = {outcome: sum(test["outcome"] == outcome for test in tests.values())
-              for outcome in ("passed", "failed", "skipped")}
-    say(f"{suite.name}, {way}: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + f" in {seconds:.0f} s")
+    counts = {
+        outcome: sum(test["outcome"] == outcome for test in tests.values())
+        for outcome in ("passed", "failed", "skipped")
+    }
+    say(
+        f"{suite.name}, {way}: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + f" in {seconds:.0f} s"
+    )
     (kept / f"{suite.name}.{way}.json").write_text(json.dumps(tests, indent=1))
     return tests
 
@@ -181,15 +218,19 @@ def compare(suite: suites.Suite, way: str, direct: dict, through: dict) -> bool:
     for name in sorted(direct.keys() | through.keys()):
         missing = {"outcome": "not there", "said": ""}
         one, other = direct.get(name, missing), through.get(name, missing)
-        otherwise = one["outcome"] == other["outcome"] == "failed" and suite.failures_alike and one["said"] != other["said"]
+        otherwise = (
+            one["outcome"] == other["outcome"] == "failed" and suite.failures_alike and one["said"] != other["said"]
+        )
         if one["outcome"] != other["outcome"] or otherwise:
             bad = one["outcome"] == "passed" or otherwise
             worse |= bad
-            print(f"{suite.name}, {way}: {name}: {one['outcome']} directly, "
-                  f"{'otherwise ' if otherwise else ''}{other['outcome']} through pgflip")
+            print(
+                f"{suite.name}, {way}: {name}: {one['outcome']} directly, "
+                f"{'otherwise ' if otherwise else ''}{other['outcome']} through pgflip"
+            )
             if bad:
                 lines = [line for line in other["said"].strip().splitlines() if line.strip()]
-                print("".join(f"    {line[:200]}\n" for line in lines[-suite.lines:]), end="")
+                print("".join(f"    {line[:200]}\n" for line in lines[-suite.lines :]), end="")
     return worse
 
 
