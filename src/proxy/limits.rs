@@ -22,15 +22,15 @@ pub(super) enum Limit {
     Idle,
     /// `idle_transaction_timeout`.
     IdleInTransaction,
-    /// It has begun a transaction in `pool_mode = "statement"`.
-    TransactionBlock,
+    /// It has begun a transaction in `pool_mode = "statement"`. True: and has sent more behind it.
+    TransactionBlock(bool),
 }
 
 impl Limit {
     /// What it is told. To be called once a client: it is counted.
     pub fn reached(self, limits: &Limits) -> ClientError {
         let (name, error) = match self {
-            Limit::TransactionBlock => return ClientError::transaction_block(),
+            Limit::TransactionBlock(more) => return ClientError::transaction_block(more),
             Limit::Idle => {
                 let after = limits.client_idle_timeout.unwrap_or_default();
                 ("client_idle_timeout", ClientError::idle(after))
@@ -59,9 +59,9 @@ pub(super) enum Doing {
 /// For how long a client has been idle.
 #[derive(Debug, Default)]
 pub(super) struct Idle {
-    /// Its counters, at the last look.
-    seen: u64,
-    /// Looks that have found it idle and its counters unmoved.
+    /// Its counters, at the last look, if it was idle then: one look alone says of no time that it was.
+    seen: Option<u64>,
+    /// Looks that have found it idle and its counters unmoved since the one before.
     looks: u32,
 }
 
@@ -70,8 +70,9 @@ impl Idle {
     pub fn look(&mut self, doing: Doing, shared: &Shared, patience: &Patience) -> Option<Limit> {
         // Both only rise.
         let seen = shared.bytes_in.load(Ordering::Relaxed) + shared.queries.load(Ordering::Relaxed);
-        if doing == Doing::Something || self.seen != seen {
-            *self = Idle { seen, looks: 0 };
+        let idle = (doing != Doing::Something).then_some(seen);
+        if idle.is_none() || self.seen != idle {
+            *self = Idle { seen: idle, looks: 0 };
             return None;
         }
         self.looks = self.looks.saturating_add(1);

@@ -37,7 +37,7 @@ use super::sharing::Sharing;
 const EVENTS: usize = 256;
 
 /// After so many the thread's tasks have their turn.
-const ROUNDS: u32 = 16;
+const ROUNDS: u64 = 16;
 
 /// Sockets are looked at so often even if nobody says that one is ready: a lost wake-up would stop all sessions of a worker for ever.
 /// Whoever is idle for too long is found then.
@@ -466,7 +466,7 @@ async fn drive(poll: mio::Poll, mut patience: Option<Patience>) -> io::Result<st
             };
         // Until nothing is ready: to ask here once more costs less than the runtime's way round, and what has come meanwhile is
         // done together.
-        for round in 1.. {
+        for round in 1_u64.. {
             match poll.get_mut().poll(&mut events, Some(Duration::ZERO)) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -488,20 +488,24 @@ async fn drive(poll: mio::Poll, mut patience: Option<Patience>) -> io::Result<st
             }
             if round % ROUNDS == 0 {
                 tokio::task::yield_now().await;
+                if look.tick().now_or_never().is_some() {
+                    look_at_idle(&mut patience);
+                }
             }
         }
         // What has come by now has been heard.
-        if looks
-            && let Some(patience) = &mut patience
-            && patience.counts()
-        {
-            look_at_all(patience);
+        if looks {
+            look_at_idle(&mut patience);
         }
     }
 }
 
 /// Stops the sessions that have run into a limit.
-fn look_at_all(patience: &Patience) {
+fn look_at_idle(patience: &mut Option<Patience>) {
+    let Some(patience) = patience.as_mut() else { return };
+    if !patience.counts() {
+        return;
+    }
     HERE.with_borrow_mut(|here| {
         let Some(here) = here else { return };
         for (_, relay) in &mut here.relays {

@@ -195,7 +195,9 @@ impl Seats {
             answered: false,
         };
         inner.queue.insert(number, waits);
-        let granted = self.settle(&mut inner, &whose);
+        // It has made room for nobody else.
+        let granted = self.grant(&mut inner, number);
+        self.look_for_idle(&inner);
         drop(inner);
         hand_out(granted);
         Asked {
@@ -249,8 +251,7 @@ impl Seats {
     }
 
     fn has_room(&self, inner: &Inner, whose: &Whose) -> bool {
-        let taken = |of| inner.rows.get(of).map_or(0, |row| row.taken);
-        whose.of.iter().zip(self.most).all(|(of, most)| taken(of) < most)
+        whose.of.iter().zip(self.most).all(|(of, most)| inner.taken(of) < most)
     }
 
     fn take(self: &Arc<Seats>, inner: &mut Inner, whose: &Whose) -> Seat {
@@ -298,28 +299,45 @@ impl Seats {
         let numbers: BTreeSet<u64> = whose.of.iter().flat_map(waiting).collect();
         let mut granted = Vec::new();
         for number in numbers {
-            if self.has_room(inner, &inner.queue[&number].whose)
-                && let Some(Waits { whose, tell, .. }) = inner.leave(number)
-            {
-                granted.push((tell, self.take(inner, &whose)));
+            // What was given back is taken again.
+            if !whose.of.iter().zip(self.most).any(|(of, most)| inner.taken(of) < most) {
+                break;
             }
+            granted.extend(self.grant(inner, number));
         }
+        self.look_for_idle(inner);
+        granted
+    }
+
+    /// Takes this one off the queue, if there is room for it.
+    fn grant(self: &Arc<Seats>, inner: &mut Inner, number: u64) -> Option<(oneshot::Sender<Seat>, Seat)> {
+        if !self.has_room(inner, &inner.queue.get(&number)?.whose) {
+            return None;
+        }
+        let Waits { whose, tell, .. } = inner.leave(number)?;
+        Some((tell, self.take(inner, &whose)))
+    }
+
+    fn look_for_idle(&self, inner: &Inner) {
         self.wanted.store(inner.unanswered, Ordering::Relaxed);
         if inner.unanswered > 0 {
             self.look.send_replace(());
         }
-        granted
     }
 }
 
 /// Who has gone meanwhile gives it back.
-fn hand_out(granted: Vec<(oneshot::Sender<Seat>, Seat)>) {
+fn hand_out(granted: impl IntoIterator<Item = (oneshot::Sender<Seat>, Seat)>) {
     for (tell, seat) in granted {
         drop(tell.send(seat));
     }
 }
 
 impl Inner {
+    fn taken(&self, of: &Of) -> usize {
+        self.rows.get(of).map_or(0, |row| row.taken)
+    }
+
     fn leave(&mut self, number: u64) -> Option<Waits> {
         let waits = self.queue.remove(&number)?;
         self.unanswered -= usize::from(!waits.answered);

@@ -47,14 +47,15 @@ impl Secure {
     /// See [`Socket::is_quiet`].
     #[inline]
     pub fn is_quiet(&self) -> bool {
-        self.unread == 0 && self.socket.is_quiet()
+        // Its goodbye may have come with its last words: that is to be read as the end.
+        self.unread == 0 && !self.ended && self.socket.is_quiet()
     }
 
     /// True if nothing has been said that was not read, and the peer has not closed. Of one that is nobody's: what it has said may
     /// be lost.
     #[inline]
     pub fn is_silent(&mut self) -> bool {
-        if self.unread == 0 && self.socket.is_silent() {
+        if self.unread == 0 && !self.ended && self.socket.is_silent() {
             return true;
         }
         // It may be of TLS only: another key, a ticket.

@@ -338,8 +338,10 @@ pub(super) async fn first_server(
     let mut deadline = Instant::now() + limits.hold_timeout;
     let tell = |error: ClientError| Err(Some(encoded(&error)));
     let (upstream, seat) = loop {
-        // First: who waits for one is in no flip's way.
+        // First: who waits for one is in no flip's way. How long that takes does not count.
+        let asked = Instant::now();
         let seat = seat(env, shared, client, held).await?;
+        deadline += asked.elapsed();
         if let Some(seat) = &seat
             && env.gate.active() != Some(seat.side())
         {
@@ -353,10 +355,6 @@ pub(super) async fn first_server(
             }
             env.gate.ended(shared);
             continue;
-        }
-        if seat.is_some() {
-            // How long that took does not count.
-            deadline = Instant::now() + limits.hold_timeout;
         }
         if env.gate.orders().shutdown {
             return tell(ClientError::shutting_down());

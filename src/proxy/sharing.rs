@@ -514,7 +514,7 @@ impl Sharing {
                 add(&self.shared.queries, self.replies.answered - answered);
             }
             if block {
-                return Poll::Ready(Err(Event::Limit(Limit::TransactionBlock)));
+                return Poll::Ready(Err(Event::Limit(Limit::TransactionBlock(self.outstanding()))));
             }
             Poll::Ready(Ok(self.update()))
         })

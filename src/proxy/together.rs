@@ -29,8 +29,13 @@ impl<K: Hash + Eq + Clone, A: Clone> Together<K, A> {
     /// may be out of date. May be cancelled; the others go on.
     pub async fn ask<F: Future<Output = A>>(&self, key: &K, ask: impl FnOnce() -> F) -> A {
         let came = Instant::now();
-        let question = self.asked.lock().entry(key.clone()).or_default().clone();
-        let _leaves = Leaves { all: self, key };
+        let question = Some(self.asked.lock().entry(key.clone()).or_default().clone());
+        let asks = Asks {
+            all: self,
+            key,
+            question,
+        };
+        let question = asks.question.as_ref().expect("until it is dropped");
         let mut last = question.lock().await;
         if let Some((put, answer)) = &*last
             && *put > came
@@ -44,19 +49,21 @@ impl<K: Hash + Eq + Clone, A: Clone> Together<K, A> {
     }
 }
 
-/// Somebody who has asked. The last one to leave takes the question along: it may be about a name that somebody made up.
-struct Leaves<'a, K: Hash + Eq, A> {
+/// Somebody who asks. The last one to leave takes the question along: it may be about a name that somebody made up.
+struct Asks<'a, K: Hash + Eq, A> {
     all: &'a Together<K, A>,
     key: &'a K,
+    question: Option<Arc<Question<A>>>,
 }
 
-impl<K: Hash + Eq, A> Drop for Leaves<'_, K, A> {
+impl<K: Hash + Eq, A> Drop for Asks<'_, K, A> {
     fn drop(&mut self) {
         let mut asked = self.all.asked.lock();
-        // The map's, and this one's, which is dropped right behind.
+        // Within the lock: of two who leave at once, one sees that it is the last.
+        self.question = None;
         if asked
             .get(self.key)
-            .is_some_and(|question| Arc::strong_count(question) <= 2)
+            .is_some_and(|question| Arc::strong_count(question) == 1)
         {
             asked.remove(self.key);
         }

@@ -208,9 +208,14 @@ impl ClientError {
     }
 
     /// `pool_mode = "statement"`: PgBouncer's words. Its code, 08P01, would have clients connect and try again.
-    pub fn transaction_block() -> ClientError {
+    ///
+    /// `more`: it has sent requests behind it that the server has got, perhaps a COMMIT.
+    pub fn transaction_block(more: bool) -> ClientError {
         ClientError::fatal("0A000", "transaction blocks not allowed in statement pooling mode")
-            .detail("The transaction is rolled back.")
+            .detail(match more {
+                false => "The transaction is rolled back.",
+                true => "What was sent behind it has reached the server, so the transaction may have been committed.",
+            })
             .hint("Use no transactions, or give this user or database pool_mode = \"transaction\" (pool.transaction_users).")
     }
 
