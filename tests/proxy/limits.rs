@@ -196,7 +196,8 @@ async fn clients_that_have_a_server_to_themselves_count_and_wait_in_their_login(
     let servers = Servers::start(OTHER).await;
     let front = servers.serve(
         "sslmode=disable",
-        "[pool]\ntransaction_users = [\"other\"]\nmax_db_connections = 2\nquery_wait_timeout = \"3s\"",
+        "[pool]\ntransaction_users = [\"other\"]\nmax_db_connections = 2\nquery_wait_timeout = \"6s\"\n\
+         [limits]\nhold_timeout = \"2s\"",
     );
     let port = front.port();
     let (mut first, mut other) = (front.raw().await, front.other().await);
@@ -213,6 +214,8 @@ async fn clients_that_have_a_server_to_themselves_count_and_wait_in_their_login(
     // Nor is a flip kept from happening, or does it wait for who waits for room: that goes on where clients are then.
     let login = tokio::spawn(async move { Raw::login(port, "app", PASSWORD).await });
     front.sessions("waiting", 1).await;
+    // What it has waited for room is no time of the hold's.
+    sleep(Duration::from_millis(2_500)).await;
     front.flip().await;
     assert_eq!(servers.count(Side::Green, OF_CLIENTS).await, 2);
     drop(second);
