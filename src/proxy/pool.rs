@@ -518,11 +518,15 @@ pub(super) fn shared(parameters: Parameters) -> (Parameters, u64) {
     })
 }
 
-/// The same state, as the pool's last client has it, if it is that.
+/// The same state, as the pool has it, if it is that. The first one it keeps.
 pub(super) fn shared_state(id: PoolId, state: Arc<State>) -> Arc<State> {
     HERE.with_borrow_mut(|here| {
-        let last = here.pool(id).and_then(|pool| pool.state.clone());
-        last.filter(|last| last.same_settings(&state)).unwrap_or(state)
+        let Some(pool) = here.pool(id) else { return state };
+        let kept = pool.state.get_or_insert_with(|| state.clone());
+        match kept.same_settings(&state) {
+            true => kept.clone(),
+            false => state,
+        }
     })
 }
 

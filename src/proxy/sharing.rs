@@ -111,9 +111,7 @@ pub(super) async fn run(worker: Arc<Worker>, client: Client, peer: Peer, since: 
     let (member, known) = pool::join(&worker, &login, &shared.user, &shared.database);
     let state = application_name(&login).map(|(_, value)| {
         let state = Arc::new(State::named(&shared.user, value));
-        let state = pool::shared_state(member.0, state);
-        pool::note_state(member.0, Some(&state));
-        state
+        pool::shared_state(member.0, state)
     });
     let mut sharing = Box::new(Sharing {
         requests: Requests::new(env.config.limits.unnamed_statement_max),
