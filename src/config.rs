@@ -257,6 +257,8 @@ pub struct Pool {
     pub server_lifetime: Duration,
     /// Statements that a server keeps prepared.
     pub max_prepared_statements: usize,
+    /// The longest statement that may be prepared by name, in bytes.
+    pub prepared_statement_max: usize,
     /// Clients that may keep a server to themselves because of what they hold, of all pools.
     pub max_bound_clients: usize,
 }
@@ -277,6 +279,7 @@ impl Default for Pool {
             server_idle_timeout: Duration::from_secs(600),
             server_lifetime: Duration::from_secs(3600),
             max_prepared_statements: 200,
+            prepared_statement_max: 4 << 20,
             max_bound_clients: 50,
         }
     }

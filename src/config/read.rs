@@ -226,6 +226,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "server_idle_timeout",
             "server_lifetime",
             "max_prepared_statements",
+            "prepared_statement_max",
             "max_bound_clients",
         ],
     ),
@@ -802,6 +803,9 @@ impl<'a> Reader<'a> {
         let max_user_connections = count("max_user_connections", default.max_user_connections, 0);
         let max_prepared_statements = count("max_prepared_statements", default.max_prepared_statements, 1);
         let max_bound_clients = count("max_bound_clients", default.max_bound_clients, 0);
+        let prepared_statement_max = self
+            .integer("pool", "prepared_statement_max", default.prepared_statement_max as i64, 1024, 1 << 30)
+            .unsigned_abs() as usize;
         let mut time = |key, default, least| self.duration("pool", key, default, least, s(30 * 86_400));
         let pool = Pool {
             query_wait_timeout: time("query_wait_timeout", default.query_wait_timeout, ms(10)),
@@ -817,6 +821,7 @@ impl<'a> Reader<'a> {
             max_db_connections,
             max_user_connections,
             max_prepared_statements,
+            prepared_statement_max,
             max_bound_clients,
         };
         if pool.min_pool_size > pool.pool_size

@@ -763,6 +763,7 @@ impl Sharing {
                 answered: self.replies.answered,
                 copy_ins: self.replies.copy_ins,
                 statement_max: self.env.config.limits.unnamed_statement_max,
+                named_max: pool.prepared_statement_max,
                 prepared_max: pool.max_prepared_statements,
                 out: &mut self.out,
             };
@@ -771,7 +772,7 @@ impl Sharing {
         .map_err(|refused| match refused {
             Refused::BadLength => Event::Protocol("invalid message length"),
             Refused::Malformed => Event::Protocol("malformed message"),
-            Refused::TooLong => Event::Protocol("a prepared statement is longer than limits.unnamed_statement_max"),
+            Refused::TooLong => Event::Protocol("a prepared statement is longer than pool.prepared_statement_max"),
         })?;
         self.stop = stop;
         self.at_once = false;

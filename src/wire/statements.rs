@@ -304,8 +304,10 @@ pub struct To<'a> {
     pub answered: u64,
     /// CopyInResponses seen.
     pub copy_ins: u64,
-    /// The longest Parse that is kept, in bytes.
+    /// The longest Parse without a name that is kept, in bytes.
     pub statement_max: usize,
+    /// The longest Parse with a name that there may be.
+    pub named_max: usize,
     /// How many statements a server keeps.
     pub prepared_max: usize,
     /// What is to be sent goes here.
@@ -544,7 +546,8 @@ impl Names {
         }
         match kind {
             b'P' if !whole => {
-                if length <= to.statement_max {
+                let most = if name.is_empty() { to.statement_max } else { to.named_max };
+                if length <= most {
                     return Ok(Err(Stop::Incomplete));
                 }
                 if !name.is_empty() {
@@ -614,7 +617,7 @@ impl Names {
 
     /// A client prepares a statement.
     fn parse(&mut self, name: &[u8], rest: &[u8], length: usize, to: &mut To<'_>) -> Result<(), Refused> {
-        if length > to.statement_max {
+        if length > to.named_max {
             return Err(Refused::TooLong);
         }
         let before = self.named.get(name).cloned();
@@ -1167,6 +1170,7 @@ mod tests {
                         answered: client.replies.answered,
                         copy_ins: client.replies.copy_ins,
                         statement_max: 1 << 16,
+                        named_max: 1 << 20,
                         prepared_max,
                         out: &mut out,
                     };

@@ -80,6 +80,30 @@ async fn clients_of_a_small_pool_have_statements_of_their_own() {
 }
 
 #[tokio::test]
+async fn a_long_statement_may_have_a_name_up_to_a_limit_and_who_goes_beyond_is_told() {
+    let servers = Servers::start("").await;
+    let front = servers.serve("sslmode=disable", &pool(1, "prepared_statement_max = 600_000\n"));
+    let (mut one, mut two) = (front.raw().await, front.raw().await);
+    let text = |n: i32, length| format!("select {n} + $1::int -- {}", "x".repeat(length));
+    for (n, raw) in [(1, &mut one), (2, &mut two)] {
+        raw.send(&[parse("s", &text(n, 500_000)), sync()].concat()).await;
+        assert_eq!(kinds(&raw.until_ready().await), "1Z");
+    }
+    for _ in 0..2 {
+        assert_eq!(ran(&mut one, "s", &["10"]).await.1.unwrap(), "11");
+        assert_eq!(ran(&mut two, "s", &["10"]).await.1.unwrap(), "12");
+    }
+    // Without a name it is passed on, and not kept.
+    one.send(&[parse("", &text(3, 700_000)), run("", &["10"]), sync()].concat())
+        .await;
+    assert_eq!(raw::first_value(&one.until_ready().await).unwrap(), "13");
+    one.send(&[parse("t", &text(4, 700_000)), sync()].concat()).await;
+    let answer = one.until_closed().await;
+    assert_eq!(raw::code(&answer), "08P01");
+    assert_eq!(ran(&mut two, "s", &["10"]).await.1.unwrap(), "12", "nobody else notices");
+}
+
+#[tokio::test]
 async fn what_a_failed_pipeline_has_not_prepared_is_not_there_and_what_it_has_not_closed_is() {
     let servers = Servers::start("create table t (n bigint)").await;
     let front = servers.serve("sslmode=disable", &pool(1, ""));
