@@ -31,3 +31,4 @@ mod there_and_back;
 mod told;
 mod two_controllers;
 mod type_oids;
+mod verified;

@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 
 use super::{Admin, Refusal, events, guard};
 use crate::config::Stragglers;
-use crate::controller::{Direction, FlipRequest, Force, Request as Order};
+use crate::controller::operation::Operation;
+use crate::controller::{Direction, FlipRequest, Force, Refused, Request as Order, verify};
 use crate::pg::Side;
 use crate::telemetry;
 
@@ -42,6 +43,8 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/rollback", post(rollback))
         .route("/finalize", post(finalize))
         .route("/abort", post(abort))
+        .route("/verify", post(verify_all))
+        .route("/verify/pause", post(verify_pause))
         .route("/operations", get(operations))
         .route("/operations/{id}", get(operation));
     let v1 = v1
@@ -148,6 +151,42 @@ async fn abort(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
     Ok((StatusCode::ACCEPTED, Json(operation.view())).into_response())
 }
 
+/// Options of a verification.
+const VERIFY: &[(&str, &str)] = &[
+    ("tables", "a list of names, such as [\"public.orders\"]"),
+    ("show_values", "true or false"),
+    ("max_load", "a number"),
+    ("listed", "a number: how many differences of a table are listed"),
+    ("resume", "true or false: go on with the one that was broken off"),
+];
+
+async fn verify_all(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    let options = read(&headers, body, VERIFY)?;
+    if options.one("resume")?.unwrap_or(false) {
+        if options.given.values().filter(|value| !value.is_null()).count() > 1 {
+            return Err(Refusal::bad_request(
+                "\"resume\" goes on with a verification as it was begun, and was given with other options.",
+                "Leave the others out, or begin a verification without \"resume\".",
+            ));
+        }
+        return begun(&admin, admin.controller.verify_on());
+    }
+    let request = verify::Request {
+        tables: options.one("tables")?.unwrap_or_default(),
+        show_values: options.one("show_values")?.unwrap_or(false),
+        max_load: options.one("max_load")?,
+        listed: options
+            .one("listed")?
+            .map_or(verify::LISTED, |listed: usize| listed.min(verify::LISTED_MAX)),
+    };
+    begun(&admin, admin.controller.verify(request))
+}
+
+async fn verify_pause(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    read(&headers, body, &[])?;
+    begun(&admin, admin.controller.verify_pause())
+}
+
 /// Options of a flip, each with what it must be. `force` is the name of the side whose data may be lost: the one that
 /// is active now. Typing it out is the consent.
 const FLIP: &[(&str, &str)] = &[
@@ -200,7 +239,11 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
 }
 
 fn begin(admin: &Admin, order: Order) -> Answer {
-    let operation = admin.controller.begin(order).map_err(|refused| {
+    begun(admin, admin.controller.begin(order))
+}
+
+fn begun(admin: &Admin, begun: Result<Operation, Refused>) -> Answer {
+    let operation = begun.map_err(|refused| {
         let status = match refused.code {
             "not_ready" => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::CONFLICT,

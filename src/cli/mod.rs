@@ -14,6 +14,7 @@ pub mod replication;
 pub mod run;
 pub mod sessions;
 pub mod status;
+pub mod verify;
 pub mod watch;
 
 use std::path::PathBuf;
@@ -200,6 +201,12 @@ pub enum Command {
     ///
     /// Has the name of the active side typed first, unless --yes is given.
     Finalize(act::Finalize),
+    /// Compare both sides row by row, while the application writes: are they really the same?
+    ///
+    /// What is on its way is not reported; what differs is, with its key and columns. Nothing is changed, and no writer waits for
+    /// longer than a row needs. Exit code 0: equal. 1: something differs, or could not be found out.
+    #[command(after_help = "Examples:\n  pgflip verify\n  pgflip verify --table public.orders --show-values")]
+    Verify(verify::Verify),
     /// Follow an operation to its end: the one under way, else the last one.
     ///
     /// Shows what the command that began it showed, and has its exit code.
@@ -305,6 +312,7 @@ pub fn main() -> u8 {
             Command::Rollback(options) => act::flip("rollback", options, common).await,
             Command::Finalize(options) => act::finalize(options, common).await,
             Command::Abort => act::abort(common).await,
+            Command::Verify(options) => verify::run(options, common).await,
             Command::Watch(options) => watch::run(options, common).await,
             Command::Sessions(options) => sessions::run(options, common).await,
         }

@@ -804,7 +804,13 @@ impl<'a> Reader<'a> {
         let max_prepared_statements = count("max_prepared_statements", default.max_prepared_statements, 1);
         let max_bound_clients = count("max_bound_clients", default.max_bound_clients, 0);
         let prepared_statement_max = self
-            .integer("pool", "prepared_statement_max", default.prepared_statement_max as i64, 1024, 1 << 30)
+            .integer(
+                "pool",
+                "prepared_statement_max",
+                default.prepared_statement_max as i64,
+                1024,
+                1 << 30,
+            )
             .unsigned_abs() as usize;
         let mut time = |key, default, least| self.duration("pool", key, default, least, s(30 * 86_400));
         let pool = Pool {

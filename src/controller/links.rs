@@ -470,6 +470,16 @@ pub async fn obstacles(forward: &Ends<'_>, regime: Regime) -> Result<Vec<Finding
     Ok(found.into_iter().map(|finding| finding.of(forward.database)).collect())
 }
 
+/// Why what is written on the source does not, or not wholly, arrive on the target: of the link alone. And the tables on the source
+/// that it does not carry.
+pub async fn arrives(forward: &Ends<'_>) -> Result<(Vec<Finding>, Vec<TableName>), LinkError> {
+    let names = |tables: Vec<(u32, TableName)>| tables.into_iter().map(|(_, name)| name).collect::<BTreeSet<_>>();
+    let existing = names(tables_to_publish(&**forward.source).await?);
+    let published = names(tables_published(&**forward.source).await?);
+    let found = link_obstacles(forward, &published, true, true).await?;
+    Ok((found, existing.difference(&published).cloned().collect()))
+}
+
 /// Names in `of` that are not in `from`, the first twenty of them. `None`: there are none.
 fn difference(of: &BTreeSet<TableName>, from: &BTreeSet<TableName>) -> Option<String> {
     let missing: Vec<_> = of.difference(from).collect();

@@ -29,6 +29,7 @@ pub mod state;
 pub mod steps;
 pub mod traffic;
 mod upkeep;
+pub mod verify;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -162,6 +163,10 @@ struct Inner {
     phase: Phase,
     operations: VecDeque<Operation>,
     running: Option<Running>,
+    /// The verification under way: beside other operations, and in no flip's way.
+    verifying: Option<Running>,
+    /// Where the last one was broken off.
+    verified: verify::Place,
     last_flip: Option<Value>,
     traffic: Option<traffic::Traffic>,
     warnings: Vec<String>,
@@ -186,6 +191,8 @@ impl Controller {
                 phase: Phase::Starting,
                 operations: VecDeque::new(),
                 running: None,
+                verifying: None,
+                verified: verify::Place::default(),
                 last_flip: None,
                 traffic: None,
                 warnings: Vec::new(),
@@ -301,6 +308,10 @@ impl Controller {
             }
             None => None,
         };
+        // What it compares would change its meaning under its hands.
+        if let Some(Running { task, .. }) = &inner.verifying {
+            task.abort();
+        }
         let operation = Operation::new(kind);
         let (inside, told) = (self.clone(), operation.clone());
         let task = tokio::spawn(async move {
@@ -353,6 +364,117 @@ impl Controller {
         Ok(operation)
     }
 
+    /// Begins to compare both sides, beside whatever else is under way. A flip, and the end of replication, end it.
+    pub fn verify(self: &Arc<Self>, request: verify::Request) -> Result<Operation, Refused> {
+        let broken = verify::Broken::new(self.active()?, request);
+        self.compare(&Arc::new(Mutex::new(Some(broken))))
+    }
+
+    /// Goes on with the last verification, if it was broken off.
+    pub fn verify_on(self: &Arc<Self>) -> Result<Operation, Refused> {
+        let refused = |what: String| Refused {
+            code: "nothing_to_resume",
+            what,
+            next: "Begin one: `pgflip verify`.".into(),
+        };
+        let place = self.inner.lock().verified.clone();
+        let Some(source) = place.lock().as_ref().map(verify::Broken::source) else {
+            return Err(refused("No verification was broken off.".into()));
+        };
+        if source != self.active()? {
+            let what = format!("The last verification compared {source} with {}.", source.other());
+            return Err(refused(format!("{what} By now {} is active.", source.other())));
+        }
+        self.compare(&place)
+    }
+
+    /// Breaks off the verification under way, so that it can be gone on with.
+    pub fn verify_pause(&self) -> Result<Operation, Refused> {
+        let inner = self.inner.lock();
+        match &inner.verifying {
+            Some(Running { operation, .. }) if operation.abort() => Ok(operation.clone()),
+            _ => Err(Refused {
+                code: "nothing_to_pause",
+                what: "No verification is under way.".into(),
+                next: "`pgflip verify` begins one.".into(),
+            }),
+        }
+    }
+
+    fn active(&self) -> Result<Side, Refused> {
+        let refused = || Refused {
+            code: "not_ready",
+            what: "It is not known yet which side is active.".into(),
+            next: "`pgflip status` shows how things stand.".into(),
+        };
+        self.gate.upstream().map(|upstream| upstream.side).ok_or_else(refused)
+    }
+
+    fn compare(self: &Arc<Self>, place: &verify::Place) -> Result<Operation, Refused> {
+        let mut inner = self.inner.lock();
+        if let Some(Running { operation, .. }) = &inner.running {
+            let what = format!(
+                "Operation {} is under way, and may change what is compared.",
+                operation.id()
+            );
+            return Err(Refused {
+                code: "busy",
+                what,
+                next: "Follow it with `pgflip watch`, and verify then.".into(),
+            });
+        }
+        if let Some(Running { operation, .. }) = &inner.verifying {
+            return Err(Refused {
+                code: "busy",
+                what: format!("Verification {} is under way.", operation.id()),
+                next: "Follow it: `pgflip watch`.".into(),
+            });
+        }
+        let operation = Operation::new(Kind::Verify);
+        operation.may_be_aborted();
+        let (config, told, stands) = (self.config(), operation.clone(), place.clone());
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                done = verify::run(config, &told, stands.clone()) => done,
+                () = told.aborted() => Ok(verify::paused(&stands)),
+            }
+        });
+        inner.verified = place.clone();
+        inner.verifying = Some(Running {
+            operation: operation.clone(),
+            task: task.abort_handle(),
+        });
+        if inner.operations.len() == REMEMBERED {
+            inner.operations.pop_front();
+        }
+        inner.operations.push_back(operation.clone());
+        drop(inner);
+        let (controller, begun) = (self.clone(), operation.clone());
+        tokio::spawn(async move {
+            let (status, result) = match task.await {
+                Ok(done) => ended(done),
+                Err(error) if error.is_cancelled() => ended(Err(Failure::new(
+                    "A flip has begun, or replication is being ended.",
+                    "Nothing was changed, and nothing is known of what had not been compared yet.",
+                    "If it comes to nothing, go on: `pgflip verify --resume`. Else begin anew.",
+                ))),
+                Err(error) => ended(Err(Failure::new(
+                    format!("pgflip has a defect: {error}"),
+                    "Nothing was changed.",
+                    "Please report it, with the log.",
+                ))),
+            };
+            let id = begun.id();
+            let _ended = controller
+                .inner
+                .lock()
+                .verifying
+                .take_if(|running| running.operation.id() == id);
+            begun.finish(status, result);
+        });
+        Ok(operation)
+    }
+
     /// Asks the flip under way to undo itself. After the pivot there is nothing to undo.
     pub fn abort(&self) -> Result<Operation, Refused> {
         let refused = |what: String, next: &str| Refused {
@@ -383,7 +505,7 @@ impl Controller {
                 format!("Operation {} copies, and is no flip.", view.id),
                 "`pgflip replication stop` ends it.",
             ),
-            Kind::ReplicationStop | Kind::Finalize => refused(
+            Kind::ReplicationStop | Kind::Finalize | Kind::Verify => refused(
                 format!("Operation {} is no flip.", view.id),
                 "`pgflip watch` follows it.",
             ),

@@ -25,6 +25,8 @@ pub enum Kind {
     Rollback,
     /// Drop links and leave the old side fenced.
     Finalize,
+    /// Compare both sides.
+    Verify,
 }
 
 /// How it stands.

@@ -131,6 +131,31 @@ async fn read(client: &Client, statement: &Statement) -> Result<Vec<Sequence>, S
     Ok(found)
 }
 
+/// How the sequences of two sides compare, for a verification: `compared`, `missing` on the target and `extra` there (names), and how
+/// many stand elsewhere, which is as it should be: a flip sets them.
+pub async fn compare(source: &Client, target: &Client) -> Result<serde_json::Value, SequenceError> {
+    let prepared = Prepared::new(source, target).await?;
+    let (here, there) = tokio::try_join!(read(source, &prepared.source), read(target, &prepared.target))?;
+    let by_name = |all: &[Sequence]| -> HashMap<String, Position> {
+        all.iter().map(|sequence| (sequence.shown(), sequence.at)).collect()
+    };
+    let (here, there) = (by_name(&here), by_name(&there));
+    let only = |one: &HashMap<String, Position>, other: &HashMap<String, Position>| {
+        let mut names: Vec<String> = one.keys().filter(|name| !other.contains_key(*name)).cloned().collect();
+        names.sort_unstable();
+        names
+    };
+    let elsewhere = here
+        .iter()
+        .filter(|(name, at)| there.get(*name).is_some_and(|other| other != *at));
+    Ok(serde_json::json!({
+        "compared": here.len(),
+        "missing": only(&here, &there),
+        "extra": only(&there, &here),
+        "elsewhere": elsewhere.count(),
+    }))
+}
+
 /// Where the target's sequence has to go. `None`: it is there or beyond.
 fn next(source: &Sequence, target: &Sequence, cushion: i64) -> Result<Option<Position>, String> {
     let up = source.increment > 0;

@@ -546,7 +546,11 @@ impl Names {
         }
         match kind {
             b'P' if !whole => {
-                let most = if name.is_empty() { to.statement_max } else { to.named_max };
+                let most = if name.is_empty() {
+                    to.statement_max
+                } else {
+                    to.named_max
+                };
                 if length <= most {
                     return Ok(Err(Stop::Incomplete));
                 }

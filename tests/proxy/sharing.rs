@@ -100,7 +100,11 @@ async fn a_long_statement_may_have_a_name_up_to_a_limit_and_who_goes_beyond_is_t
     one.send(&[parse("t", &text(4, 700_000)), sync()].concat()).await;
     let answer = one.until_closed().await;
     assert_eq!(raw::code(&answer), "08P01");
-    assert_eq!(ran(&mut two, "s", &["10"]).await.1.unwrap(), "12", "nobody else notices");
+    assert_eq!(
+        ran(&mut two, "s", &["10"]).await.1.unwrap(),
+        "12",
+        "nobody else notices"
+    );
 }
 
 #[tokio::test]

@@ -1,0 +1,161 @@
+//! `pgflip verify`.
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::client::{Client, ClientError};
+use super::sessions::clean;
+use super::{Common, exit, fail, print, progress};
+
+/// `pgflip verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Only this table (schema.table); may be given more than once.
+    #[arg(long, value_name = "TABLE")]
+    table: Vec<String>,
+    /// Show the values that differ, not only the columns. They may be personal.
+    #[arg(long)]
+    show_values: bool,
+    /// Wait while more of clients' statements than this run on either side.
+    #[arg(long, value_name = "N")]
+    max_load: Option<u32>,
+    /// List so many differences of each table (100, 10000 at most). All are counted.
+    #[arg(long, value_name = "N")]
+    limit: Option<u32>,
+    /// Break off the verification under way, so that --resume can go on with it.
+    #[arg(long, exclusive = true)]
+    pause: bool,
+    /// Go on with the verification that was broken off: paused, or ended by an error.
+    #[arg(long, exclusive = true)]
+    resume: bool,
+}
+
+/// Compares, and prints what differs.
+pub async fn run(options: &Verify, common: &Common) -> u8 {
+    match act(options, common).await {
+        // It was asked for.
+        Ok(view) if options.pause && view["result"]["outcome"] == "paused" => {
+            conclude(common, &view);
+            exit::DONE
+        }
+        Ok(view) => conclude(common, &view),
+        Err(error) => fail(common, &error),
+    }
+}
+
+async fn act(options: &Verify, common: &Common) -> Result<Value, ClientError> {
+    let client = Client::new(common)?;
+    if options.pause {
+        return progress::act(&client, common, "/v1/verify/pause", &json!({})).await;
+    }
+    let body = match options.resume {
+        true => json!({ "resume": true }),
+        false => json!({
+            "tables": options.table, "show_values": options.show_values, "max_load": options.max_load,
+            "listed": options.limit,
+        }),
+    };
+    progress::act(&client, common, "/v1/verify", &body).await
+}
+
+/// Equal is 0; different, or not found out, is 1.
+fn conclude(common: &Common, view: &Value) -> u8 {
+    let result = &view["result"];
+    let code = match (progress::exit_code(view), result["outcome"].as_str()) {
+        (exit::DONE, Some("equal")) => exit::DONE,
+        (exit::DONE, _) => exit::FAILED,
+        (code, _) => code,
+    };
+    if common.json {
+        print(result);
+    } else if result["outcome"].is_string() {
+        screen(result).iter().for_each(print);
+    } else {
+        progress::trouble(result).iter().for_each(|line| eprintln!("{line}"));
+    }
+    code
+}
+
+fn screen(result: &Value) -> Vec<String> {
+    if result["outcome"] == "paused" {
+        let compared = clean(result["compared"].as_str().unwrap_or(""));
+        return vec![format!("Paused behind {compared}. To go on: `pgflip verify --resume`.")];
+    }
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let tables = list(&result["tables"]);
+    let mut lines = Vec::new();
+    for table in tables.iter().filter(|table| table["consistent"] != true) {
+        let found = &table["differences"];
+        lines.push(format!(
+            "✗ {}: {} missing, {} extra, {} different, {} not settled (blue {} rows, green {})",
+            clean(table["table"].as_str().unwrap_or("?")),
+            found["missing"],
+            found["extra"],
+            found["different"],
+            table["unsettled"],
+            table["blue_count"],
+            table["green_count"]
+        ));
+        let only_blue = if result["source"] == "blue" {
+            list(&table["only_blue"])
+        } else {
+            Vec::new()
+        };
+        for column in only_blue {
+            let column = clean(column.as_str().unwrap_or("?"));
+            lines.push(format!("    green has no column {column}"));
+        }
+        lines.extend(list(&found["listed"]).iter().flat_map(described));
+    }
+    for database in list(&result["apart"]) {
+        for name in list(&database["not_replicated"]) {
+            let name = clean(name.as_str().unwrap_or("?"));
+            lines.push(format!(
+                "✗ no link carries table {name}: run `pgflip replication start` again"
+            ));
+        }
+        for name in list(&database["sequences"]["missing"]) {
+            let name = clean(name.as_str().unwrap_or("?"));
+            lines.push(format!("✗ sequence {name} is missing on the other side"));
+        }
+    }
+    let rows = &result["rows"];
+    let seconds = result["seconds"].as_f64().unwrap_or(0.0);
+    lines.push(match result["outcome"].as_str() {
+        Some("equal") => format!("Equal: {} tables, {rows} rows, in {seconds:.1} s.", tables.len()),
+        Some("unsettled") => format!(
+            "No difference was found, but {} rows could not be settled: they change without a pause. Run it again.",
+            result["unsettled"]
+        ),
+        _ => format!(
+            "{} rows differ, of {rows} in {} tables.",
+            result["differences"],
+            tables.len()
+        ),
+    });
+    lines
+}
+
+/// A row that differs, and under it the columns that do.
+fn described(one: &Value) -> Vec<String> {
+    let key = one["key"].as_object().cloned().unwrap_or_default();
+    let key: Vec<String> = key.iter().map(|(name, value)| format!("{name} = {value}")).collect();
+    let mut lines = vec![format!(
+        "    {} {}",
+        one["kind"].as_str().unwrap_or("?"),
+        key.join(", ")
+    )];
+    for column in one["columns"].as_array().map_or(&[][..], Vec::as_slice) {
+        let mut line = format!("        {}", column["column"].as_str().unwrap_or("?"));
+        if column["generated"] == true {
+            line.push_str(" (generated)");
+        }
+        for side in ["blue", "green"] {
+            if let Some(value) = column.get(side) {
+                line.push_str(&format!("  {side} {value}"));
+            }
+        }
+        lines.push(line);
+    }
+    lines.iter().map(|line| clean(line)).collect()
+}

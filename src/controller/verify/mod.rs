@@ -1,0 +1,366 @@
+//! Whether the two sides are equal, row by row, while the application writes.
+//!
+//! Tables are cut into pieces ([`plan`]) that both servers sum at the same time ([`hash`], [`compare`]); where sums differ, the
+//! rows are looked at again until it is certain ([`settle`]). A row that was on its way is not reported, one that differs is, and
+//! what could not be found out is said to be so. All of it means something only while the source is active, at one epoch, and the
+//! link carries what is written there: both are looked at again and again. Nothing is written but markers, and what locking a row
+//! leaves in it; nobody waits but who writes a row that is locked.
+//!
+//! One pass sees each key once. A difference whose key an application changes meanwhile, to one in a part that has been compared
+//! already, is not seen.
+//!
+//! Nothing here decides what a difference means: that is the operator's, or a flip's.
+
+mod compare;
+mod hash;
+mod plan;
+mod read;
+mod report;
+mod settle;
+mod table;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
+
+use super::links::{LinkError, TableName};
+use super::marker::MarkerError;
+use super::operation::Operation;
+use super::preflight::{Failure, Finding};
+use super::sequences::{self, SequenceError};
+use super::state::StateError;
+use crate::config::Config;
+use crate::pg::connect::describe;
+use crate::pg::{ConnectError, Side};
+use hash::Seeds;
+use plan::PlanError;
+use report::Report;
+use table::{Checkpoint, Database};
+
+/// How long the standby may be behind before a row is said not to be settled.
+const LAG_MAX: Duration = Duration::from_secs(60);
+
+/// A verification, as it is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// `schema.table`, as `pgflip replication status` writes them, quoted where they have to be. None: all of them.
+    pub tables: Vec<String>,
+    /// Tell the values that differ, not only the columns: they may be personal.
+    pub show_values: bool,
+    /// Wait while more of clients' statements than this run on either side.
+    pub max_load: Option<u32>,
+    /// Differences of one table that are listed. All are counted.
+    pub listed: usize,
+}
+
+/// Differences of one table that are listed, unless it is said otherwise.
+pub const LISTED: usize = 100;
+/// And at most.
+pub const LISTED_MAX: usize = 10_000;
+
+/// Why a verification could not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// A side could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// Which tables there are could not be told.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The link is too far behind, or does not run.
+    #[error(transparent)]
+    Marker(#[from] MarkerError),
+    /// There is nothing to compare with.
+    #[error("replication has not been started")]
+    NotReplicated,
+    /// It was not the active side any more, at the epoch at which this began.
+    #[error("{0} is not active any more as it was when this began")]
+    Moved(Side),
+    /// What is written on the source does not arrive.
+    #[error("{}", .0.what)]
+    Link(Finding),
+    /// Links could not be read.
+    #[error(transparent)]
+    Links(#[from] LinkError),
+    /// The state could not be read.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Two rows of one server have the same key.
+    #[error("{table} has two rows with the key {key} on {}", if *.target { "the standby" } else { "the active side" })]
+    KeyTwice {
+        /// Its quoted name.
+        table: String,
+        /// As text.
+        key: String,
+        /// On the target.
+        target: bool,
+    },
+    /// A position in the WAL that is none.
+    #[error("a server says that its position in the WAL is {0:?}")]
+    Position(String),
+    /// Sequences could not be read.
+    #[error(transparent)]
+    Sequences(#[from] SequenceError),
+    /// A server refused a statement, or went away.
+    #[error("{}", describe(.0))]
+    Sql(#[from] tokio_postgres::Error),
+}
+
+impl VerifyError {
+    /// It may well go better a moment later.
+    fn is_of_the_moment(&self) -> bool {
+        match self {
+            VerifyError::Marker(MarkerError::NotSeen { .. }) => true,
+            VerifyError::Sql(error) => matches!(
+                error.code(),
+                Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::T_R_DEADLOCK_DETECTED)
+            ),
+            _ => false,
+        }
+    }
+
+    fn failure(&self, source: Side) -> Failure {
+        Failure::new(
+            format!("The two sides could not be compared to the end: {self}."),
+            "Nothing was changed. What was compared until then is not reported: it says nothing of the rest.",
+            match self {
+                VerifyError::NotReplicated => "`pgflip replication start` copies everything to the other side.".to_owned(),
+                VerifyError::Link(finding) => finding.mend.clone(),
+                VerifyError::Moved(_) => "Run `pgflip verify` again: it compares from the side that is active now.".to_owned(),
+                VerifyError::KeyTwice { .. } => {
+                    "An index there is damaged, by another version of a collation perhaps. Remove one of the rows, and REINDEX."
+                        .to_owned()
+                }
+                VerifyError::Marker(_) => format!(
+                    "Look at `pgflip lag` and `pgflip replication status`: what {source} commits has to arrive on {}.",
+                    source.other()
+                ),
+                VerifyError::Plan(PlanError::NoTable { .. }) => {
+                    "Write schema.table, as `pgflip replication status` does.".to_owned()
+                }
+                _ => "Mend that, and go on: `pgflip verify --resume`.".to_owned(),
+            },
+        )
+    }
+}
+
+/// A verification that was broken off: what it takes to go on with it.
+#[derive(Clone)]
+pub struct Broken {
+    source: Side,
+    /// At which epoch it is active: as its row said first.
+    epoch: Option<u64>,
+    request: Request,
+    seeds: Seeds,
+    reports: Vec<Report>,
+    /// Of the table that it was at.
+    table: Option<Checkpoint>,
+}
+
+impl Broken {
+    /// Nothing is compared yet.
+    pub fn new(source: Side, request: Request) -> Broken {
+        Broken {
+            source,
+            epoch: None,
+            request,
+            seeds: Seeds::draw(),
+            reports: Vec::new(),
+            table: None,
+        }
+    }
+
+    /// Which side was compared with the other.
+    pub fn source(&self) -> Side {
+        self.source
+    }
+
+    fn is_new(&self) -> bool {
+        self.reports.is_empty() && self.table.is_none()
+    }
+
+    /// For people: how far it has come.
+    pub fn shown(&self) -> String {
+        let rows: i64 = self.reports.iter().map(|report| report.rows(self.source)).sum();
+        match &self.table {
+            Some(table) => format!(
+                "{} tables with {rows} rows, and a part of {}",
+                self.reports.len(),
+                table.name()
+            ),
+            None => format!("{} tables with {rows} rows", self.reports.len()),
+        }
+    }
+}
+
+/// Where a verification stands, for whoever goes on with it.
+pub type Place = Arc<Mutex<Option<Broken>>>;
+
+/// Compares everything from `place` on, and tells `operation`'s followers of it. The link from the source has to run. If it is
+/// broken off, `place` says how far it has come.
+pub async fn run(config: Arc<Config>, operation: &Operation, place: Place) -> Result<Value, Failure> {
+    let done = compare(config, operation, &place).await;
+    // There is nothing to go on with where nothing was compared.
+    place.lock().take_if(|place| done.is_err() && place.is_new());
+    done
+}
+
+async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> Result<Value, Failure> {
+    let began = Instant::now();
+    let Some(Broken {
+        source,
+        request,
+        seeds,
+        reports,
+        ..
+    }) = place.lock().clone()
+    else {
+        return Err(Failure::new(
+            "There is no verification to go on with.",
+            "Nothing was compared.",
+            "Begin one: `pgflip verify`.",
+        ));
+    };
+    if !reports.is_empty() {
+        let message = format!("goes on behind {} tables that were compared before", reports.len());
+        operation.event("verify", "info", message, Value::Null);
+    }
+    let wanted = parse(&request.tables)?;
+    let failed = |error: VerifyError| error.failure(source);
+    let databases = config.databases.iter().map(|name| Database {
+        config: &config,
+        operation,
+        name,
+        source,
+        request: &request,
+        seeds,
+        place,
+    });
+    let (mut work, several) = (Vec::new(), config.databases.len() > 1);
+    for database in databases {
+        let tables = database.tables(&wanted, several).await.map_err(failed)?;
+        work.push((database, tables));
+    }
+    let seen = |name: &&TableName| {
+        work.iter()
+            .any(|(_, tables)| tables.iter().any(|table| table.name == **name))
+    };
+    if let Some(name) = wanted.iter().find(|name| !seen(name)) {
+        let name = name.to_string();
+        return Err(VerifyError::from(PlanError::NoTable { name, side: source }).failure(source));
+    }
+    let mut apart = Vec::new();
+    for (database, tables) in work {
+        let not_carried = database.compare(tables).await.map_err(failed)?;
+        let not_carried = if wanted.is_empty() { not_carried } else { Vec::new() };
+        apart.push(contents(&database, &not_carried).await.map_err(failed)?);
+    }
+    let reports = place.lock().take().map(|place| place.reports).unwrap_or_default();
+    Ok(summary(source, &reports, apart, began.elapsed()))
+}
+
+/// What is said of a verification that was broken off because somebody asked for it.
+pub fn paused(place: &Place) -> Value {
+    let compared = place.lock().as_ref().map_or_else(String::new, Broken::shown);
+    json!({ "outcome": "paused", "compared": compared })
+}
+
+fn summary(source: Side, reports: &[Report], apart: Vec<Value>, took: Duration) -> Value {
+    let differences: u64 = reports.iter().map(Report::differences).sum();
+    let unsettled: u64 = reports.iter().map(|report| report.unsettled).sum();
+    let rows: i64 = reports.iter().map(|report| report.rows(source)).sum();
+    let columns_missing = reports.iter().any(Report::lacks_columns);
+    let nothing = json!([]);
+    let missing = |one: &Value| one["sequences"]["missing"] != nothing || one["not_replicated"] != nothing;
+    let outcome = match (differences, unsettled) {
+        _ if differences > 0 || columns_missing || apart.iter().any(missing) => "different",
+        (_, 0) => "equal",
+        _ => "unsettled",
+    };
+    json!({
+        "outcome": outcome,
+        "source": source,
+        "tables": reports,
+        "apart": apart,
+        "rows": rows,
+        "differences": differences,
+        "unsettled": unsettled,
+        "hash": "hashtextextended, two seeds, 128 bits",
+        "seconds": took.as_secs_f64(),
+    })
+}
+
+/// Names as people write them: `schema.table`, either part in double quotes if it has to be.
+fn parse(names: &[String]) -> Result<Vec<TableName>, Failure> {
+    names
+        .iter()
+        .map(|name| {
+            let mut parts = vec![String::new()];
+            let (mut quoted, mut letters) = (false, name.chars().peekable());
+            while let Some(letter) = letters.next() {
+                let part = parts.last_mut().expect("one at least");
+                match letter {
+                    '"' if quoted && letters.peek() == Some(&'"') => part.extend(letters.next()),
+                    '"' => quoted = !quoted,
+                    '.' if !quoted => parts.push(String::new()),
+                    letter if quoted => part.push(letter),
+                    letter => part.extend(letter.to_lowercase()),
+                }
+            }
+            match <[String; 2]>::try_from(parts) {
+                Ok([schema, table]) if !schema.is_empty() && !table.is_empty() && !quoted => {
+                    Ok(TableName { schema, name: table })
+                }
+                _ => Err(Failure::new(
+                    format!("{name:?} is not the name of a table with its schema."),
+                    "Nothing was compared.",
+                    "Write schema.table, such as public.orders; names with capitals or dots in double quotes.",
+                )),
+            }
+        })
+        .collect()
+}
+
+/// What replication does not carry, counted on both sides; and sequences, which a flip copies.
+async fn contents(database: &Database<'_>, not_carried: &[TableName]) -> Result<Value, VerifyError> {
+    let source = database.source;
+    let (here, there) = tokio::try_join!(database.session(source), database.session(source.other()))?;
+    let mut told = json!({
+        "database": database.name,
+        "sequences": sequences::compare(&here, &there).await?,
+        "not_replicated": not_carried.iter().map(ToString::to_string).collect::<Vec<_>>(),
+    });
+    for (side, client) in [(source, &here), (source.other(), &there)] {
+        let row = client
+            .query_one(include_str!("../../pg/sql/verify_apart.sql"), &[])
+            .await?;
+        told[side.as_str()] = json!({
+            "large_objects": row.get::<_, i64>("large_objects"),
+            "unlogged_tables": row.get::<_, i64>("unlogged_tables"),
+        });
+    }
+    Ok(told)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_tables_are_read_as_postgres_reads_them() {
+        let names = |names: &[&str]| parse(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+        let read = names(&["Public.Orders", "\"My \"\"own\"\" schema\".\"a.B\""]).unwrap();
+        assert_eq!(read[0].to_string(), "\"public\".\"orders\"");
+        assert_eq!(
+            (read[1].schema.as_str(), read[1].name.as_str()),
+            ("My \"own\" schema", "a.B")
+        );
+        for wrong in ["orders", "a.b.c", ".b", "a.", "\"a.b", ""] {
+            assert!(names(&[wrong]).is_err(), "{wrong}");
+        }
+    }
+}

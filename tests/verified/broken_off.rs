@@ -1,0 +1,182 @@
+//! Verifications that are broken off and gone on with, and what they say of much that differs and of what can't be compared.
+
+use std::process::Stdio;
+
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::ChildStdout;
+use tokio::time::timeout;
+
+use super::{found, on_green, verify};
+use crate::common::{LIMIT, Rig};
+use pgflip::demo::ledger::Shape;
+use pgflip::pg::Side;
+
+const TABLES: &str = "create table many (id int primary key, v text);
+    insert into many select i * 2, md5(i::text) from generate_series(1, 60000) i;
+    create table few (id int primary key);
+    insert into few select i from generate_series(1, 10) i";
+
+/// A verification that waits, because somebody is busy.
+struct Waiting {
+    command: tokio::process::Child,
+    out: Lines<BufReader<ChildStdout>>,
+}
+
+impl Waiting {
+    async fn start(rig: &Rig) -> Waiting {
+        let mut command = tokio::process::Command::from(rig.sidecar.command(&["verify", "--max-load", "0"]));
+        let mut command = command
+            .kill_on_drop(true)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a command");
+        let out = BufReader::new(command.stdout.take().expect("piped")).lines();
+        let mut waiting = Waiting { command, out };
+        while !waiting.line().await.expect("it waits").contains("max_load is 0") {}
+        waiting
+    }
+
+    async fn line(&mut self) -> Option<String> {
+        let line = timeout(LIMIT, self.out.next_line()).await;
+        line.expect("a line in time").expect("text")
+    }
+
+    /// Its exit code, and what it said last.
+    async fn end(mut self) -> (Option<i32>, String) {
+        let mut last = String::new();
+        while let Some(line) = self.line().await {
+            last = line;
+        }
+        (self.command.wait().await.expect("its end").code(), last)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_differs_is_counted() {
+    let rig = Rig::new(16, 18)
+        .shape(Shape {
+            tables: 2,
+            rows: 5,
+            accounts: 50,
+        })
+        .start()
+        .await;
+    let blue = rig.admin(Side::Blue).await;
+    let role = format!("set role {}", rig.app().user);
+    blue.batch_execute(&format!("{role}; {TABLES}; reset role"))
+        .await
+        .expect("tables");
+    // Before there is anything to compare with.
+    let said = rig.run(&["verify"]).await;
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(
+        said.result()["what"]
+            .as_str()
+            .unwrap()
+            .contains("replication has not been started"),
+        "{said:?}"
+    );
+    rig.replicate().await;
+    for (arguments, why) in [
+        (&["verify", "--resume"][..], "No verification was broken off"),
+        (&["verify", "--pause"], "No verification is under way"),
+        (&["verify", "--table", "public.none"], "no replicated table"),
+        (&["verify", "--table", "many"], "is not the name of a table"),
+    ] {
+        let said = rig.run(arguments).await;
+        assert_ne!(said.code, Some(0), "{said:?}");
+        assert!(format!("{}{}", said.out, said.err).contains(why), "{said:?}");
+    }
+
+    // More differs than is looked at at once, of either side.
+    on_green(
+        &rig,
+        "delete from many where id <= 100000; insert into many select i, 'extra' from generate_series(1, 90000, 2) i;
+         insert into many select 1000000 + i, 'extra' from generate_series(1, 30000) i",
+    )
+    .await;
+    let (_, result) = verify(&rig, &["--limit", "7"]).await;
+    let (missing, extra, different, listed) = found(&result, "many");
+    assert_eq!(
+        (missing, extra, different, listed.len()),
+        (50_000, 75_000, 0, 7),
+        "{result}"
+    );
+    let many = result["tables"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|one| one["blue_count"] == 60_000);
+    assert_eq!(many.expect("many")["green_count"], 85_000);
+    on_green(&rig, "delete from many where v = 'extra'; insert into many select i * 2, md5(i::text) from generate_series(1, 50000) i").await;
+
+    // Somebody who is busy beside pgflip keeps it waiting.
+    let busy = rig.admin(Side::Blue).await;
+    let cancel = busy.cancel_token();
+    let busy = tokio::spawn(async move { busy.batch_execute("select pg_sleep(600)").await });
+    let waiting = Waiting::start(&rig).await;
+    let refused = rig.run(&["verify"]).await;
+    assert!(
+        refused.out.contains("is under way") || refused.err.contains("is under way"),
+        "{refused:?}"
+    );
+    let paused = rig.run(&["verify", "--pause"]).await;
+    assert_eq!(
+        (paused.code, &paused.result()["outcome"]),
+        (Some(0), &"paused".into()),
+        "{paused:?}"
+    );
+    let (code, last) = waiting.end().await;
+    assert!(code == Some(1) && last.contains("paused"), "{last}");
+    cancel
+        .cancel_query(tokio_postgres::NoTls)
+        .await
+        .expect("it can be cancelled");
+    busy.await.expect("a task").expect_err("it was cancelled");
+    let resumed = rig.run(&["verify", "--resume"]).await;
+    assert_eq!(
+        (resumed.code, &resumed.result()["outcome"]),
+        (Some(0), &"equal".into()),
+        "{resumed:?}"
+    );
+
+    // What no link carries is not called equal.
+    blue.batch_execute(&format!("{role}; create table new (id int primary key); reset role"))
+        .await
+        .expect("a table");
+    let (code, result) = verify(&rig, &[]).await;
+    assert_eq!(
+        (code, &result["outcome"]),
+        (Some(1), &Value::from("different")),
+        "{result}"
+    );
+    assert_eq!(
+        result["apart"][0]["not_replicated"][0], "\"public\".\"new\"",
+        "{result}"
+    );
+    blue.batch_execute("drop table new").await.expect("it goes");
+
+    // A flip ends it, and it is not gone on with behind that.
+    let busy = rig.admin(Side::Blue).await;
+    let cancel = busy.cancel_token();
+    let busy = tokio::spawn(async move { busy.batch_execute("select pg_sleep(600)").await });
+    let waiting = Waiting::start(&rig).await;
+    rig.cutover().await;
+    let (code, last) = waiting.end().await;
+    assert!(code == Some(1) && last.contains("A flip has begun"), "{last}");
+    let _gone = cancel.cancel_query(tokio_postgres::NoTls).await;
+    let _cancelled = busy.await.expect("a task");
+    let said = rig.run(&["verify", "--resume"]).await;
+    assert!(
+        format!("{}{}", said.out, said.err).contains("green is active"),
+        "{said:?}"
+    );
+    // The other way round it is the same.
+    let (code, result) = verify(&rig, &[]).await;
+    assert_eq!(
+        (code, &result["source"], &result["outcome"]),
+        (Some(0), &"green".into(), &"equal".into()),
+        "{result}"
+    );
+}
