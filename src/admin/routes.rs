@@ -154,6 +154,10 @@ async fn abort(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
 /// Options of a verification.
 const VERIFY: &[(&str, &str)] = &[
     ("tables", "a list of names, such as [\"public.orders\"]"),
+    (
+        "where",
+        "comparisons of the table's columns with values, such as \"id > 5000\"",
+    ),
     ("show_values", "true or false"),
     ("max_load", "a number"),
     ("listed", "a number: how many differences of a table are listed"),
@@ -173,6 +177,7 @@ async fn verify_all(State(admin): Shared, headers: HeaderMap, body: Body) -> Ans
     }
     let request = verify::Request {
         tables: options.one("tables")?.unwrap_or_default(),
+        only: options.one("where")?,
         show_values: options.one("show_values")?.unwrap_or(false),
         max_load: options.one("max_load")?,
         listed: options

@@ -13,6 +13,9 @@ pub struct Verify {
     /// Only this table (schema.table); may be given more than once.
     #[arg(long, value_name = "TABLE")]
     table: Vec<String>,
+    /// Only rows of which this is true on either side: comparisons of the table's columns with values, such as 'id > 5000'.
+    #[arg(long = "where", value_name = "CONDITION", requires = "table")]
+    only: Option<String>,
     /// Show the values that differ, not only the columns. They may be personal.
     #[arg(long)]
     show_values: bool,
@@ -51,7 +54,7 @@ async fn act(options: &Verify, common: &Common) -> Result<Value, ClientError> {
     let body = match options.resume {
         true => json!({ "resume": true }),
         false => json!({
-            "tables": options.table, "show_values": options.show_values, "max_load": options.max_load,
+            "tables": options.table, "where": options.only, "show_values": options.show_values, "max_load": options.max_load,
             "listed": options.limit,
         }),
     };

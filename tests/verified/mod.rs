@@ -224,6 +224,26 @@ async fn all_that_was_changed_by_hand_is_found_and_nothing_that_is_merely_on_its
         (&columns["20004"][0]["blue"], &columns["20004"][0]["green"]),
         (&"".into(), &Value::Null)
     );
+    // Some rows of one table.
+    let keyed = ["--table", "public.keyed", "--where"];
+    let (_, result) = verify(
+        &rig,
+        &[&keyed[..], &["id > 20003 and (id <= 20005 or t = 'none')"]].concat(),
+    )
+    .await;
+    let (missing, extra, different, _) = found(&result, "keyed");
+    assert_eq!(
+        (missing, extra, different, &result["rows"]),
+        (0, 0, 2, &Value::from(2)),
+        "{result}"
+    );
+    for (wrong, why) in [
+        ("pg_sleep(1) is null", "pg_sleep(1) may not be in it"),
+        ("none = 1", "column \\\"none\\\""),
+    ] {
+        let said = rig.run(&[&["verify"], &keyed[..], &[wrong]].concat()).await;
+        assert!(said.code == Some(1) && said.out.contains(why), "{said:?}");
+    }
     let written = writers.stop().await;
     assert!(written > 500, "{written} writes");
     eprintln!("{written} writes meanwhile");

@@ -12,6 +12,7 @@
 //! Nothing here decides what a difference means: that is the operator's, or a flip's.
 
 mod compare;
+mod condition;
 mod hash;
 mod plan;
 mod read;
@@ -35,7 +36,8 @@ use super::sequences::{self, SequenceError};
 use super::state::StateError;
 use crate::config::Config;
 use crate::pg::connect::describe;
-use crate::pg::{ConnectError, Side};
+use crate::pg::{ConnectError, Ident, Side};
+use condition::Condition;
 use hash::Seeds;
 use plan::PlanError;
 use report::Report;
@@ -49,6 +51,8 @@ const LAG_MAX: Duration = Duration::from_secs(60);
 pub struct Request {
     /// `schema.table`, as `pgflip replication status` writes them, quoted where they have to be. None: all of them.
     pub tables: Vec<String>,
+    /// Only rows of which this is true on either side: comparisons of one table's columns with values.
+    pub only: Option<String>,
     /// Tell the values that differ, not only the columns: they may be personal.
     pub show_values: bool,
     /// Wait while more of clients' statements than this run on either side.
@@ -230,6 +234,7 @@ async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> R
         operation.event("verify", "info", message, Value::Null);
     }
     let wanted = parse(&request.tables)?;
+    let only = condition(request.only.as_deref(), &wanted)?;
     let failed = |error: VerifyError| error.failure(source);
     let databases = config.databases.iter().map(|name| Database {
         config: &config,
@@ -237,6 +242,7 @@ async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> R
         name,
         source,
         request: &request,
+        only: only.as_ref(),
         seeds,
         place,
     });
@@ -253,6 +259,16 @@ async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> R
         let name = name.to_string();
         return Err(VerifyError::from(PlanError::NoTable { name, side: source }).failure(source));
     }
+    if let Some(column) = unknown(only.as_ref(), work.iter().flat_map(|(_, tables)| tables)) {
+        return Err(Failure::new(
+            format!(
+                "\"where\" speaks of column {column:?}, which {} has not on both sides.",
+                wanted[0]
+            ),
+            "Nothing was compared.",
+            "Write names with capitals in double quotes, and values in single ones.",
+        ));
+    }
     let mut apart = Vec::new();
     for (database, tables) in work {
         let not_carried = database.compare(tables).await.map_err(failed)?;
@@ -260,7 +276,13 @@ async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> R
         apart.push(contents(&database, &not_carried).await.map_err(failed)?);
     }
     let reports = place.lock().take().map(|place| place.reports).unwrap_or_default();
-    Ok(summary(source, &reports, apart, began.elapsed()))
+    Ok(summary(
+        source,
+        request.only.as_deref(),
+        &reports,
+        apart,
+        began.elapsed(),
+    ))
 }
 
 /// What is said of a verification that was broken off because somebody asked for it.
@@ -269,7 +291,7 @@ pub fn paused(place: &Place) -> Value {
     json!({ "outcome": "paused", "compared": compared })
 }
 
-fn summary(source: Side, reports: &[Report], apart: Vec<Value>, took: Duration) -> Value {
+fn summary(source: Side, only: Option<&str>, reports: &[Report], apart: Vec<Value>, took: Duration) -> Value {
     let differences: u64 = reports.iter().map(Report::differences).sum();
     let unsettled: u64 = reports.iter().map(|report| report.unsettled).sum();
     let rows: i64 = reports.iter().map(|report| report.rows(source)).sum();
@@ -289,9 +311,34 @@ fn summary(source: Side, reports: &[Report], apart: Vec<Value>, took: Duration) 
         "rows": rows,
         "differences": differences,
         "unsettled": unsettled,
+        "where": only,
         "hash": "hashtextextended, two seeds, 128 bits",
         "seconds": took.as_secs_f64(),
     })
+}
+
+/// Which rows are compared.
+fn condition(text: Option<&str>, wanted: &[TableName]) -> Result<Option<Condition>, Failure> {
+    let Some(text) = text else { return Ok(None) };
+    let wrong = |what: String, next: &str| Failure::new(what, "Nothing was compared.", next);
+    if wanted.len() != 1 {
+        return Err(wrong(
+            format!("\"where\" is given with {} tables.", wanted.len()),
+            "It speaks of one table's columns: name that one.",
+        ));
+    }
+    Condition::parse(text).map(Some).map_err(|error| {
+        wrong(
+            format!("\"where\" can't be {text:?}: {error}."),
+            "Compare columns with values, by =, <>, <, <=, >, >=, BETWEEN, IN and IS NULL, with AND, OR and NOT, such as: id > 5000.",
+        )
+    })
+}
+
+fn unknown<'a>(only: Option<&Condition>, mut tables: impl Iterator<Item = &'a plan::Table>) -> Option<String> {
+    let table = tables.next()?;
+    let known = |column: &&str| table.columns.contains(&Ident::new(*column).to_string());
+    only?.columns().find(|column| !known(column)).map(str::to_owned)
 }
 
 /// Names as people write them: `schema.table`, either part in double quotes if it has to be.

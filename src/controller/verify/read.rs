@@ -6,6 +6,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 
 use super::VerifyError;
+use super::condition::Condition;
 use super::hash::{self, Seeds, Sum};
 use super::plan::{KeyColumn, Method, Table};
 
@@ -78,6 +79,7 @@ pub struct Reader<'a> {
     /// 0: the source. 1: the target.
     end: usize,
     seeds: Seeds,
+    only: Option<&'a Condition>,
 }
 
 /// Parameters of type text, and their places.
@@ -99,7 +101,13 @@ impl<'a> Reader<'a> {
             table,
             end,
             seeds,
+            only: None,
         }
+    }
+
+    /// Of pieces, only the rows of which this is true. Rows that are asked for by their keys are read whatever they hold.
+    pub fn only(self, only: Option<&'a Condition>) -> Reader<'a> {
+        Reader { only, ..self }
     }
 
     /// Its session.
@@ -138,6 +146,7 @@ impl<'a> Reader<'a> {
             }
             conditions.push(format!("({}) {comparison} ({})", columns.join(", "), values.join(", ")));
         }
+        conditions.extend(self.only.map(|only| only.sql().to_owned()));
         match conditions.is_empty() {
             true => String::new(),
             false => format!("where {}", conditions.join(" and ")),

@@ -9,6 +9,7 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::compare::{self, Looked, Pace, SMALLER};
+use super::condition::Condition;
 use super::hash::{self, Seeds};
 use super::plan::{self, Method, Table};
 use super::read::{Piece, Reader};
@@ -64,6 +65,8 @@ pub struct Database<'a> {
     pub source: Side,
     /// What was asked for.
     pub request: &'a Request,
+    /// Which rows.
+    pub only: Option<&'a Condition>,
     /// Of this verification.
     pub seeds: Seeds,
     /// Where it stands.
@@ -211,10 +214,10 @@ impl Database<'_> {
         Ok(())
     }
 
-    fn readers<'t>(&self, table: &'t Table, pair: &'t Pair) -> [Reader<'t>; 2] {
+    fn readers<'t>(&'t self, table: &'t Table, pair: &'t Pair) -> [Reader<'t>; 2] {
         [
-            Reader::new(&pair.source, table, 0, self.seeds),
-            Reader::new(&pair.target, table, 1, self.seeds),
+            Reader::new(&pair.source, table, 0, self.seeds).only(self.only),
+            Reader::new(&pair.target, table, 1, self.seeds).only(self.only),
         ]
     }
 
