@@ -30,8 +30,13 @@ const TABLES: &str = "
     insert into bare select i % 100, 'row ' || i % 50 from generate_series(1, 3000) i;
     create table hot (id int primary key, n bigint not null, v text);
     insert into hot select i, 0, '' from generate_series(1, 50) i;
-    create table counters (id int primary key, n bigint not null);
-    insert into counters values (1, 0)";
+    create table parted (id int primary key, v text, twice text generated always as (v || v) stored) partition by hash (id);
+    create table parted_0 partition of parted for values with (modulus 2, remainder 0);
+    create table parted_1 partition of parted for values with (modulus 2, remainder 1);
+    insert into parted select i, md5(i::text) from generate_series(1, 1000) i;
+    create table \"Awk.ward\" (t int, r text, w0 int, k0 int, k int, b int, h1 int, h2 int, x int, y int, \"a \"\"b\"\"\" text,
+      primary key (w0, t));
+    insert into \"Awk.ward\" select i, 'r', i, 0, 0, 0, 0, 0, 0, 0, '' from generate_series(1, 500) i";
 
 struct Writers {
     stop: Arc<AtomicBool>,
@@ -153,6 +158,11 @@ async fn on_green(rig: &Rig, statements: &str) {
 async fn all_that_was_changed_by_hand_is_found_and_nothing_that_is_merely_on_its_way() {
     let rig = rig().await;
     let writers = Writers::start(&rig);
+    // Somebody has written and does not commit.
+    let open = rig.admin(Side::Blue).await;
+    open.batch_execute("begin; insert into bare values (-1, 'open'); update keyed set t = 'open' where id = 29999; update hot set n = 0 where id = 50")
+        .await
+        .expect("a transaction");
     for run in 0..size("PGFLIP_VERIFY", 5) {
         let (code, result) = verify(&rig, &[]).await;
         assert_eq!(
@@ -161,6 +171,7 @@ async fn all_that_was_changed_by_hand_is_found_and_nothing_that_is_merely_on_its
             "run {run}: {result}"
         );
     }
+    open.batch_execute("commit").await.expect("its end");
     // Where nobody writes: keys from 20,000 on, words from 2,000 on.
     on_green(
         &rig,
@@ -180,7 +191,9 @@ async fn all_that_was_changed_by_hand_is_found_and_nothing_that_is_merely_on_its
          delete from bare where ctid = (select ctid from bare where a = 7 and b = 'row 7' limit 1);
          insert into bare values (8, 'row 8');
          update bare set b = 'row 10' where ctid = (select ctid from bare where a = 9 and b = 'row 9' limit 1);
-         update hot set v = 'other' where id = 40",
+         update hot set v = 'other' where id = 40;
+         update parted set v = 'other' where id = 500;
+         update \"Awk.ward\" set \"a \"\"b\"\"\" = null, r = 's' where w0 = 9",
     )
     .await;
     let (code, result) = verify(&rig, &[]).await;
@@ -201,7 +214,10 @@ async fn all_that_was_changed_by_hand_is_found_and_nothing_that_is_merely_on_its
     let (missing, extra, different, _) = found(&result, "bare");
     assert_eq!((missing, extra, different), (2, 2, 0), "{result}");
     assert_eq!(found(&result, "hot"), (0, 0, 1, vec![id("different", 40)]), "{result}");
-    assert_eq!(result["differences"], 17, "{result}");
+    let leaves = ["parted_0", "parted_1"].map(|leaf| found(&result, leaf));
+    assert_eq!(leaves[0].2 + leaves[1].2, 1, "{result}");
+    assert_eq!(found(&result, "Awk.ward").2, 1, "{result}");
+    assert_eq!(result["differences"], 19, "{result}");
     // Which columns, and their values if they are asked for.
     let (_, result) = verify(&rig, &["--table", "public.keyed", "--show-values"]).await;
     let listed = result["tables"][0]["differences"]["listed"].as_array().unwrap();
