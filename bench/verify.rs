@@ -60,7 +60,8 @@ async fn main() -> Outcome<()> {
     }
     let other = cluster::connect(&green.url_of(&app.database)).await?;
     for client in [&owner, &other] {
-        client.batch_execute("reset role; vacuum (freeze, analyze) big").await?;
+        client.batch_execute("reset role").await?;
+        client.batch_execute("vacuum (freeze, analyze) big").await?;
     }
 
     let (mut plain, mut verified, mut peak) = (Vec::new(), Vec::new(), 0.0f64);
