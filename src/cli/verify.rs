@@ -89,16 +89,21 @@ fn screen(result: &Value) -> Vec<String> {
     let mut lines = Vec::new();
     for table in tables.iter().filter(|table| table["consistent"] != true) {
         let found = &table["differences"];
-        lines.push(format!(
-            "✗ {}: {} missing, {} extra, {} different, {} not settled (blue {} rows, green {})",
+        let mut line = format!(
+            "✗ {}: {} missing, {} extra, {} different",
             clean(table["table"].as_str().unwrap_or("?")),
             found["missing"],
             found["extra"],
-            found["different"],
-            table["unsettled"],
-            table["blue_count"],
-            table["green_count"]
+            found["different"]
+        );
+        if table["unsettled"] != 0 {
+            line.push_str(&format!(", {} not settled", table["unsettled"]));
+        }
+        line.push_str(&format!(
+            " (blue {} rows, green {})",
+            table["blue_count"], table["green_count"]
         ));
+        lines.push(line);
         let only_blue = if result["source"] == "blue" {
             list(&table["only_blue"])
         } else {
@@ -122,21 +127,24 @@ fn screen(result: &Value) -> Vec<String> {
             lines.push(format!("✗ sequence {name} is missing on the other side"));
         }
     }
-    let rows = &result["rows"];
+    let (rows, tables) = (&result["rows"], counted(tables.len(), "table"));
     let seconds = result["seconds"].as_f64().unwrap_or(0.0);
     lines.push(match result["outcome"].as_str() {
-        Some("equal") => format!("Equal: {} tables, {rows} rows, in {seconds:.1} s.", tables.len()),
+        Some("equal") => format!("Equal: {tables}, {rows} rows, in {seconds:.1} s."),
         Some("unsettled") => format!(
             "No difference was found, but {} rows could not be settled: they change without a pause. Run it again.",
             result["unsettled"]
         ),
-        _ => format!(
-            "{} rows differ, of {rows} in {} tables.",
-            result["differences"],
-            tables.len()
-        ),
+        _ => format!("Different rows: {}, of {rows} in {tables}.", result["differences"]),
     });
     lines
+}
+
+fn counted(n: usize, what: &str) -> String {
+    match n {
+        1 => format!("1 {what}"),
+        n => format!("{n} {what}s"),
+    }
 }
 
 /// A row that differs, and under it the columns that do.

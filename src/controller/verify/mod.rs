@@ -130,7 +130,10 @@ impl VerifyError {
     fn failure(&self, source: Side) -> Failure {
         Failure::new(
             format!("The two sides could not be compared to the end: {self}."),
-            "Nothing was changed. What was compared until then is not reported: it says nothing of the rest.",
+            match self {
+                VerifyError::NotReplicated => "Nothing was compared.",
+                _ => "Nothing was changed. What was compared until then is not reported: it says nothing of the rest.",
+            },
             match self {
                 VerifyError::NotReplicated => "`pgflip replication start` copies everything to the other side.".to_owned(),
                 VerifyError::Link(finding) => finding.mend.clone(),
