@@ -162,6 +162,18 @@ pub enum Stragglers {
     Terminate,
 }
 
+/// What a flip has to have proven before its pivot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Guarantee {
+    /// That everything committed on the source has been applied on the target.
+    None,
+    /// And that every table has as many rows on both.
+    Counts,
+    /// And that all rows are equal.
+    Verified,
+}
+
 /// Limits and choices of a flip.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flip {
@@ -179,10 +191,19 @@ pub struct Flip {
     pub arm_timeout: Duration,
     /// What happens to stragglers.
     pub stragglers: Stragglers,
+    /// What it has to have proven.
+    pub guarantee: Guarantee,
     /// By how many increments sequences jump at a flip, for `nextval` calls that go around the proxy.
     pub sequence_cushion: i64,
     /// For how long traffic is watched on both sides after a flip, clients long gone on.
     pub watch: Duration,
+}
+
+/// Limits of verification.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verify {
+    /// WAL that the active side may keep so that what changes there can be followed, in bytes.
+    pub follow_wal_max: u64,
 }
 
 /// Limits of the data plane.
@@ -327,6 +348,8 @@ pub struct Config {
     pub client_tls: Option<ClientTls>,
     /// Flip limits.
     pub flip: Flip,
+    /// Verification limits.
+    pub verify: Verify,
     /// Data plane limits.
     pub limits: Limits,
     /// Servers that clients share.

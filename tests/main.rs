@@ -11,6 +11,7 @@ mod drivers;
 mod eased;
 mod fleet;
 mod flip_parts;
+mod followed;
 mod forced;
 mod fuzzed;
 mod instructions;

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgflip::config::{Admin, Auth, Config, Flip, Limits, LogFormat, Secret, Stragglers};
+use pgflip::config::{Admin, Auth, Config, Flip, Guarantee, Limits, LogFormat, Secret, Stragglers, Verify};
 use pgflip::controller::operation::{Kind, Operation};
 use pgflip::controller::preflight::{self, Failure};
 use pgflip::controller::recovery::Acting;
@@ -60,10 +60,14 @@ async fn pair(blue: u32, green: u32) -> Pair {
             arm_lock_timeout: Duration::from_millis(100),
             arm_timeout: second * 60,
             stragglers: Stragglers::Unwind,
+            guarantee: Guarantee::None,
             sequence_cushion: 32,
             watch: Duration::from_millis(50),
         },
         pool: Default::default(),
+        verify: Verify {
+            follow_wal_max: 1 << 30,
+        },
         limits: Limits {
             max_clients: 10,
             client_login_timeout: second * 30,

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{Admin, Refusal, events, guard};
-use crate::config::Stragglers;
+use crate::config::{Guarantee, Stragglers};
 use crate::controller::operation::Operation;
 use crate::controller::{Direction, FlipRequest, Force, Refused, Request as Order, verify};
 use crate::pg::Side;
@@ -44,6 +44,7 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/finalize", post(finalize))
         .route("/abort", post(abort))
         .route("/verify", post(verify_all))
+        .route("/verify/stop", post(verify_stop))
         .route("/verify/pause", post(verify_pause))
         .route("/operations", get(operations))
         .route("/operations/{id}", get(operation));
@@ -160,6 +161,7 @@ const VERIFY: &[(&str, &str)] = &[
     ),
     ("show_values", "true or false"),
     ("max_load", "a number"),
+    ("follow", "true or false"),
     ("listed", "a number: how many differences of a table are listed"),
     ("resume", "true or false: go on with the one that was broken off"),
 ];
@@ -184,7 +186,20 @@ async fn verify_all(State(admin): Shared, headers: HeaderMap, body: Body) -> Ans
             .one("listed")?
             .map_or(verify::LISTED, |listed: usize| listed.min(verify::LISTED_MAX)),
     };
-    begun(&admin, admin.controller.verify(request))
+    let follow = options.one("follow")?.unwrap_or(false);
+    if follow && (!request.tables.is_empty() || request.only.is_some()) {
+        return Err(Refusal::bad_request(
+            "Only all of it can be followed.",
+            "Leave follow out, or tables and where.",
+        ));
+    }
+    begun(&admin, admin.controller.verify(request, follow))
+}
+
+async fn verify_stop(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    read(&headers, body, &[])?;
+    let stood = admin.controller.verify_stop().await;
+    Ok(Json(json!({ "verification": stood })).into_response())
 }
 
 async fn verify_pause(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
@@ -197,6 +212,7 @@ async fn verify_pause(State(admin): Shared, headers: HeaderMap, body: Body) -> A
 const FLIP: &[(&str, &str)] = &[
     ("rehearse", "true or false"),
     ("stragglers", "\"unwind\" or \"terminate\""),
+    ("guarantee", "\"none\", \"counts\" or \"verified\""),
     ("accept_type_oids", "true or false"),
     ("force", "\"blue\" or \"green\", the side that is given up"),
 ];
@@ -213,6 +229,7 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
     let options = read(headers, body, FLIP)?;
     let rehearse = options.one::<bool>("rehearse")?.unwrap_or(false);
     let stragglers = options.one::<Stragglers>("stragglers")?;
+    let guarantee = options.one::<Guarantee>("guarantee")?;
     let accept_type_oids = options.one::<bool>("accept_type_oids")?.unwrap_or(false);
     let source = direction.source();
     let force = match options.one::<Side>("force")? {
@@ -233,11 +250,18 @@ fn flip(admin: &Admin, direction: Direction, headers: &HeaderMap, body: Body) ->
             "Leave one of rehearse and force out.",
         ));
     }
+    if force.is_some() && guarantee.is_some_and(|guarantee| guarantee != Guarantee::None) {
+        return Err(Refusal::bad_request(
+            "A flip that is forced can prove nothing: the other side can't be asked.",
+            "Leave one of guarantee and force out.",
+        ));
+    }
     let request = FlipRequest {
         direction,
         rehearse,
         force,
         stragglers,
+        guarantee,
         accept_type_oids,
     };
     begin(admin, Order::Flip(request))

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{Client, ClientError};
-use super::{Common, StragglersChoice, consent, exit, fail, lag, outcome, print, progress};
+use super::{Common, GuaranteeChoice, StragglersChoice, consent, exit, fail, lag, outcome, print, progress};
 
 /// Options of a flip.
 #[derive(Debug, Args)]
@@ -20,6 +20,9 @@ pub struct Flip {
     /// What happens to sessions that don't reach the end of their transaction in time, or can't be moved.
     #[arg(long, value_name = "POLICY")]
     pub stragglers: Option<StragglersChoice>,
+    /// What has to be proven before the new side becomes active.
+    #[arg(long, value_name = "GUARANTEE")]
+    pub guarantee: Option<GuaranteeChoice>,
     /// Go on although types have other OIDs on the other side, which `pgflip check` names: drivers keep these OIDs.
     ///
     /// Restart the applications that use these types right after the flip, or let them reload their types.
@@ -57,6 +60,9 @@ async fn flip_or(direction: &str, options: &Flip, common: &Common) -> Result<u8,
     }
     if let Some(choice) = options.stragglers {
         body["stragglers"] = json!(crate::config::Stragglers::from(choice));
+    }
+    if let Some(choice) = options.guarantee {
+        body["guarantee"] = json!(crate::config::Guarantee::from(choice));
     }
     if options.force {
         let status = client.get("/v1/status").await?;

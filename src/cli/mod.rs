@@ -21,7 +21,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
-use crate::config::{ConfigError, Stragglers};
+use crate::config::{ConfigError, Guarantee, Stragglers};
 
 /// Exit codes, each with its meaning. The same table is in `--help` and in the README.
 pub mod exit {
@@ -205,7 +205,10 @@ pub enum Command {
     ///
     /// What is on its way is not reported; what differs is, with its key and columns. Nothing is changed, and no writer waits for
     /// longer than a row needs. Exit code 0: equal. 1: something differs, or could not be found out.
-    #[command(after_help = "Examples:\n  pgflip verify\n  pgflip verify --table public.orders --show-values")]
+    #[command(
+        after_help = "Examples:\n  pgflip verify\n  pgflip verify --table public.orders --show-values\n  \
+                            pgflip verify --follow\n  pgflip verify --stop"
+    )]
     Verify(verify::Verify),
     /// Follow an operation to its end: the one under way, else the last one.
     ///
@@ -236,6 +239,27 @@ impl From<StragglersChoice> for Stragglers {
         match choice {
             StragglersChoice::Unwind => Stragglers::Unwind,
             StragglersChoice::Terminate => Stragglers::Terminate,
+        }
+    }
+}
+
+/// `--guarantee`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum GuaranteeChoice {
+    /// That everything committed has been applied on the new side.
+    None,
+    /// And that every table has as many rows there: counted while clients wait.
+    Counts,
+    /// And that all rows are equal: needs `pgflip verify --follow`, and compares what has changed since while clients wait.
+    Verified,
+}
+
+impl From<GuaranteeChoice> for Guarantee {
+    fn from(choice: GuaranteeChoice) -> Guarantee {
+        match choice {
+            GuaranteeChoice::None => Guarantee::None,
+            GuaranteeChoice::Counts => Guarantee::Counts,
+            GuaranteeChoice::Verified => Guarantee::Verified,
         }
     }
 }

@@ -116,6 +116,7 @@ pub fn flip(result: &Value) -> Vec<String> {
         }
         _ => lines.push(format!("{direction}: {}", text("outcome").replace('_', " "))),
     }
+    lines.extend(certificate(&result["certificate"]));
     // A forced flip says what was lost.
     lines.extend(trouble(result));
     lines
@@ -134,6 +135,37 @@ fn held(result: &Value) -> Option<String> {
         part("drain_ms"),
         part("window_ms")
     ))
+}
+
+/// What was proven while clients waited, and what that took. None if nothing was asked for.
+fn certificate(certificate: &Value) -> Option<String> {
+    let number = |key: &str| {
+        certificate[key]
+            .as_u64()
+            .map_or("unknown".to_owned(), |n| n.to_string())
+    };
+    let text = |key: &str| clean(certificate[key].as_str().unwrap_or("unknown"));
+    let took = certificate["ms"]
+        .as_f64()
+        .map_or("unknown".to_owned(), |ms| format!("{ms:.1} ms"));
+    match certificate["guarantee"].as_str()? {
+        "counts" => Some(format!(
+            "counted: {} tables with {} rows, as many on both sides at {}; that took {took} of the window",
+            number("tables"),
+            number("rows"),
+            text("position")
+        )),
+        _ => Some(format!(
+            "verified: {} tables equal at {} (full pass at {}, {} rows); {} keys and {} tables as a whole compared in the window, \
+             which took {took}",
+            number("tables"),
+            text("position"),
+            text("verified_at"),
+            number("rows"),
+            number("keys_compared"),
+            number("tables_compared")
+        )),
+    }
 }
 
 /// How wide lines of steps may be.

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::client::{Client, ClientError};
 use super::lag;
 use super::sessions::clean;
-use super::{Common, counted, exit, fail, outcome, print};
+use super::{Common, counted, exit, fail, outcome, print, verify};
 
 /// Prints it.
 pub async fn run(common: &Common) -> u8 {
@@ -91,6 +91,10 @@ pub fn screen(status: &Value) -> Vec<String> {
     // Where no link is meant to be there is no lag, known or not.
     if !is_not_started(status) && status["replication"] != "none" && status["given_up"].is_null() {
         lines.extend(list(&status["lag"]).iter().map(|link| format!("  {}", lag::line(link))));
+    }
+    if status["verification"].is_object() {
+        let told = verify::followed(&status["verification"]);
+        lines.extend(told.into_iter().map(|line| format!("verified     {line}")));
     }
     let count = |key: &str| {
         status["sessions"][key]

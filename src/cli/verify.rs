@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::client::{Client, ClientError};
 use super::sessions::clean;
-use super::{Common, exit, fail, print, progress};
+use super::{Common, counted, exit, fail, print, progress};
 
 /// `pgflip verify`.
 #[derive(Debug, Args)]
@@ -31,10 +31,22 @@ pub struct Verify {
     /// Go on with the verification that was broken off: paused, or ended by an error.
     #[arg(long, exclusive = true)]
     resume: bool,
+    /// If both sides are equal, go on comparing what changes, in pgflip, after this command has ended.
+    ///
+    /// `pgflip status` says at any moment up to which position all changes have been compared. A replication slot on the active side
+    /// tells what changes; it ends with --stop, with a flip, and with pgflip itself.
+    #[arg(long, conflicts_with_all = ["table", "only"])]
+    follow: bool,
+    /// End that.
+    #[arg(long, exclusive = true)]
+    stop: bool,
 }
 
 /// Compares, and prints what differs.
 pub async fn run(options: &Verify, common: &Common) -> u8 {
+    if options.stop {
+        return stop(common).await.unwrap_or_else(|error| fail(common, &error));
+    }
     match act(options, common).await {
         // It was asked for.
         Ok(view) if options.pause && view["result"]["outcome"] == "paused" => {
@@ -55,16 +67,60 @@ async fn act(options: &Verify, common: &Common) -> Result<Value, ClientError> {
         true => json!({ "resume": true }),
         false => json!({
             "tables": options.table, "where": options.only, "show_values": options.show_values, "max_load": options.max_load,
-            "listed": options.limit,
+            "listed": options.limit, "follow": options.follow,
         }),
     };
     progress::act(&client, common, "/v1/verify", &body).await
+}
+
+async fn stop(common: &Common) -> Result<u8, ClientError> {
+    let answer = Client::new(common)?.post("/v1/verify/stop", &json!({})).await?;
+    match answer["verification"].is_null() {
+        _ if common.json => print(&answer),
+        true => print("Nothing was followed."),
+        false => followed(&answer["verification"]).iter().for_each(print),
+    }
+    Ok(exit::DONE)
+}
+
+/// How a proof stands that is kept current, in a line or two.
+pub fn followed(verification: &Value) -> Vec<String> {
+    let text = |key: &str| clean(verification[key].as_str().unwrap_or("unknown"));
+    let pending = || {
+        let keys = verification["pending"]
+            .as_u64()
+            .map_or("unknown".to_owned(), |n| counted(n, "key"));
+        match verification["pending_tables"].as_u64() {
+            Some(0) => format!("{keys} not yet compared"),
+            Some(many) => format!("{keys} and {} as a whole not yet compared", counted(many, "table")),
+            None => format!("{keys} and an unknown number of tables not yet compared"),
+        }
+    };
+    let differences = || match verification["differences"].as_u64() {
+        Some(0) => "no differences".to_owned(),
+        Some(many) => format!("{} (pgflip verify lists them)", counted(many, "difference")),
+        None => "an unknown number of differences".to_owned(),
+    };
+    match verification["state"].as_str() {
+        Some("following") => vec![format!(
+            "up to {} of {}: {}, {}",
+            text("verified_to"),
+            text("source"),
+            pending(),
+            differences()
+        )],
+        Some("beginning") => vec![format!("not yet: all is being compared; {}", pending())],
+        Some("ended") => vec![format!("no longer: {}", text("why"))],
+        _ => vec!["unknown: it is not known where clients are".to_owned()],
+    }
 }
 
 /// Equal is 0; different, or not found out, is 1.
 fn conclude(common: &Common, view: &Value) -> u8 {
     let result = &view["result"];
     let code = match (progress::exit_code(view), result["outcome"].as_str()) {
+        // Whether it goes on was asked for as well.
+        (exit::DONE, Some("equal")) if result["following"]["state"] == "ended" => exit::FAILED,
         (exit::DONE, Some("equal")) => exit::DONE,
         (exit::DONE, _) => exit::FAILED,
         (code, _) => code,
@@ -127,7 +183,7 @@ fn screen(result: &Value) -> Vec<String> {
             lines.push(format!("✗ sequence {name} is missing on the other side"));
         }
     }
-    let (rows, tables) = (&result["rows"], counted(tables.len(), "table"));
+    let (rows, tables) = (&result["rows"], counted(tables.len() as u64, "table"));
     let seconds = result["seconds"].as_f64().unwrap_or(0.0);
     lines.push(match result["outcome"].as_str() {
         Some("equal") => format!("Equal: {tables}, {rows} rows, in {seconds:.1} s."),
@@ -137,14 +193,11 @@ fn screen(result: &Value) -> Vec<String> {
         ),
         _ => format!("Different rows: {}, of {rows} in {tables}.", result["differences"]),
     });
-    lines
-}
-
-fn counted(n: usize, what: &str) -> String {
-    match n {
-        1 => format!("1 {what}"),
-        n => format!("{n} {what}s"),
+    if result["following"].is_object() {
+        let told = followed(&result["following"]);
+        lines.extend(told.into_iter().map(|line| format!("Followed {line}")));
     }
+    lines
 }
 
 /// A row that differs, and under it the columns that do.
@@ -169,4 +222,31 @@ fn described(one: &Value) -> Vec<String> {
         lines.push(line);
     }
     lines.iter().map(|line| clean(line)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_followed_is_called_verified() {
+        let one = |change: Value| {
+            let mut told = json!({ "state": "following", "source": "blue", "verified_to": "0/1A", "compared_to": "0/1A",
+                "pending": 1, "pending_tables": 0, "differences": 0 });
+            let changed = change.as_object().cloned().unwrap_or_default();
+            changed.into_iter().for_each(|(key, value)| told[key] = value);
+            followed(&told).join("\n")
+        };
+        assert_eq!(
+            one(json!({})),
+            "up to 0/1A of blue: 1 key not yet compared, no differences"
+        );
+        assert!(one(json!({ "pending_tables": 2 })).contains("1 key and 2 tables as a whole"));
+        assert!(one(json!({ "differences": 3 })).contains("3 differences ("));
+        for state in ["beginning", "ended", "unknown"] {
+            let told = one(json!({ "state": state, "why": "a flip" }));
+            assert!(!told.contains("up to") && !told.contains("no differences"), "{told}");
+        }
+        assert!(one(json!({ "state": "ended", "why": "a flip" })).contains("a flip"));
+    }
 }

@@ -16,8 +16,8 @@ use toml::de::{DeTable, DeValue};
 use super::rules::{self, Around, Maps, Method, Network, Rules};
 use super::userlist::Userlist;
 use super::{
-    Admin, Auth, ClientTls, Config, Flip, Limits, LogFormat, Pool, PoolMode, Secret, Server, SslMode, Stragglers,
-    UnixSocket, Verifiers,
+    Admin, Auth, ClientTls, Config, Flip, Guarantee, Limits, LogFormat, Pool, PoolMode, Secret, Server, SslMode,
+    Stragglers, UnixSocket, Verifiers, Verify,
 };
 use crate::pg::Side;
 
@@ -157,6 +157,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "auth",
             "tls",
             "flip",
+            "verify",
             "limits",
             "pool",
             "log",
@@ -189,10 +190,12 @@ const KEYS: &[(&str, &[&str])] = &[
             "arm_lock_timeout",
             "arm_timeout",
             "stragglers",
+            "guarantee",
             "sequence_cushion",
             "watch",
         ],
     ),
+    ("verify", &["follow_wal_max"]),
     (
         "limits",
         &[
@@ -717,8 +720,23 @@ impl<'a> Reader<'a> {
                 &[("unwind", Stragglers::Unwind), ("terminate", Stragglers::Terminate)],
                 Stragglers::Unwind,
             ),
+            guarantee: self.choice(
+                "flip",
+                "guarantee",
+                &[
+                    ("none", Guarantee::None),
+                    ("counts", Guarantee::Counts),
+                    ("verified", Guarantee::Verified),
+                ],
+                Guarantee::None,
+            ),
             sequence_cushion: self.integer("flip", "sequence_cushion", 1000, 0, 1_000_000_000),
             watch: self.duration("flip", "watch", s(2), ms(1), s(600)),
+        };
+        let verify = Verify {
+            follow_wal_max: self
+                .integer("verify", "follow_wal_max", 8 << 30, 1 << 24, i64::MAX)
+                .unsigned_abs(),
         };
         let limits = Limits {
             max_clients: self.integer("limits", "max_clients", 1000, 1, 1_000_000).unsigned_abs() as usize,
@@ -757,6 +775,7 @@ impl<'a> Reader<'a> {
             auth,
             client_tls,
             flip,
+            verify,
             limits,
             pool,
             custom_settings,

@@ -17,6 +17,7 @@ use super::fence::{self, Digest, DigestStatement, FenceError, Holder, Locked, Ol
 use super::finalized;
 use super::fleet::{self, Caller, FleetError, Me, Other};
 use super::force;
+use super::guarantee::{self, Ahead};
 use super::links::{self, Ends, LinkError, Regime};
 use super::marker::{self, MarkerError};
 use super::operation::{Operation, Status};
@@ -28,8 +29,9 @@ use super::sessions;
 use super::state::{self, Attempt, Expect, Row, State, StateError, Unwinding};
 use super::steps::{FORWARD, Forward, PIVOT, REVERSIBLE, Reversible};
 use super::traffic::{self, Traffic};
+use super::verify::follow::Follow;
 use super::{Direction, FlipRequest};
-use crate::config::{Config, Stragglers};
+use crate::config::{Config, Guarantee, Stragglers};
 use crate::fault;
 use crate::pg::connect::describe;
 use crate::pg::origin::{OriginError, connect_with_origin};
@@ -342,6 +344,13 @@ pub struct Flip {
     direction: Direction,
     rehearse: bool,
     stragglers: Stragglers,
+    guarantee: Guarantee,
+    /// What keeps a verification current.
+    following: Option<Arc<Follow>>,
+    /// From `prepare` on: what the guarantee needs in the window.
+    ahead: Ahead,
+    /// What was proven there.
+    certificate: Value,
     accept_type_oids: bool,
     source: Side,
     target: Side,
@@ -393,6 +402,14 @@ pub struct LastLag {
     pub at: jiff::Timestamp,
 }
 
+/// What the controller knows before a flip.
+pub struct Before {
+    /// The last lag that was seen: all that can be said about a source that is dead.
+    pub last_lag: Option<LastLag>,
+    /// What keeps a verification current.
+    pub following: Option<Arc<Follow>>,
+}
+
 /// How a flip ended, for the controller.
 pub struct Ended {
     /// The operation's status.
@@ -412,14 +429,12 @@ pub(super) fn failure(direction: Direction, outcome: &str, why: String, means: &
 pub(super) const UNTOUCHED: &str = "No client was touched and nothing was changed.";
 
 /// Runs one flip from beginning to end. The caller makes sure that it is the only one in this process.
-///
-/// `last_lag` is the last that was seen of how far the standby is behind: all that can be said about a source that is dead.
 pub async fn run(
     config: Arc<Config>,
     gate: Arc<Gate>,
     operation: Operation,
     request: FlipRequest,
-    last_lag: Option<LastLag>,
+    Before { last_lag, following }: Before,
     me: &Arc<Me>,
     acting: &Acting,
 ) -> Ended {
@@ -441,7 +456,11 @@ pub async fn run(
     }
     operation.event("preflight", "started", "looking at both sides", Value::Null);
     let began = Instant::now();
-    let begun = timeout(BEGIN_TIMEOUT, Flip::begin(config, gate, operation, request, me, acting)).await;
+    let begun = timeout(
+        BEGIN_TIMEOUT,
+        Flip::begin(config, gate, operation, request, following, me, acting),
+    )
+    .await;
     let begun = begun.unwrap_or_else(|_| {
         Err(Stop::Broken(format!(
             "the two servers did not answer within {BEGIN_TIMEOUT:?}"
@@ -470,6 +489,7 @@ impl Flip {
         gate: Arc<Gate>,
         operation: Operation,
         request: FlipRequest,
+        following: Option<Arc<Follow>>,
         me: &Arc<Me>,
         acting: &Acting,
     ) -> Result<Flip, Stop> {
@@ -547,6 +567,7 @@ impl Flip {
             id: state::next_id(&rows),
         };
         let stragglers = request.stragglers.unwrap_or(config.flip.stragglers);
+        let guarantee = request.guarantee.unwrap_or(config.flip.guarantee);
         Ok(Flip {
             target: source.other(),
             config,
@@ -555,6 +576,10 @@ impl Flip {
             direction: request.direction,
             rehearse: request.rehearse,
             stragglers,
+            guarantee,
+            following,
+            ahead: Ahead::Nothing,
+            certificate: Value::Null,
             accept_type_oids: request.accept_type_oids,
             source,
             attempt,
@@ -687,6 +712,7 @@ impl Flip {
             Reversible::Arm => self.arm().await,
             Reversible::Prepare => {
                 self.prepare().await?;
+                self.guarantee_ahead().await?;
                 self.still_close_behind().await?;
                 self.warn_of_open_transactions().await;
                 Ok(())
@@ -707,7 +733,10 @@ impl Flip {
             Reversible::CatchUp => self.catch_up().await,
             Reversible::Sequences => self.sequences().await,
             Reversible::Links => self.links().await,
-            Reversible::Verify => self.rows().await,
+            Reversible::Verify => {
+                self.guarantee_holds().await?;
+                self.rows().await
+            }
             Reversible::Committing => self.committing().await,
         }
     }
@@ -755,6 +784,11 @@ impl Flip {
                 sequences::obstacles(&database.source, &database.target, target, &database.name, cushion)
             }));
         found.extend(sequences.await?.concat());
+        let here = Upstream {
+            side: self.source,
+            epoch: self.attempt.epoch,
+        };
+        found.extend(guarantee::finding(self.guarantee, self.following.as_deref(), here));
         if self.accept_type_oids {
             let accepted = found.iter_mut().filter(|finding| finding.code == preflight::TYPE_OIDS);
             accepted.for_each(|finding| finding.severity = Severity::Warning);
@@ -1372,6 +1406,21 @@ impl Flip {
         }
     }
 
+    /// What the guarantee needs in the window; and that it will fit there.
+    async fn guarantee_ahead(&mut self) -> Result<(), Stop> {
+        let deadline = Instant::now() + self.config.flip.settle_timeout;
+        let (config, source) = (&self.config, self.source);
+        let ahead = Ahead::new(config, self.guarantee, self.following.as_ref(), source, deadline).await;
+        self.ahead = ahead.map_err(|broken| Stop::no_go(broken.what, broken.next))?;
+        Ok(())
+    }
+
+    async fn guarantee_holds(&mut self) -> Result<(), Stop> {
+        let holds = self.ahead.hold(&self.databases[0].source).await;
+        self.certificate = holds.map_err(|broken| Stop::no_go(broken.what, broken.next))?;
+        Ok(())
+    }
+
     /// Only the carrier's rows are compared and set at the pivot: what the other databases' rows say is read here.
     async fn rows(&mut self) -> Result<(), Stop> {
         let attempt = self.attempt;
@@ -1697,6 +1746,7 @@ impl Flip {
 
     fn released(&mut self) {
         self.gate.release();
+        self.ahead = Ahead::Nothing;
         if let (Some(since), true) = (self.held_since, self.held_ms == 0.0) {
             self.held_ms = ms(since.elapsed());
         }
@@ -1827,7 +1877,7 @@ impl Flip {
 
     async fn note_completed(&mut self) -> Result<(), Stop> {
         let (epoch, attempt) = (self.attempt.epoch + 1, self.attempt.id);
-        let completed = json!({ "from": self.source, "to": self.target });
+        let completed = json!({ "from": self.source, "to": self.target, "certificate": self.certificate });
         self.renew_carrier().await?;
         Ok(state::history(&*self.databases[0].target, epoch, attempt, "flipped", completed).await?)
     }
@@ -2015,6 +2065,7 @@ impl Flip {
             "sessions": self.sessions,
             "sidecars": self.sidecars,
             "left_undone": self.left_undone,
+            "certificate": self.certificate,
         })
     }
 }

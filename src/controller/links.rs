@@ -130,6 +130,11 @@ pub fn slot_name(to: Side, database: &str) -> String {
     )
 }
 
+/// The name of the slot from which a verification reads what changes on the active side (`controller::verify::follow`).
+pub fn verify_slot_name(database: &str) -> String {
+    slot_name(Side::Green, database).replace("to_green", "verify")
+}
+
 /// A table's name. Displaying it quotes it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct TableName {
@@ -1173,6 +1178,7 @@ mod tests {
         assert_eq!(name, "pgflip_to_green_a172cedc");
         assert_ne!(name, slot_name(Side::Blue, "app"));
         assert_ne!(name, slot_name(Side::Green, "App"));
+        assert_eq!(verify_slot_name("app"), "pgflip_verify_a172cedc");
         let long = slot_name(Side::Green, &"ü\"'".repeat(300));
         assert!(
             long.len() <= 63

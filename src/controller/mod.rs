@@ -11,6 +11,7 @@ pub mod finalized;
 pub mod fleet;
 pub mod flip;
 mod force;
+pub mod guarantee;
 pub mod guard;
 pub mod lag;
 pub mod links;
@@ -41,15 +42,16 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio_postgres::error::SqlState;
 
-use crate::config::{Config, Stragglers};
+use crate::config::{Config, Guarantee, Stragglers};
 use crate::pg::{ConnectError, Purpose, Side, borrow};
-use crate::proxy::gate::Gate;
+use crate::proxy::gate::{Gate, Upstream};
 use finalized::Finalized;
 use guard::{Guard, Phase};
 use lag::LinkLag;
 use operation::{Kind, Operation, Status as Outcome};
 use preflight::{Failure, Finding};
 use recovery::{Acting, Known};
+use verify::follow::{Follow, Unproven};
 
 /// Which way a flip goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +104,8 @@ pub struct FlipRequest {
     pub force: Option<Force>,
     /// Instead of what the config says.
     pub stragglers: Option<Stragglers>,
+    /// Instead of what the config says.
+    pub guarantee: Option<Guarantee>,
     /// Types whose OIDs differ don't stop it.
     pub accept_type_oids: bool,
 }
@@ -129,6 +133,24 @@ pub struct Refused {
     pub what: String,
     /// What to do.
     pub next: String,
+}
+
+/// How long the guard may take to tell the gate of an epoch.
+const EPOCH_KNOWN: std::time::Duration = std::time::Duration::from_secs(10);
+/// What a verification finds counts against what is followed, also if it is broken off.
+struct Doubt {
+    following: Option<Arc<Follow>>,
+    place: verify::Place,
+    operation: u64,
+}
+
+impl Drop for Doubt {
+    fn drop(&mut self) {
+        let differs = self.place.lock().as_ref().is_some_and(verify::Broken::differs);
+        if let (true, Some(following)) = (differs, &self.following) {
+            following.end(format!("verification {} has found differences", self.operation));
+        }
+    }
 }
 
 /// Operations that are remembered.
@@ -167,6 +189,8 @@ struct Inner {
     verifying: Option<Running>,
     /// Where the last one was broken off.
     verified: verify::Place,
+    /// What keeps the last one's proof current, or why nothing does any more.
+    following: Option<Arc<Follow>>,
     last_flip: Option<Value>,
     traffic: Option<traffic::Traffic>,
     warnings: Vec<String>,
@@ -193,6 +217,7 @@ impl Controller {
                 running: None,
                 verifying: None,
                 verified: verify::Place::default(),
+                following: None,
                 last_flip: None,
                 traffic: None,
                 warnings: Vec::new(),
@@ -312,6 +337,12 @@ impl Controller {
         if let Some(Running { task, .. }) = &inner.verifying {
             task.abort();
         }
+        // A flip ends it at its pivot, if it comes to that.
+        if let (Some(following), Request::ReplicationStart | Request::ReplicationStop | Request::Finalize) =
+            (&inner.following, request)
+        {
+            following.end("replication has been started again, or ended");
+        }
         let operation = Operation::new(kind);
         let (inside, told) = (self.clone(), operation.clone());
         let task = tokio::spawn(async move {
@@ -364,10 +395,12 @@ impl Controller {
         Ok(operation)
     }
 
-    /// Begins to compare both sides, beside whatever else is under way. A flip, and the end of replication, end it.
-    pub fn verify(self: &Arc<Self>, request: verify::Request) -> Result<Operation, Refused> {
-        let broken = verify::Broken::new(self.active()?, request);
-        self.compare(&Arc::new(Mutex::new(Some(broken))))
+    /// Begins to compare both sides, beside whatever else is under way. A flip, and the end of replication, end it. `follow`: if
+    /// they are equal, that is kept current.
+    pub fn verify(self: &Arc<Self>, request: verify::Request, follow: bool) -> Result<Operation, Refused> {
+        let upstream = self.active()?;
+        let broken = verify::Broken::new(upstream.side, request);
+        self.compare(&Arc::new(Mutex::new(Some(broken))), follow.then_some(upstream))
     }
 
     /// Goes on with the last verification, if it was broken off.
@@ -381,11 +414,12 @@ impl Controller {
         let Some(source) = place.lock().as_ref().map(verify::Broken::source) else {
             return Err(refused("No verification was broken off.".into()));
         };
-        if source != self.active()? {
+        if source != self.active()?.side {
             let what = format!("The last verification compared {source} with {}.", source.other());
             return Err(refused(format!("{what} By now {} is active.", source.other())));
         }
-        self.compare(&place)
+        // What was compared before it was broken off would not be followed.
+        self.compare(&place, None)
     }
 
     /// Breaks off the verification under way, so that it can be gone on with.
@@ -401,16 +435,16 @@ impl Controller {
         }
     }
 
-    fn active(&self) -> Result<Side, Refused> {
+    fn active(&self) -> Result<Upstream, Refused> {
         let refused = || Refused {
             code: "not_ready",
             what: "It is not known yet which side is active.".into(),
             next: "`pgflip status` shows how things stand.".into(),
         };
-        self.gate.upstream().map(|upstream| upstream.side).ok_or_else(refused)
+        self.gate.upstream().ok_or_else(refused)
     }
 
-    fn compare(self: &Arc<Self>, place: &verify::Place) -> Result<Operation, Refused> {
+    fn compare(self: &Arc<Self>, place: &verify::Place, follow: Option<Upstream>) -> Result<Operation, Refused> {
         let mut inner = self.inner.lock();
         if let Some(Running { operation, .. }) = &inner.running {
             let what = format!(
@@ -432,11 +466,11 @@ impl Controller {
         }
         let operation = Operation::new(Kind::Verify);
         operation.may_be_aborted();
-        let (config, told, stands) = (self.config(), operation.clone(), place.clone());
+        let (inside, told, stands) = (self.clone(), operation.clone(), place.clone());
         let task = tokio::spawn(async move {
-            tokio::select! {
-                done = verify::run(config, &told, stands.clone()) => done,
-                () = told.aborted() => Ok(verify::paused(&stands)),
+            match follow {
+                Some(source) => inside.verify_and_follow(&told, stands, source).await,
+                None => inside.verify_once(&told, stands).await,
             }
         });
         inner.verified = place.clone();
@@ -473,6 +507,73 @@ impl Controller {
             begun.finish(status, result);
         });
         Ok(operation)
+    }
+
+    /// Compares. What it finds counts against what is followed.
+    async fn verify_once(&self, operation: &Operation, place: verify::Place) -> Result<Value, Failure> {
+        let _told = Doubt {
+            following: self.following(),
+            place: place.clone(),
+            operation: operation.id(),
+        };
+        let result = tokio::select! {
+            done = verify::run(self.config(), operation, place.clone()) => done?,
+            () = operation.aborted() => verify::paused(&place),
+        };
+        if let (Some("different"), Some(following)) = (result["outcome"].as_str(), self.following()) {
+            following.end(format!("verification {} has found differences", operation.id()));
+        }
+        Ok(result)
+    }
+
+    /// Compares everything, and keeps that current if it is equal.
+    async fn verify_and_follow(
+        &self,
+        operation: &Operation,
+        place: verify::Place,
+        source: Upstream,
+    ) -> Result<Value, Failure> {
+        if let Some(before) = self.following() {
+            before.end("it is begun anew");
+            before.gone().await;
+        }
+        let source = self.known_to_the_gate(source).await;
+        let following = Follow::begin(self.config(), self.gate.clone(), operation, source).await?;
+        self.inner.lock().following = Some(following.clone());
+        let unproven = Unproven(following.clone());
+        let mut result = self.verify_once(operation, place).await?;
+        if result["outcome"] == "equal" {
+            following.proven(operation.id(), &result);
+        }
+        drop(unproven);
+        result["following"] = following.told(self.gate.upstream());
+        Ok(result)
+    }
+
+    /// Right after `replication start` the gate may not have heard of the epoch yet.
+    async fn known_to_the_gate(&self, source: Upstream) -> Upstream {
+        let config = self.config();
+        let row = recovery::look(&config, source.side, config.carrier()).await.0;
+        let deadline = tokio::time::Instant::now() + EPOCH_KNOWN;
+        while let (Some(now), Known::Row(row)) = (self.gate.upstream(), &row) {
+            if now.epoch >= row.epoch || tokio::time::Instant::now() >= deadline {
+                return now;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        source
+    }
+
+    fn following(&self) -> Option<Arc<Follow>> {
+        self.inner.lock().following.clone()
+    }
+
+    /// Ends what keeps the last verification's proof current; how that stood. `None`: nothing was followed.
+    pub async fn verify_stop(&self) -> Option<Value> {
+        let following = self.following()?;
+        following.end("it was ended by `pgflip verify --stop`");
+        following.gone().await;
+        Some(following.told(self.gate.upstream()))
     }
 
     /// Asks the flip under way to undo itself. After the pivot there is nothing to undo.
@@ -535,13 +636,19 @@ impl Controller {
         match request {
             Request::Flip(flip) => {
                 let direction = flip.direction;
-                let last_lag = self.inner.lock().last_lag;
+                let before = {
+                    let inner = self.inner.lock();
+                    flip::Before {
+                        last_lag: inner.last_lag,
+                        following: inner.following.clone(),
+                    }
+                };
                 let ended = flip::run(
                     config,
                     self.gate.clone(),
                     operation,
                     flip,
-                    last_lag,
+                    before,
                     &self.me,
                     &self.acting,
                 )
@@ -656,6 +763,11 @@ impl Controller {
                     sessions::findings(&config, &self.gate, upstream.side, config.flip.stragglers)
                 );
                 found.extend(of_sessions);
+                found.extend(guarantee::finding(
+                    config.flip.guarantee,
+                    self.following().as_deref(),
+                    upstream,
+                ));
                 found.sort_by_key(|finding| finding.severity);
                 found
             }
@@ -689,6 +801,7 @@ impl Controller {
         let upstream = self.gate.upstream();
         let sessions = self.gate.sessions();
         let on = |side| sessions.iter().filter(|session| session.side == Some(side)).count();
+        let verification = self.following().map(|following| following.told(upstream));
         let inner = self.inner.lock();
         let running = inner.running.as_ref().map(|running| running.operation.view());
         let flipping = running
@@ -719,6 +832,7 @@ impl Controller {
             "sessions": { "total": sessions.len(), "blue": on(Side::Blue), "green": on(Side::Green) },
             "sidecars": sidecars,
             "operation": running,
+            "verification": verification,
             "last_flip": inner.last_flip,
             "traffic": inner.traffic,
             "warnings": warnings,

@@ -103,6 +103,8 @@ const KEEP: usize = 10_000;
 #[derive(Clone)]
 pub struct Operation {
     inner: Arc<Mutex<Inner>>,
+    /// What happens is logged.
+    logged: bool,
     /// Changes with every event and at the end.
     changed: watch::Sender<u64>,
 }
@@ -131,7 +133,16 @@ impl Operation {
                 events: VecDeque::new(),
                 next_seq: 0,
             })),
+            logged: true,
             changed: watch::Sender::new(0),
+        }
+    }
+
+    /// The same, of something that is done again and again, and is not in the log.
+    pub fn unlogged(kind: Kind) -> Operation {
+        Operation {
+            logged: false,
+            ..Operation::new(kind)
         }
     }
 
@@ -192,7 +203,7 @@ impl Operation {
         let message = message.into();
         let mut inner = self.inner.lock();
         let (kind, id) = (inner.view.kind, inner.view.id);
-        if state != "progress" {
+        if self.logged && state != "progress" {
             tracing::info!(operation = id, ?kind, step, state, %data, "{message}");
         }
         let seq = inner.next_seq;

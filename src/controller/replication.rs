@@ -1364,6 +1364,11 @@ async fn links_down(
     if links::drop_slot(on, &slot).await.map_err(|e| e.to_string())? {
         done.push(format!("{side}: slot {slot}"));
     }
+    // Another pgflip may follow what changes here.
+    let followed = links::verify_slot_name(database);
+    if links::drop_slot(on, &followed).await.map_err(|e| e.to_string())? {
+        done.push(format!("{side}: slot {followed}"));
+    }
 
     // Without a row the publication of this name, if there is one, is somebody else's.
     if row.is_none() {

@@ -48,6 +48,10 @@ impl Features {
     pub fn copy_has_origin(self) -> bool {
         self.from(14)
     }
+    /// Setting `idle_session_timeout`.
+    pub fn idle_session_timeout(self) -> bool {
+        self.from(14)
+    }
     /// Subscriptions know `streaming`.
     pub fn streaming(self) -> bool {
         self.from(14)

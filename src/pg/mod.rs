@@ -6,6 +6,7 @@ pub mod connect;
 pub mod features;
 pub mod oid_counter;
 pub mod origin;
+pub mod output;
 pub mod pool;
 pub mod temporary;
 

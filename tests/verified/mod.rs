@@ -38,14 +38,14 @@ const TABLES: &str = "
       primary key (w0, t));
     insert into \"Awk.ward\" select i, 'r', i, 0, 0, 0, 0, 0, 0, 0, '' from generate_series(1, 500) i";
 
-struct Writers {
+pub struct Writers {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Writers {
-    fn start(rig: &Rig) -> Writers {
+    pub fn start(rig: &Rig) -> Writers {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let url = rig.app().url(rig.sidecar.port());
         let tasks = (0..WRITERS)
@@ -80,7 +80,7 @@ impl Writers {
         Writers { stop, done, tasks }
     }
 
-    async fn stop(self) -> u64 {
+    pub async fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
             task.await.expect("a writer");
@@ -89,7 +89,7 @@ impl Writers {
     }
 }
 
-async fn rig() -> Rig {
+pub async fn rig() -> Rig {
     let rig = Rig::new(16, 18)
         .shape(Shape {
             tables: 2,
@@ -110,7 +110,7 @@ async fn rig() -> Rig {
 }
 
 /// What verification says, and its exit code.
-async fn verify(rig: &Rig, options: &[&str]) -> (Option<i32>, Value) {
+pub async fn verify(rig: &Rig, options: &[&str]) -> (Option<i32>, Value) {
     let said = rig.run(&[&["verify"], options].concat()).await;
     let result = said.result();
     assert!(result["outcome"].is_string(), "{}{}", said.out, said.err);
@@ -138,7 +138,7 @@ fn found(result: &Value, table: &str) -> (u64, u64, u64, Vec<String>) {
 }
 
 /// On the fenced standby, as what replication itself writes.
-async fn on_green(rig: &Rig, statements: &str) {
+pub async fn on_green(rig: &Rig, statements: &str) {
     let client = rig.admin(Side::Green).await;
     for statement in [
         "select pg_replication_origin_create('by_hand')",

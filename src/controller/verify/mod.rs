@@ -13,7 +13,9 @@
 
 mod compare;
 mod condition;
+pub mod follow;
 mod hash;
+mod pending;
 mod plan;
 mod read;
 mod report;
@@ -166,6 +168,8 @@ pub struct Broken {
     reports: Vec<Report>,
     /// Of the table that it was at.
     table: Option<Checkpoint>,
+    /// It ended because a key was there twice.
+    damaged: bool,
 }
 
 impl Broken {
@@ -178,6 +182,7 @@ impl Broken {
             seeds: Seeds::draw(),
             reports: Vec::new(),
             table: None,
+            damaged: false,
         }
     }
 
@@ -187,7 +192,14 @@ impl Broken {
     }
 
     fn is_new(&self) -> bool {
-        self.reports.is_empty() && self.table.is_none()
+        self.reports.is_empty() && self.table.is_none() && !self.damaged
+    }
+
+    /// Something differs already.
+    pub fn differs(&self) -> bool {
+        self.reports.iter().any(|report| report.differences() > 0)
+            || self.table.as_ref().is_some_and(Checkpoint::differs)
+            || self.damaged
     }
 
     /// For people: how far it has come.
@@ -238,7 +250,12 @@ async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> R
     }
     let wanted = parse(&request.tables)?;
     let only = condition(request.only.as_deref(), &wanted)?;
-    let failed = |error: VerifyError| error.failure(source);
+    let failed = |error: VerifyError| {
+        if let (VerifyError::KeyTwice { .. }, Some(place)) = (&error, &mut *place.lock()) {
+            place.damaged = true;
+        }
+        error.failure(source)
+    };
     let databases = config.databases.iter().map(|name| Database {
         config: &config,
         operation,

@@ -235,11 +235,7 @@ impl<'a> Reader<'a> {
         for row in &answer {
             let key = key_from(row, 2);
             if rows.insert(key.clone(), (row.get(0), row.get(1))).is_some() {
-                return Err(VerifyError::KeyTwice {
-                    table: self.table.name.to_string(),
-                    key: key.join(", "),
-                    target: self.end == 1,
-                });
+                return Err(self.twice(&key));
             }
         }
         Ok(rows)
@@ -300,27 +296,43 @@ impl<'a> Reader<'a> {
     ///
     /// Where both sides have not the same type or equality, only rows whose key has the very same text are found, and what one of them
     /// can't read (a number beyond its range, a label that its enum lacks) is not there.
-    pub async fn versions(&self, keys: &[Key], lock: bool) -> Result<BTreeMap<Key, Version>, tokio_postgres::Error> {
-        let mut found = match self.equal_to(keys, lock).await {
+    pub async fn versions(&self, keys: &[Key], lock: bool) -> Result<BTreeMap<Key, Version>, VerifyError> {
+        let all = match self.equal_to(keys, lock).await {
             Err(error) if !self.table.method.same_keys() && is_of_data(&error) => {
-                let mut found = BTreeMap::new();
+                let mut all = Vec::new();
                 for key in keys {
                     match self.equal_to(std::slice::from_ref(key), lock).await {
                         Err(error) if is_of_data(&error) => {}
-                        one => found.append(&mut one?),
+                        one => all.extend(one?),
                     }
                 }
-                found
+                all
             }
-            found => found?,
+            all => all?,
         };
-        if !self.table.method.same_keys() {
-            found.retain(|wanted, version| *wanted == version.key);
+        let mut found: BTreeMap<Key, Version> = BTreeMap::new();
+        for (wanted, version) in all {
+            if !self.table.method.same_keys() && wanted != version.key {
+                continue;
+            }
+            if found.get(&wanted).is_some_and(|before| before.tuple != version.tuple) {
+                return Err(self.twice(&wanted));
+            }
+            found.insert(wanted, version);
         }
         Ok(found)
     }
 
-    async fn equal_to(&self, keys: &[Key], lock: bool) -> Result<BTreeMap<Key, Version>, tokio_postgres::Error> {
+    /// Two rows have this key.
+    fn twice(&self, key: &Key) -> VerifyError {
+        VerifyError::KeyTwice {
+            table: self.table.name.to_string(),
+            key: key.join(", "),
+            target: self.end == 1,
+        }
+    }
+
+    async fn equal_to(&self, keys: &[Key], lock: bool) -> Result<Vec<(Key, Version)>, tokio_postgres::Error> {
         let columns: Vec<Vec<String>> = (0..self.key().len())
             .map(|n| keys.iter().map(|key| key[n].clone()).collect())
             .collect();

@@ -63,7 +63,8 @@ pub struct Difference {
 }
 
 impl Difference {
-    fn new(key: Key, hashes: [Option<Hashes>; 2]) -> Option<Difference> {
+    /// `None`: they don't differ.
+    pub fn new(key: Key, hashes: [Option<Hashes>; 2]) -> Option<Difference> {
         let kind = match hashes {
             [Some(here), Some(there)] if here != there => Kind::Different,
             [Some(_), None] => Kind::Missing,
@@ -181,7 +182,7 @@ pub async fn settle(
 }
 
 /// One round. Returns those of which nothing is known yet.
-async fn look(
+pub async fn look(
     sessions: &Sessions<'_>,
     [source, target]: [&Reader<'_>; 2],
     keys: Vec<Key>,
@@ -257,7 +258,7 @@ impl Readings<'_> {
 }
 
 /// A row that changes too often to be seen twice alike: held for as long as one marker takes.
-async fn lock(
+pub async fn lock(
     sessions: &Sessions<'_>,
     [source, target]: [&Reader<'_>; 2],
     key: Key,
@@ -287,7 +288,7 @@ async fn lock(
             }
             let there = async {
                 sessions.round_trip(LOCKED_MAX).await?;
-                Ok::<_, VerifyError>(target.versions(one, false).await?)
+                target.versions(one, false).await
             };
             let late = |_| MarkerError::NotSeen {
                 side: sessions.side,

@@ -29,8 +29,8 @@ const WORKERS: usize = 2;
 const EVERY: Duration = Duration::from_secs(1);
 /// A worker's sessions: pinned, of one database.
 pub struct Pair {
-    source: Client,
-    target: Client,
+    pub(super) source: Client,
+    pub(super) target: Client,
 }
 
 /// How far a table has been compared.
@@ -47,6 +47,11 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Rows that differ were found already.
+    pub fn differs(&self) -> bool {
+        self.found.differs()
+    }
+
     /// The table.
     pub fn name(&self) -> String {
         self.table.name.to_string()
@@ -80,7 +85,8 @@ impl Database<'_> {
         Ok(connect(self.config.server(side), self.name, Purpose("verify"), limit).await?)
     }
 
-    async fn pair(&self) -> Result<Pair, VerifyError> {
+    /// Two sessions to compare with.
+    pub async fn pair(&self) -> Result<Pair, VerifyError> {
         let (source, target) = tokio::try_join!(self.session(self.source), self.session(self.source.other()))?;
         for client in [&source, &target] {
             client.batch_execute(hash::PINNED).await?;
@@ -212,6 +218,24 @@ impl Database<'_> {
             place.reports.push(report);
         }
         Ok(())
+    }
+
+    /// One table, by itself: how many rows differ, and how many could not be settled.
+    pub async fn one(&self, table: &Table, sessions: &Sessions<'_>) -> Result<(u64, u64), VerifyError> {
+        let mut progress = Progress {
+            database: self,
+            began: Instant::now(),
+            told: None,
+            rows: 0,
+            all: table.rows,
+        };
+        self.table(table, &[self.pair().await?], sessions, &mut progress)
+            .await?;
+        let place = self.place.lock().take();
+        let reports = place.map(|place| place.reports).unwrap_or_default();
+        Ok(reports.iter().fold((0, 0), |(differ, unsettled), report| {
+            (differ + report.differences(), unsettled + report.unsettled)
+        }))
     }
 
     fn readers<'t>(&'t self, table: &'t Table, pair: &'t Pair) -> [Reader<'t>; 2] {
