@@ -15,8 +15,8 @@
 //!                   recovery: what to do from them alone; guard and upkeep: doing it, for ever; fleet: the other
 //!                   sidecars; force: going on without a dead side; sessions: what binds clients to a server;
 //!                   easing: writers slowed down until the target keeps up; verify/: whether both sides are equal, and stay so
-//!                   (follow); guarantee: what of that a flip has to prove; oids: the same OIDs for types; rights: what
-//!                   pgflip's own role lacks; finalized: that a migration has ended
+//!                   (follow); guarantee: what of that a flip has to prove; resync/: making one table equal again; oids: the
+//!                   same OIDs for types; rights: what pgflip's own role lacks; finalized: that a migration has ended
 //! 2  proxy/         what a client goes through: listener, handshake, auth, session, boundary, gate, cancel; reactor: the
 //!                   workers' sockets; verifiers: what passwords are checked with; failures: who guesses them; peer and unix:
 //!                   who is at the other end; replication: what passes beside sessions; transfer, temporary and cursors: what

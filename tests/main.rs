@@ -22,6 +22,7 @@ mod pinned;
 mod proxy;
 mod replication_pairs;
 mod restless;
+mod resynced;
 mod roles;
 mod sabotage;
 mod servers_killed;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::{Admin, Refusal, events, guard};
 use crate::config::{Guarantee, Stragglers};
 use crate::controller::operation::Operation;
-use crate::controller::{Direction, FlipRequest, Force, Refused, Request as Order, verify};
+use crate::controller::{Direction, FlipRequest, Force, Refused, Request as Order, resync, verify};
 use crate::pg::Side;
 use crate::telemetry;
 
@@ -46,6 +46,8 @@ pub fn router(admin: Arc<Admin>) -> Router {
         .route("/verify", post(verify_all))
         .route("/verify/stop", post(verify_stop))
         .route("/verify/pause", post(verify_pause))
+        .route("/resync", post(resync_table))
+        .route("/row", get(row))
         .route("/operations", get(operations))
         .route("/operations/{id}", get(operation));
     let v1 = v1
@@ -163,6 +165,10 @@ const VERIFY: &[(&str, &str)] = &[
     ("max_load", "a number"),
     ("follow", "true or false"),
     ("listed", "a number: how many differences of a table are listed"),
+    (
+        "kinds",
+        "a list of \"missing\", \"extra\", \"different\": which of them",
+    ),
     ("resume", "true or false: go on with the one that was broken off"),
 ];
 
@@ -185,6 +191,7 @@ async fn verify_all(State(admin): Shared, headers: HeaderMap, body: Body) -> Ans
         listed: options
             .one("listed")?
             .map_or(verify::LISTED, |listed: usize| listed.min(verify::LISTED_MAX)),
+        kinds: options.one("kinds")?.unwrap_or_default(),
     };
     let follow = options.one("follow")?.unwrap_or(false);
     if follow && (!request.tables.is_empty() || request.only.is_some()) {
@@ -205,6 +212,62 @@ async fn verify_stop(State(admin): Shared, headers: HeaderMap, body: Body) -> An
 async fn verify_pause(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
     read(&headers, body, &[])?;
     begun(&admin, admin.controller.verify_pause())
+}
+
+async fn row(State(admin): Shared, Query(asked): Query<Vec<(String, String)>>) -> Answer {
+    let mut wanted = verify::row::Wanted {
+        table: String::new(),
+        key: Vec::new(),
+        database: None,
+    };
+    for (name, value) in asked {
+        match name.as_str() {
+            "table" => wanted.table = value,
+            "key" => wanted.key.push(value),
+            "database" => wanted.database = Some(value),
+            name => {
+                return Err(Refusal::bad_request(
+                    format!("There is no parameter {name:?}."),
+                    "The parameters are: table, key (one for each column of the key), database.",
+                ));
+            }
+        }
+    }
+    let row = admin.controller.row(wanted).await.map_err(|refused| {
+        let status = match refused.code {
+            "bad_request" => StatusCode::BAD_REQUEST,
+            "no_table" | "no_row" => StatusCode::NOT_FOUND,
+            "no_key" => StatusCode::CONFLICT,
+            _ => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Refusal::new(status, refused.code, refused.what, refused.next)
+    })?;
+    Ok(Json(row).into_response())
+}
+
+/// Options of a resync.
+const RESYNC: &[(&str, &str)] = &[
+    ("table", "the name of a table, such as \"public.orders\""),
+    ("database", "a name"),
+    ("rows", "true or false"),
+    ("dry_run", "true or false"),
+];
+
+async fn resync_table(State(admin): Shared, headers: HeaderMap, body: Body) -> Answer {
+    let options = read(&headers, body, RESYNC)?;
+    let Some(table) = options.one("table")? else {
+        return Err(Refusal::bad_request(
+            "No table is named.",
+            "Send {\"table\": \"public.orders\"}.",
+        ));
+    };
+    let request = resync::Request {
+        table,
+        database: options.one("database")?,
+        rows: options.one("rows")?.unwrap_or(false),
+        dry_run: options.one("dry_run")?.unwrap_or(false),
+    };
+    begin(&admin, Order::Resync(request))
 }
 
 /// Options of a flip, each with what it must be. `force` is the name of the side whose data may be lost: the one that

@@ -11,6 +11,8 @@ pub mod lag;
 pub mod outcome;
 pub mod progress;
 pub mod replication;
+pub mod resync;
+pub mod rows;
 pub mod run;
 pub mod sessions;
 pub mod status;
@@ -210,6 +212,29 @@ pub enum Command {
                             pgflip verify --follow\n  pgflip verify --stop"
     )]
     Verify(verify::Verify),
+    /// Make one table of the standby equal, while everything else goes on and the application writes.
+    ///
+    /// Without --rows the table is emptied on the standby and copied again, in step with replication: for many rows that differ,
+    /// for a table without a key, and for one that stops the link. With --rows only the rows that differ are written, a few at a
+    /// time. Afterwards the table is verified. No flip begins while it is under way. Broken off, it goes on when it is run again.
+    ///
+    /// Exit code 0: the table is equal. 1: it is not, or could not be mended.
+    #[command(
+        after_help = "Examples:\n  pgflip resync public.orders --rows --dry-run\n  pgflip resync public.orders --rows\n  pgflip resync '\"Sales\".\"Lines\"'"
+    )]
+    Resync(resync::Resync),
+    /// List the rows of one table that differ: those that are missing, extra or different on the standby.
+    ///
+    /// Compares the table as `verify` does, while the application writes. What is on its way is not listed.
+    #[command(
+        after_help = "Examples:\n  pgflip rows public.orders --missing\n  pgflip rows public.orders --different --limit 1000 --show-values"
+    )]
+    Rows(rows::Rows),
+    /// Show one row as both sides have it, column by column. What differs is marked.
+    #[command(
+        after_help = "Examples:\n  pgflip row public.orders 4711\n  pgflip row public.prices 2026-01-01 EUR    a key of two columns\n  pgflip row public.words -- -x               a value that begins with a dash"
+    )]
+    Row(rows::Row),
     /// Follow an operation to its end: the one under way, else the last one.
     ///
     /// Shows what the command that began it showed, and has its exit code.
@@ -337,6 +362,9 @@ pub fn main() -> u8 {
             Command::Finalize(options) => act::finalize(options, common).await,
             Command::Abort => act::abort(common).await,
             Command::Verify(options) => verify::run(options, common).await,
+            Command::Resync(options) => resync::run(options, common).await,
+            Command::Rows(options) => rows::rows(options, common).await,
+            Command::Row(options) => rows::row(options, common).await,
             Command::Watch(options) => watch::run(options, common).await,
             Command::Sessions(options) => sessions::run(options, common).await,
         }

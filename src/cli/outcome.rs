@@ -20,6 +20,7 @@ pub fn conclude(common: &Common, view: &Value) -> u8 {
             flip(result).iter().for_each(print);
             steps(result).iter().for_each(print);
         }
+        Some("resync") if code == exit::DONE => return super::resync::conclude(common, view),
         Some(kind) if code == exit::DONE => {
             progress::findings(result["findings"].as_array().map_or(&[][..], Vec::as_slice))
                 .iter()

@@ -201,7 +201,7 @@ fn screen(result: &Value) -> Vec<String> {
 }
 
 /// A row that differs, and under it the columns that do.
-fn described(one: &Value) -> Vec<String> {
+pub fn described(one: &Value) -> Vec<String> {
     let key = one["key"].as_object().cloned().unwrap_or_default();
     let key: Vec<String> = key.iter().map(|(name, value)| format!("{name} = {value}")).collect();
     let mut lines = vec![format!(

@@ -34,6 +34,14 @@ pub enum CopyError {
         /// Which tables.
         tables: String,
     },
+    /// What is applied beside it fails again and again.
+    #[error("the link has failed {times} times to apply what was written meanwhile; not finished: {tables}")]
+    Applying {
+        /// How often while it was watched.
+        times: u64,
+        /// Which tables.
+        tables: String,
+    },
     /// The subscription is gone.
     #[error("subscription {0} has gone away while its tables were copied")]
     Gone(String),
@@ -89,7 +97,18 @@ pub async fn progress(
     subscription: u32,
     sizes: &BTreeMap<TableName, (u64, Option<u64>)>,
 ) -> Result<Progress, CopyError> {
-    let states = links::subscription_tables(&**target, subscription).await?;
+    progress_of(target, subscription, sizes, None).await
+}
+
+/// The same of one table, or of all of them.
+async fn progress_of(
+    target: &Client,
+    subscription: u32,
+    sizes: &BTreeMap<TableName, (u64, Option<u64>)>,
+    only: Option<&TableName>,
+) -> Result<Progress, CopyError> {
+    let mut states = links::subscription_tables(&**target, subscription).await?;
+    states.retain(|(table, _)| only.is_none_or(|only| only == table));
     let mut running = BTreeMap::new();
     if Features::read(&**target).await?.copy_progress() {
         for row in target.query(include_str!("../pg/sql/copy_progress.sql"), &[]).await? {
@@ -162,16 +181,27 @@ pub async fn wait(
     source: &Client,
     target: &Client,
     name: &str,
+    changed: impl FnMut(&Progress),
+) -> Result<Progress, CopyError> {
+    wait_for(source, target, name, None, changed).await
+}
+
+/// As [`wait`], for one of its tables, or all of them.
+pub async fn wait_for(
+    source: &Client,
+    target: &Client,
+    name: &str,
+    only: Option<&TableName>,
     mut changed: impl FnMut(&Progress),
 ) -> Result<Progress, CopyError> {
     let gone = || CopyError::Gone(name.to_owned());
     let oid = links::subscription(&**target, name).await?.ok_or_else(gone)?.oid;
     let sizes = sizes(source).await?;
-    let mut failures_before = links::error_counts(target, oid).await?.1;
+    let (applying_before, mut failures_before) = links::error_counts(target, oid).await?;
     let mut last = Progress::default();
     let mut told = Instant::now();
     loop {
-        let now = progress(target, oid, &sizes).await?;
+        let now = progress_of(target, oid, &sizes, only).await?;
         if now != last && (now.ready != last.ready || told.elapsed() > Duration::from_secs(1)) {
             changed(&now);
             told = Instant::now();
@@ -182,22 +212,29 @@ pub async fn wait(
         if links::subscription(&**target, name).await?.is_none() {
             return Err(gone());
         }
-        let failures = links::error_counts(target, oid).await?.1;
+        let (applying, failures) = links::error_counts(target, oid).await?;
         if now.ready > last.ready {
             failures_before = failures;
+        }
+        let unfinished = || {
+            let unfinished = now.each.iter().filter(|t| t.state != "ready");
+            list(&unfinished.map(|t| &t.table).collect::<Vec<_>>())
+        };
+        // One table alone has nothing to show meanwhile.
+        if let (Some(_), Some(before), Some(applying)) = (only, applying_before, applying)
+            && applying >= before.saturating_add(FAILURES_MAX)
+        {
+            return Err(CopyError::Applying {
+                times: applying - before,
+                tables: unfinished(),
+            });
         }
         if let (Some(before), Some(failures)) = (failures_before, failures)
             && failures >= before.saturating_add(FAILURES_MAX)
         {
-            let unfinished: Vec<_> = now
-                .each
-                .iter()
-                .filter(|t| t.state != "ready")
-                .map(|t| &t.table)
-                .collect();
             return Err(CopyError::Failing {
                 times: failures - before,
-                tables: list(&unfinished),
+                tables: unfinished(),
             });
         }
         last = now;

@@ -387,7 +387,7 @@ pub(super) async fn holders(client: &Client, tables: &[u32]) -> Vec<Holder> {
 
 /// Settings of each small transaction. It gives way in a deadlock, and the application's own event triggers stay out of
 /// it. Both need a superuser; without, arming still works, and is only ruder.
-async fn ease(client: &Client) -> Result<&'static str, FenceError> {
+pub(super) async fn ease(client: &Client) -> Result<&'static str, FenceError> {
     const EASE: &str = "set local deadlock_timeout = '10ms'; set local session_replication_role = 'replica';";
     match client.batch_execute(&format!("{EASE} select 1")).await {
         Ok(()) => Ok(EASE),

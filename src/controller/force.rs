@@ -110,6 +110,13 @@ pub(super) async fn run(
         }
         Err(error) => return refused(error.to_string(), "Mend that, then try again."),
     };
+    let incomplete = match timeout(LIMIT, incomplete(config, alive)).await {
+        Ok(Ok(tables)) => Some(tables),
+        Ok(Err(_)) | Err(_) => None,
+    };
+    if let Some(words) = said(alive, incomplete.as_deref()) {
+        operation.event("preflight", "info", words, json!({ "tables": incomplete }));
+    }
     let was_held = gate.held();
     gate.hold();
     let held_since = Instant::now();
@@ -161,10 +168,12 @@ pub(super) async fn run(
         "steps": [],
         "sessions": { "moved": moved.moved, "ended": moved.ended, "left": moved.left },
         "sequences_not_moved": sequences,
+        "incomplete_tables": incomplete,
         "means": format!(
             "What {dead} had acknowledged and {alive} had not applied is lost. A dead server can't be asked how much that is, and \
              what it took after the last lag that was seen is not in that. {dead} is given up: nothing is replicated any \
-             more, and nothing is kept for it."
+             more, and nothing is kept for it.{}",
+            said(alive, incomplete.as_deref()).map_or(String::new(), |words| format!(" {words}"))
         ),
         // What was written between that reading and the server's death is not in it.
         "may_be_lost": { "bytes": last_lag.map(|lag| lag.bytes), "seen_at": last_lag.map(|lag| lag.at), "transactions": Value::Null },
@@ -177,6 +186,44 @@ pub(super) async fn run(
         status: Status::Succeeded,
         result,
         traffic: None,
+    }
+}
+
+/// Tables of which the living side had no whole copy when the other one died: the initial copy, or a `resync`, was under way.
+async fn incomplete(config: &Config, alive: Side) -> Result<Vec<String>, String> {
+    let mut incomplete = Vec::new();
+    for database in &config.databases {
+        let limit = config.limits.server_connect_timeout;
+        let on = connect(config.server(alive), database, PURPOSE, limit).await;
+        let on = on.map_err(|error| error.to_string())?;
+        let name = links::slot_name(alive, database);
+        let read = async {
+            let Some(subscription) = links::subscription(&*on, &name).await? else {
+                return Ok(Vec::new());
+            };
+            let states = links::subscription_tables(&*on, subscription.oid).await?;
+            // What is to go back to the other side has to have come from there first.
+            let published = links::tables_published(&*on).await?;
+            let whole = |table: &links::TableName| states.iter().any(|(name, state)| name == table && *state == 'r');
+            Ok::<_, links::LinkError>(published.into_iter().filter(|(_, table)| !whole(table)).collect())
+        };
+        let of_this: Vec<(u32, links::TableName)> = read.await.map_err(|error| error.to_string())?;
+        incomplete.extend(of_this.into_iter().map(|(_, table)| format!("{database}: {table}")));
+    }
+    Ok(incomplete)
+}
+
+/// `None`: there are none. Unknown is not none.
+fn said(alive: Side, incomplete: Option<&[String]>) -> Option<String> {
+    match incomplete {
+        Some([]) => None,
+        Some(tables) => Some(format!(
+            "{alive} had no whole copy of these tables, and lacks rows of them: {}.",
+            links::list(tables)
+        )),
+        None => Some(format!(
+            "Whether {alive} had a whole copy of every table could not be read."
+        )),
     }
 }
 

@@ -21,6 +21,7 @@ use tokio_postgres::types::PgLsn;
 use tokio_postgres::{GenericClient, Transaction};
 
 use super::preflight::Finding;
+use super::resync::note;
 use super::state::{self, Expect, Row, State, StateError};
 use crate::config::{Config, Server, SslMode};
 use crate::pg::connect::describe;
@@ -453,7 +454,12 @@ pub async fn obstacles(forward: &Ends<'_>, regime: Regime) -> Result<Vec<Finding
             .of(forward.database),
         ]);
     }
-    if let Some(list) = difference(&existing, &published) {
+    let anew: Vec<TableName> = (note::read(&**forward.source).await?.into_iter())
+        .map(|note| note.table)
+        .collect();
+    found.extend(anew.iter().map(|table| note::finding(table, forward.source_side)));
+    let carried = published.iter().chain(&anew).cloned().collect();
+    if let Some(list) = difference(&existing, &carried) {
         found.push(Finding::blocker(
             "table_not_replicated",
             format!("Tables on {} that no link carries: {list}.", forward.source_side),

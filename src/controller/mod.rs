@@ -21,6 +21,7 @@ pub mod operation;
 pub mod preflight;
 pub mod recovery;
 pub mod replication;
+pub mod resync;
 mod rights;
 pub mod roles;
 pub mod schema;
@@ -111,7 +112,7 @@ pub struct FlipRequest {
 }
 
 /// A long operation, as it is asked for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Request {
     /// Make both links and copy.
     ReplicationStart,
@@ -121,6 +122,8 @@ pub enum Request {
     Flip(FlipRequest),
     /// Drop the links, leave the old side fenced.
     Finalize,
+    /// Make one table of the standby equal.
+    Resync(resync::Request),
 }
 
 /// Why something was not begun.
@@ -288,10 +291,11 @@ impl Controller {
 
     /// Begins a long operation. One at a time in this process; other processes are kept out by a lock in the carrier.
     pub fn begin(self: &Arc<Self>, request: Request) -> Result<Operation, Refused> {
-        let kind = match request {
+        let kind = match &request {
             Request::ReplicationStart => Kind::ReplicationStart,
             Request::ReplicationStop => Kind::ReplicationStop,
             Request::Finalize => Kind::Finalize,
+            Request::Resync(_) => Kind::Resync,
             Request::Flip(FlipRequest {
                 direction: Direction::Cutover,
                 ..
@@ -312,7 +316,8 @@ impl Controller {
         let before = match inner.running.take() {
             // A copy may take days. It can be ended at any point, as by a kill, and what it made goes with the rest.
             Some(running)
-                if kind == Kind::ReplicationStop && running.operation.view().kind == Kind::ReplicationStart =>
+                if kind == Kind::ReplicationStop
+                    && matches!(running.operation.view().kind, Kind::ReplicationStart | Kind::Resync) =>
             {
                 running.task.abort();
                 Some(running.operation)
@@ -327,21 +332,40 @@ impl Controller {
                         Kind::ReplicationStart => {
                             "Follow it: `pgflip watch`. End it: `pgflip replication stop`.".to_owned()
                         }
+                        // What it would leave is what nobody may flip to.
+                        Kind::Resync => {
+                            "It makes a table of the standby equal. Wait until it has: `pgflip watch`.".to_owned()
+                        }
                         _ => "Wait until it has ended: `pgflip watch` follows it.".to_owned(),
                     },
                 });
             }
             None => None,
         };
+        if let (Kind::Resync, Some(Running { operation, .. })) = (kind, &inner.verifying) {
+            return Err(Refused {
+                code: "busy",
+                what: format!(
+                    "Verification {} is under way: what it compares would change under its hands.",
+                    operation.id()
+                ),
+                next: "Wait until it has ended (`pgflip watch`), or break it off: `pgflip verify --pause`.".into(),
+            });
+        }
         // What it compares would change its meaning under its hands.
         if let Some(Running { task, .. }) = &inner.verifying {
             task.abort();
         }
         // A flip ends it at its pivot, if it comes to that.
-        if let (Some(following), Request::ReplicationStart | Request::ReplicationStop | Request::Finalize) =
-            (&inner.following, request)
-        {
-            following.end("replication has been started again, or ended");
+        let why = match &request {
+            Request::ReplicationStart | Request::ReplicationStop | Request::Finalize => {
+                Some("replication has been started again, or ended")
+            }
+            Request::Resync(resync) if !resync.dry_run => Some("a table has been resynced"),
+            Request::Resync(_) | Request::Flip(_) => None,
+        };
+        if let (Some(following), Some(why)) = (&inner.following, why) {
+            following.end(why);
         }
         let operation = Operation::new(kind);
         let (inside, told) = (self.clone(), operation.clone());
@@ -606,7 +630,7 @@ impl Controller {
                 format!("Operation {} copies, and is no flip.", view.id),
                 "`pgflip replication stop` ends it.",
             ),
-            Kind::ReplicationStop | Kind::Finalize | Kind::Verify => refused(
+            Kind::ReplicationStop | Kind::Finalize | Kind::Verify | Kind::Resync => refused(
                 format!("Operation {} is no flip.", view.id),
                 "`pgflip watch` follows it.",
             ),
@@ -615,7 +639,8 @@ impl Controller {
 
     /// Has links and arming looked after, unless that is under way still, or an operation is.
     fn look_after(&self, config: &Arc<Config>, active: Side, epoch: u64) {
-        if self.inner.lock().running.is_some() {
+        let in_the_way = |running: &Running| running.operation.view().kind != Kind::Resync;
+        if self.inner.lock().running.as_ref().is_some_and(in_the_way) {
             return;
         }
         let mut upkeep = self.upkeep.lock();
@@ -678,6 +703,7 @@ impl Controller {
             }
             Request::ReplicationStop => ended(replication::stop(config, operation, self.acting.clone()).await),
             Request::Finalize => ended(replication::finalize(config, operation, self.acting.clone()).await),
+            Request::Resync(request) => ended(resync::run(config, operation, request, self.acting.clone()).await),
         }
     }
 
@@ -778,6 +804,11 @@ impl Controller {
     /// Every client's session, and what binds it to its server, read now; why some of that could not be read.
     pub async fn sessions(&self) -> (Vec<sessions::Pinned>, Vec<String>) {
         sessions::read(&self.config(), &self.gate, &self.seen).await
+    }
+
+    /// One row as both sides have it.
+    pub async fn row(&self, wanted: verify::row::Wanted) -> Result<Value, Refused> {
+        verify::row::show(&self.config(), self.active()?.side, wanted).await
     }
 
     /// Links, copies, slots: read now.

@@ -27,6 +27,8 @@ pub enum Kind {
     Finalize,
     /// Compare both sides.
     Verify,
+    /// Make one table of the standby equal.
+    Resync,
 }
 
 /// How it stands.

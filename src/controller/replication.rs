@@ -23,7 +23,7 @@ use super::operation::Operation;
 use super::preflight::{self, Failure};
 use super::recovery::{Acting, OperatorLock};
 use super::state::{self, Expect, Row, State, StateError};
-use super::{copy, fence, roles, schema};
+use super::{copy, fence, resync, roles, schema};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -128,7 +128,7 @@ async fn row_of(config: &Config, side: Side, database: &str) -> Result<Option<Ro
 }
 
 /// The active side and its epoch, from the carrier's rows; blue at epoch 1 if nothing has ever been started.
-async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> {
+pub(super) async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> {
     let (blue, green) = tokio::join!(
         row_of(config, Side::Blue, config.carrier()),
         row_of(config, Side::Green, config.carrier())
@@ -167,7 +167,7 @@ async fn who_is_active(config: &Config) -> Result<Option<(Side, u64)>, Failure> 
 }
 
 /// The operator's lock, as long as this is kept: a flip needs it on both sides, so the active one is enough.
-async fn alone(config: &Config, active: Side, acting: &Acting) -> Result<OperatorLock, Failure> {
+pub(super) async fn alone(config: &Config, active: Side, acting: &Acting) -> Result<OperatorLock, Failure> {
     let nothing = "Nothing was done.";
     match OperatorLock::take(config, &[active], acting).await {
         Ok(Some(lock)) => Ok(lock),
@@ -635,6 +635,11 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     let mut target = run.on_target(database).await?;
     let link = |e: LinkError| run.failed(e);
     let regime = Regime::read(&*source, &*target).await.map_err(link)?;
+    let forward = slot_name(run.target(), database);
+    let again = links::given_up(&*source, run.target()).await.map_err(link)?.is_some();
+    // Tables that a `resync` has taken out of the link may not come in again with what they hold.
+    let goes_on = !again && links::subscription(&*target, &forward).await.map_err(link)?.is_some();
+    resync::whatever_was_begun(&run.config, &run.op, (run.source, run.epoch), database, goes_on).await?;
     run.started("publication", format!("Publications in database {database}"));
     publish(run, &mut target, &run.standby()).await?;
     let published = publish(run, &mut source, &run.active()).await?;
@@ -644,12 +649,10 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
         json!({"database": database, "tables": published}),
     );
 
-    let forward = slot_name(run.target(), database);
     run.started(
         "link",
         format!("Link {} → {} of database {database}", run.source, run.target()),
     );
-    let again = links::given_up(&*source, run.target()).await.map_err(link)?.is_some();
     if again {
         empty(run, &mut target, &forward).await?;
     }

@@ -1102,6 +1102,7 @@ enum Differing {
 
 fn everything() -> Request {
     Request {
+        kinds: Vec::new(),
         tables: Vec::new(),
         only: None,
         show_values: false,

@@ -11,16 +11,17 @@
 //!
 //! Nothing here decides what a difference means: that is the operator's, or a flip's.
 
-mod compare;
+pub(super) mod compare;
 mod condition;
 pub mod follow;
-mod hash;
+pub(super) mod hash;
 mod pending;
-mod plan;
-mod read;
+pub(super) mod plan;
+pub(super) mod read;
 mod report;
-mod settle;
-mod table;
+pub mod row;
+pub(super) mod settle;
+pub(super) mod table;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,11 +39,13 @@ use super::sequences::{self, SequenceError};
 use super::state::StateError;
 use crate::config::Config;
 use crate::pg::connect::describe;
+use crate::pg::origin::OriginError;
 use crate::pg::{ConnectError, Ident, Side};
 use condition::Condition;
 use hash::Seeds;
 use plan::PlanError;
 use report::Report;
+pub use settle::Kind;
 use table::{Checkpoint, Database};
 
 /// How long the standby may be behind before a row is said not to be settled.
@@ -61,6 +64,8 @@ pub struct Request {
     pub max_load: Option<u32>,
     /// Differences of one table that are listed. All are counted.
     pub listed: usize,
+    /// Only these are listed. Empty: all of them.
+    pub kinds: Vec<Kind>,
 }
 
 /// Differences of one table that are listed, unless it is said otherwise.
@@ -74,6 +79,9 @@ pub enum VerifyError {
     /// A side could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// There is no session with a replication origin.
+    #[error(transparent)]
+    Origin(#[from] OriginError),
     /// Which tables there are could not be told.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -105,6 +113,14 @@ pub enum VerifyError {
         /// On the target.
         target: bool,
     },
+    /// It was waited for long enough.
+    #[error("{side} gave no answer within {after:?}")]
+    NoAnswer {
+        /// Which side.
+        side: Side,
+        /// How long was waited.
+        after: Duration,
+    },
     /// A position in the WAL that is none.
     #[error("a server says that its position in the WAL is {0:?}")]
     Position(String),
@@ -118,7 +134,7 @@ pub enum VerifyError {
 
 impl VerifyError {
     /// It may well go better a moment later.
-    fn is_of_the_moment(&self) -> bool {
+    pub(super) fn is_of_the_moment(&self) -> bool {
         match self {
             VerifyError::Marker(MarkerError::NotSeen { .. }) => true,
             VerifyError::Sql(error) => matches!(
@@ -335,6 +351,11 @@ fn summary(source: Side, only: Option<&str>, reports: &[Report], apart: Vec<Valu
         "hash": "hashtextextended, two seeds, 128 bits",
         "seconds": took.as_secs_f64(),
     })
+}
+
+/// One of them.
+pub(super) fn parse_one(name: &str) -> Result<TableName, Failure> {
+    parse(&[name.to_owned()]).map(|mut names| names.remove(0))
 }
 
 /// Which rows are compared.

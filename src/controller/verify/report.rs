@@ -25,13 +25,16 @@ pub struct Found {
     listed: Vec<Difference>,
     /// How many are listed.
     most: usize,
+    /// Which. Empty: all.
+    kinds: Vec<Kind>,
 }
 
 impl Found {
-    /// Nothing so far. `most` differences are listed.
-    pub fn new(most: usize) -> Found {
+    /// Nothing so far. `most` differences are listed, of these kinds (none: of all).
+    pub fn new(most: usize, kinds: &[Kind]) -> Found {
         Found {
             most,
+            kinds: kinds.to_vec(),
             ..Found::default()
         }
     }
@@ -68,7 +71,8 @@ impl Found {
         let [here, there] = difference.hashes;
         here.iter().for_each(|here| self.more -= Sum::of(*here).times(times));
         there.iter().for_each(|there| self.more += Sum::of(*there).times(times));
-        if self.listed.len() < self.most {
+        let wanted = self.kinds.is_empty() || self.kinds.contains(&difference.kind);
+        if wanted && self.listed.len() < self.most {
             self.listed.push(difference);
         }
     }
@@ -290,7 +294,7 @@ mod tests {
             hashes,
             times: 1,
         };
-        let mut found = Found::new(2);
+        let mut found = Found::new(2, &[]);
         let batch = Batch {
             differences: vec![
                 difference(Kind::Missing, [Some(a), None]),

@@ -38,7 +38,7 @@ const CATCHES: u32 = 30;
 const AT_ONCE: usize = 1_000;
 
 /// What differs of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// Only the source has it.

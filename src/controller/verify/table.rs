@@ -188,7 +188,7 @@ impl Database<'_> {
                 database: self.name.to_owned(),
                 table: table.clone(),
                 left: vec![Range::default()],
-                found: Found::new(self.request.listed),
+                found: Found::new(self.request.listed, &self.request.kinds),
                 from: position(sessions.writes).await?,
             },
         };
@@ -305,7 +305,7 @@ impl Database<'_> {
                 sleep(Duration::from_millis(20)).await;
                 continue;
             };
-            let mut found = Found::new(self.request.listed);
+            let mut found = Found::new(self.request.listed, &self.request.kinds);
             let [source, target] = &readers;
             let looked = compare::piece([source, target], sessions, &range.piece, pace, &mut found).await?;
             let mut work = work.lock().await;
@@ -443,14 +443,15 @@ impl Drop for Unattended {
 
 /// A part of a table that has not been compared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Range {
-    piece: Piece,
+pub struct Range {
+    /// Which.
+    pub piece: Piece,
     /// It is to be cut into pieces of [`SMALLER`] rows, as the source (0) or the target (1) counts them.
-    smaller: Option<usize>,
+    pub smaller: Option<usize>,
 }
 
 /// Takes the next piece off what is left. `None`: nothing is.
-async fn cut(left: &mut Vec<Range>, readers: &[Reader<'_>; 2], rows: u64) -> Result<Option<Range>, VerifyError> {
+pub async fn cut(left: &mut Vec<Range>, readers: &[Reader<'_>; 2], rows: u64) -> Result<Option<Range>, VerifyError> {
     let Some(Range { mut piece, smaller }) = left.pop() else {
         return Ok(None);
     };

@@ -178,6 +178,17 @@ create table if not exists pgflip.finalized (
     done_at  timestamptz
 );
 
+-- Tables that are being copied to the standby anew (`resync`), as the active side knows: no link carries them meanwhile, and what
+-- the standby has of them is not to be relied on.
+create table if not exists pgflip.resync (
+    schema  text    not null,
+    name    text    not null,
+    epoch   bigint  not null,
+    emptied boolean not null default false,            -- the standby's is empty, and published again: the copy may begin
+    at      timestamptz not null default clock_timestamp(),
+    primary key (schema, name)
+);
+
 -- Roles that this side has (or had) in common with the active side while it was standby: what the active side no longer
 -- has of them is dropped here. A role that only the standby ever had is not among them, and stays.
 create table if not exists pgflip.role_mirrored (

@@ -1,0 +1,484 @@
+//! A table copied to the standby anew, in step with replication: taken out of the link, emptied, put in again with a copy.
+//!
+//! No write made meanwhile is lost: once the table is in again, PostgreSQL's table-sync worker copies it as of a position behind
+//! that moment and goes on with what was committed after it. What there was in between, the copy brings.
+//!
+//! How far it has come is in the databases ([`super::note`], the publication, the subscription): whoever goes on with it, the
+//! next `resync` or `replication start`, begins each step anew unless the note says that it has been taken.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+
+use super::{Run, WRITES, note};
+use crate::controller::links::{self, PUBLICATION, TableName, list, marker_table, tables_published};
+use crate::controller::preflight::Failure;
+use crate::controller::state::{self, Expect, StateError};
+use crate::controller::{copy, fence, replication};
+use crate::fault;
+use crate::pg::connect::describe;
+use crate::pg::features::Features;
+use crate::pg::{Client, Ident, Side};
+
+/// How long writers of the active side's table may have to wait behind this one, each time it tries for its lock.
+const WRITERS_MAX: Duration = Duration::from_millis(100);
+/// The same for whoever reads the standby's.
+const READERS_MAX: Duration = Duration::from_secs(1);
+/// Between two tries, at most.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// How long a lock is tried for.
+const LOCK_MAX: Duration = Duration::from_secs(60);
+/// How long the standby may take to hear from the active side which tables there are.
+const REFRESH_MAX: Duration = Duration::from_secs(60);
+/// How long an apply worker may take to go away once it has been told to.
+const WORKER_GONE: Duration = Duration::from_secs(10);
+
+/// What is done, as statements: for `--dry-run` and for doing it.
+pub(super) struct Statements {
+    pub take_out: String,
+    pub unsubscribe: String,
+    pub empty: String,
+    pub put_in: String,
+    pub subscribe: String,
+    pub analyze: String,
+}
+
+impl Statements {
+    /// `referenced`: other tables refer to it by foreign keys.
+    pub(super) fn new(table: &TableName, subscription: &str, referenced: bool) -> Statements {
+        let (publication, subscription) = (Ident::new(PUBLICATION), Ident::new(subscription));
+        let refresh =
+            |copy: bool| format!("alter subscription {subscription} refresh publication with (copy_data = {copy})");
+        Statements {
+            take_out: format!("alter publication {publication} drop table only {table}"),
+            // With a copy, in case that somebody else has published it again meanwhile.
+            unsubscribe: refresh(true),
+            // TRUNCATE is refused then, whatever the session's role in replication is.
+            empty: match referenced {
+                true => format!("delete from only {table}"),
+                false => format!("truncate only {table}"),
+            },
+            // Who has written to it before has ended, and who writes to it behind this sees it published: a walsender that decodes
+            // one of both with what it knows from the other would leave out rows (up to 17.4, 16.8, 15.12, 14.17, 13.20).
+            put_in: format!(
+                "lock table only {table} in share row exclusive mode; alter publication {publication} add table only {table}"
+            ),
+            subscribe: refresh(true),
+            analyze: format!("analyze {table}"),
+        }
+    }
+}
+
+/// Whether tables other than itself refer to it.
+pub(super) async fn referenced(on: &tokio_postgres::Client, table: &TableName) -> Result<bool, tokio_postgres::Error> {
+    let statement =
+        "select exists (select from pg_catalog.pg_constraint c where c.contype = 'f' and c.conrelid <> c.confrelid
+                      and c.confrelid = ($1::pg_catalog.text)::pg_catalog.regclass)";
+    Ok(on.query_one(statement, &[&table.to_string()]).await?.get(0))
+}
+
+/// Everything, from wherever it was left.
+pub(super) async fn all(run: &Run, table: &TableName) -> Result<(), Failure> {
+    // Nobody else flips, or makes links, while the table is in neither state.
+    let lock = replication::alone(&run.config, run.source, &run.acting).await?;
+    prepare(run, table).await?;
+    let target = run.reads_target().await?;
+    let features = Features::read(&*target).await;
+    let features = features.map_err(|error| run.halfway(table, "reading the server's version", &error))?;
+    if features.copy_has_origin() {
+        // From here on the note keeps flips away, and what looks after the links may go on.
+        drop(lock);
+        return complete(run, table).await;
+    }
+    // Whoever looks after the fence would arm the table, and its copy could not pass.
+    let done = complete(run, table).await;
+    drop(lock);
+    done
+}
+
+/// Up to where PostgreSQL copies. The operator's lock is held.
+pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure> {
+    let (mut source, mut target) = (run.on_source().await?, run.on_target().await?);
+    let sql = |doing: &'static str| move |error: tokio_postgres::Error| run.halfway(table, doing, &error);
+    let link = |error: links::LinkError| run.halfway_as(table, error);
+    let name = run.link();
+    let subscription = links::subscription(&*target, &name).await.map_err(link)?;
+    let Some(subscription) = subscription.filter(|subscription| subscription.enabled) else {
+        return Err(Failure::new(
+            format!("Subscription {name} on {} is not there, or is off.", run.target()),
+            "Nothing was changed. Without it nothing can be copied.",
+            "`pgflip check` says what is wrong with it; `pgflip replication start` makes what is missing.",
+        ));
+    };
+    // What one that has died left to the server (a long DELETE) would go on, with the standby's row locked.
+    let left = "select pg_catalog.pg_terminate_backend(a.pid) from pg_catalog.pg_stat_activity a
+                 where a.application_name = $1 and a.datname = pg_catalog.current_database() and a.usename = current_user
+                   and a.pid <> pg_catalog.pg_backend_pid()";
+    let name_of_writers = format!("pgflip: {}", WRITES.0);
+    target
+        .query(left, &[&name_of_writers])
+        .await
+        .map_err(sql("ending what an earlier one has left"))?;
+    let known = note::read(&*source).await.map_err(link)?;
+    let carried = links::subscription_tables(&*target, subscription.oid)
+        .await
+        .map_err(link)?;
+    let is_carried = carried.iter().any(|(name, _)| name == table);
+    // Without a copy that has begun, nobody knows what has been put there since it was emptied.
+    let emptied = is_carried && known.iter().any(|note| note.table == *table && note.emptied);
+    let referenced = referenced(&target, table)
+        .await
+        .map_err(sql("reading the foreign keys"))?;
+    let statements = Statements::new(table, &name, referenced);
+    if !emptied {
+        let published = tables_published(&*source).await.map_err(link)?;
+        let published: BTreeSet<TableName> = published.into_iter().map(|(_, name)| name).collect();
+        nothing_else_is_missing(run, &target, subscription.oid, &published, table).await?;
+
+        run.started("take_out", format!("{table}: out of the link"));
+        let take_out = match published.contains(table) {
+            true => format!("{}; {}", statements.take_out, note::begun(table, run.epoch)),
+            false => note::begun(table, run.epoch),
+        };
+        let on_source = (run.source, run.active());
+        let parts = [Part::Run(take_out)];
+        change(run, &mut source, on_source, table, &parts, WRITERS_MAX)
+            .await
+            .map_err(|failure| match known.is_empty() {
+                true => run.failed(failure.what.trim_end_matches('.')),
+                false => failure,
+            })?;
+        reached("out");
+        refresh(run, &target, table, &statements.unsubscribe).await?;
+        let carried = links::subscription_tables(&*target, subscription.oid)
+            .await
+            .map_err(link)?;
+        if carried.iter().any(|(name, _)| name == table) {
+            return Err(run.halfway_as(table, format!("{} still subscribes to {table}", run.target())));
+        }
+        // A worker that has taken the table to be in step goes on with it until it is told the table's columns again.
+        end_apply_workers(run, &target, table, &name).await?;
+        run.done("take_out", format!("No link carries {table} now"), Value::Null);
+        reached("unsubscribed");
+
+        run.started("empty", format!("{table} on {}: {}", run.target(), statements.empty));
+        let lock = match referenced {
+            true => "share row exclusive",
+            false => "access exclusive",
+        };
+        let parts = [
+            Part::Run(format!(
+                "set local session_replication_role = 'replica'; lock table only {table} in {lock} mode"
+            )),
+            // Whoever has slept since may find it taken in again, and copied.
+            Part::Require {
+                so: OUT_OF_LINK,
+                of: vec![name.clone(), table.to_string()],
+                otherwise: "the table is in the link again: somebody else has gone on with it",
+            },
+            Part::Run(statements.empty.clone()),
+        ];
+        let on_target = (run.target(), run.standby());
+        change(run, &mut target, on_target, table, &parts, READERS_MAX).await?;
+        run.done("empty", format!("{table} is empty on {}", run.target()), Value::Null);
+        reached("emptied");
+
+        run.started("put_in", format!("{table}: into the link again"));
+        let parts = [
+            Part::Run(statements.put_in.clone()),
+            Part::Require {
+                so: NOT_EMPTIED,
+                of: vec![table.schema.clone(), table.name.clone()],
+                otherwise: "what was noted of the table is another thing by now: somebody else has gone on with it",
+            },
+            Part::Run(note::emptied(table)),
+        ];
+        change(run, &mut source, on_source, table, &parts, WRITERS_MAX).await?;
+        reached("in");
+    }
+    let features = Features::read(&*target)
+        .await
+        .map_err(sql("reading the server's version"))?;
+    if !features.copy_has_origin() {
+        // Its copy could not pass the fence. It is armed again behind it.
+        let disable = format!("alter table only {table} disable trigger {}", fence::TRIGGER);
+        let on_target = (run.target(), run.standby());
+        change(run, &mut target, on_target, table, &[Part::Run(disable)], READERS_MAX).await?;
+    }
+    refresh(run, &target, table, &statements.subscribe).await?;
+    run.done("put_in", format!("{} copies {table}", run.target()), Value::Null);
+    reached("subscribed");
+    Ok(())
+}
+
+/// To refresh a subscription without a copy takes in whatever it lacks, as if that were in step.
+async fn nothing_else_is_missing(
+    run: &Run,
+    target: &Client,
+    subscription: u32,
+    published: &BTreeSet<TableName>,
+    table: &TableName,
+) -> Result<(), Failure> {
+    let carried = links::subscription_tables(&**target, subscription).await;
+    let carried = carried.map_err(|error| run.halfway_as(table, error))?;
+    let carried: BTreeSet<&TableName> = carried.iter().map(|(name, _)| name).collect();
+    let marker = marker_table();
+    let missing: Vec<&TableName> = published
+        .iter()
+        .chain([&marker])
+        .filter(|name| *name != table && !carried.contains(name))
+        .collect();
+    match missing.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::new(
+            format!(
+                "{} publishes tables that {} has not taken in yet: {}.",
+                run.source,
+                run.target(),
+                list(&missing)
+            ),
+            "Nothing was changed: they would pass for copied.",
+            "Run `pgflip replication start` first: it copies them.",
+        )),
+    }
+}
+
+/// Waits until the table is copied and in step, and takes the note away.
+pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure> {
+    let (mut source, target) = (run.on_source().await?, run.reads_target().await?);
+    run.started("copy", format!("{table}: copied to {}", run.target()));
+    let copied = copy::wait_for(&source, &target, &run.link(), Some(table), |now| {
+        let Some(one) = now.each.first() else { return };
+        let rows = one.rows.map_or(String::new(), |rows| format!(", {rows} rows"));
+        let message = format!("{table}: {}{rows}, {:.0} %", one.state, now.share() * 100.0);
+        let data = json!({ "database": run.database, "share": now.share(), "copying": now.each });
+        run.op.event("copy", "progress", message, data);
+    })
+    .await;
+    if let Err(error) = copied {
+        if let copy::CopyError::Failing { .. } = error {
+            // Something is in its way there, perhaps: it is emptied again before the next try.
+            let parts = [Part::Run(note::not_emptied(table))];
+            change(run, &mut source, (run.source, run.active()), table, &parts, WRITERS_MAX).await?;
+        }
+        return Err(run.halfway_as(table, format!("{error}; {}'s log says why", run.target())));
+    }
+    run.done("copy", format!("{table} is in step"), Value::Null);
+    reached("copied");
+    let features = Features::read(&*target).await;
+    let features = features.map_err(|error| run.halfway(table, "reading the server's version", &error))?;
+    if !features.copy_has_origin() {
+        let origin = run.on_target().await?;
+        let armed = fence::arm_as(&origin, run.standby(), &fence::Limits::default()).await;
+        armed.map_err(|error| run.halfway_as(table, error))?;
+    }
+    let analyze = Statements::new(table, "", false).analyze;
+    // Without fresh statistics clients would feel it after a flip, and no more than that.
+    if let Err(error) = target.batch_execute(&analyze).await {
+        let message = format!(
+            "{table} has no new statistics on {}: {}",
+            run.target(),
+            describe(&error)
+        );
+        run.op.event("copy", "info", message, Value::Null);
+    }
+    let parts = [Part::Run(note::ended(table))];
+    change(run, &mut source, (run.source, run.active()), table, &parts, WRITERS_MAX).await?;
+    state::history(&*source, run.epoch, 0, "resync", json!({ "table": table.to_string() }))
+        .await
+        .map_err(|error| run.halfway_as(table, error))
+}
+
+/// What was broken off in a database, taken to its end: before `replication start` publishes what is missing. The operator's
+/// lock is held. `links`: there is a link that goes on; else all tables are copied anew, and nothing is left of it.
+pub(super) async fn whatever_was_begun(run: &Run, links: bool) -> Result<(), Failure> {
+    let mut source = run.on_source().await?;
+    let notes = note::read(&*source).await.map_err(|error| run.failed(error))?;
+    for note in notes {
+        let table = &note.table;
+        if links {
+            prepare(run, table).await?;
+            complete(run, table).await?;
+        } else {
+            let parts = [Part::Run(note::ended(table))];
+            change(run, &mut source, (run.source, run.active()), table, &parts, WRITERS_MAX).await?;
+        }
+    }
+    Ok(())
+}
+
+/// A part of a transaction.
+enum Part {
+    Run(String),
+    /// It has to be so, or somebody else has gone on meanwhile.
+    Require {
+        /// Answers true.
+        so: &'static str,
+        /// Its parameters.
+        of: Vec<String>,
+        /// What is so otherwise.
+        otherwise: &'static str,
+    },
+}
+
+const OUT_OF_LINK: &str = "select not exists (select from pg_catalog.pg_subscription_rel r
+      join pg_catalog.pg_subscription s on s.oid = r.srsubid
+     where s.subname = $1 and r.srrelid = ($2::pg_catalog.text)::pg_catalog.regclass
+       and s.subdbid = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()))";
+const NOT_EMPTIED: &str = "select exists (select from pgflip.resync where schema = $1 and name = $2 and not emptied)";
+
+/// Why a transaction was not committed.
+enum Not {
+    Lock,
+    State(StateError),
+    So(&'static str),
+}
+
+impl From<StateError> for Not {
+    fn from(error: StateError) -> Not {
+        match error {
+            StateError::Sql(error) if is_lock(&error) => Not::Lock,
+            error => Not::State(error),
+        }
+    }
+}
+
+impl From<tokio_postgres::Error> for Not {
+    fn from(error: tokio_postgres::Error) -> Not {
+        StateError::from(error).into()
+    }
+}
+
+/// One transaction that needs the table for itself: tried again and again, each time after a longer pause, so that nobody waits
+/// for long behind it.
+async fn change(
+    run: &Run,
+    on: &mut Client,
+    (side, expect): (Side, Expect),
+    table: &TableName,
+    parts: &[Part],
+    lock_timeout: Duration,
+) -> Result<(), Failure> {
+    let eased = fence::ease(on).await.map_err(|error| run.halfway_as(table, error))?;
+    let (began, mut told, mut pause) = (Instant::now(), Instant::now(), lock_timeout);
+    loop {
+        match once(on, &expect, eased, parts, lock_timeout).await {
+            Ok(()) => return Ok(()),
+            Err(Not::Lock) => {}
+            Err(Not::State(error)) => return Err(run.halfway_as(table, format!("{side}: {error}"))),
+            Err(Not::So(otherwise)) => return Err(run.halfway_as(table, format!("{side}: {otherwise}"))),
+        }
+        let late = began.elapsed() >= LOCK_MAX;
+        if late || told.elapsed() >= Duration::from_secs(1) {
+            told = Instant::now();
+            let message = format!(
+                "{table} is locked on {side}{}",
+                fence::held_by(&holders(run, side, on, table).await)
+            );
+            if late {
+                return Err(run.halfway_as(table, message));
+            }
+            run.op
+                .event("lock", "progress", format!("waits: {message}"), Value::Null);
+        }
+        sleep(pause).await;
+        pause = (2 * pause).min(PAUSE_MAX);
+    }
+}
+
+async fn once(
+    on: &mut Client,
+    expect: &Expect,
+    eased: &str,
+    parts: &[Part],
+    lock_timeout: Duration,
+) -> Result<(), Not> {
+    let txn = on.transaction().await?;
+    let limit = lock_timeout.as_millis();
+    txn.batch_execute(&format!("{eased} set local lock_timeout = {limit}"))
+        .await?;
+    state::lock(&txn, expect).await?;
+    for part in parts {
+        match part {
+            Part::Run(statements) => txn.batch_execute(statements).await?,
+            Part::Require { so, of, otherwise } => {
+                let of: Vec<&(dyn ToSql + Sync)> = of.iter().map(|one| one as &(dyn ToSql + Sync)).collect();
+                if !txn.query_one(*so, &of).await?.get::<_, bool>(0) {
+                    return Err(Not::So(otherwise));
+                }
+            }
+        }
+    }
+    Ok(txn.commit().await?)
+}
+
+fn is_lock(error: &tokio_postgres::Error) -> bool {
+    let code = error.code();
+    code == Some(&SqlState::LOCK_NOT_AVAILABLE) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
+}
+
+/// Who is in the way, as far as that can be read.
+async fn holders(run: &Run, side: Side, on: &Client, table: &TableName) -> Vec<String> {
+    let oid = "select ($1::pg_catalog.text)::pg_catalog.regclass::pg_catalog.oid";
+    let Ok(row) = on.query_one(oid, &[&table.to_string()]).await else {
+        return Vec::new();
+    };
+    let oid: u32 = row.get(0);
+    // The active side's is locked against writers only, the standby's against everybody.
+    let holders = match side == run.source {
+        true => fence::holders(on, &[oid]).await,
+        false => match on.query(include_str!("../../pg/sql/resync_holders.sql"), &[&oid]).await {
+            Ok(rows) => rows.iter().map(fence::Holder::from).collect(),
+            Err(_) => Vec::new(),
+        },
+    };
+    holders.iter().map(ToString::to_string).collect()
+}
+
+/// It can't run in a transaction, so the state row is read right before it; what it takes in too late is what is published.
+async fn refresh(run: &Run, target: &Client, table: &TableName, statement: &str) -> Result<(), Failure> {
+    let expect = run.standby();
+    match state::read(&**target).await {
+        Ok(Some(row)) if row.epoch == expect.epoch && expect.states.contains(&row.state) => {}
+        Ok(found) => return Err(run.halfway_as(table, StateError::Superseded { found })),
+        Err(error) => return Err(run.halfway_as(table, error)),
+    }
+    match timeout(REFRESH_MAX, target.batch_execute(statement)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(run.halfway(table, statement, &error)),
+        Err(_) => Err(run.halfway_as(table, format!("{statement}: no answer within {REFRESH_MAX:?}"))),
+    }
+}
+
+/// Ends the apply workers of a subscription that stays on, and waits until they are gone. They are started again by themselves.
+async fn end_apply_workers(run: &Run, target: &Client, table: &TableName, subscription: &str) -> Result<(), Failure> {
+    let failed = |error: tokio_postgres::Error| run.halfway(table, "ending the apply worker", &error);
+    let workers = "select w.pid from pg_catalog.pg_stat_subscription w
+                    where w.subname = $1 and w.pid is not null and w.relid is null";
+    let there = target.query(workers, &[&subscription]).await.map_err(failed)?;
+    let told: BTreeSet<i32> = there.iter().map(|row| row.get(0)).collect();
+    for pid in &told {
+        let end = "select pg_catalog.pg_terminate_backend($1)";
+        target.execute(end, &[pid]).await.map_err(failed)?;
+    }
+    let until = Instant::now() + WORKER_GONE;
+    loop {
+        let left = target.query(workers, &[&subscription]).await.map_err(failed)?;
+        if !left.iter().any(|row| told.contains(&row.get(0))) {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            return Err(run.halfway_as(table, format!("the apply worker of {subscription} does not end")));
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Tests kill pgflip here.
+pub(super) fn reached(step: &str) {
+    let _failed = fault::after("resync", step);
+}
