@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use crate::common::{LIMIT, Rig};
 use crate::verified::{Writers, on_green, rig, verify};
-use pgflip::demo::ledger::Shape;
 use pgflip::pg::{Lsn, Side};
 use serde_json::Value;
 
@@ -170,15 +169,7 @@ async fn what_changes(rig: &Rig) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_makes_the_proof_doubtful_ends_it_and_no_slot_is_left() {
-    let mut rig = Rig::new(15, 17)
-        .databases(2)
-        .shape(Shape {
-            tables: 2,
-            rows: 5,
-            accounts: 50,
-        })
-        .start()
-        .await;
+    let mut rig = Rig::new(15, 17).databases(2).small().start().await;
     rig.replicate().await;
     let ended = |status: &Value| status["state"] == "ended" && verified_to(status).is_none();
 

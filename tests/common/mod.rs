@@ -75,6 +75,14 @@ impl Plan {
         self.shape = shape;
         self
     }
+    /// An application of a few tables and rows, where it is not what the test is about.
+    pub fn small(self) -> Plan {
+        self.shape(Shape {
+            tables: 2,
+            rows: 5,
+            accounts: 50,
+        })
+    }
     /// A setting of both servers.
     pub fn setting(self, name: &str, value: &str) -> Plan {
         self.setting_of(Side::Blue, name, value)

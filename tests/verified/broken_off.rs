@@ -9,7 +9,6 @@ use tokio::time::timeout;
 
 use super::{found, on_green, verify};
 use crate::common::{LIMIT, Rig};
-use pgflip::demo::ledger::Shape;
 use pgflip::pg::Side;
 
 const TABLES: &str = "create table many (id int primary key, v text);
@@ -54,14 +53,7 @@ impl Waiting {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_differs_is_counted() {
-    let rig = Rig::new(16, 18)
-        .shape(Shape {
-            tables: 2,
-            rows: 5,
-            accounts: 50,
-        })
-        .start()
-        .await;
+    let rig = Rig::new(16, 18).small().start().await;
     let blue = rig.admin(Side::Blue).await;
     let role = format!("set role {}", rig.app().user);
     blue.batch_execute(&format!("{role}; {TABLES}; reset role"))
@@ -97,6 +89,13 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     )
     .await;
     let (_, result) = verify(&rig, &["--limit", "7"]).await;
+    // Whoever follows it, or comes when it is over, is told the same.
+    let watched = rig.run(&["watch"]).await;
+    assert_eq!(
+        (watched.code, &watched.result()["outcome"]),
+        (Some(1), &"different".into()),
+        "{watched:?}"
+    );
     let (missing, extra, different, listed) = found(&result, "many");
     assert_eq!(
         (missing, extra, different, listed.len()),

@@ -2,7 +2,6 @@
 
 use super::{found, on_green, verify};
 use crate::common::Rig;
-use pgflip::demo::ledger::Shape;
 use pgflip::pg::Side;
 
 const TABLES: &str = "
@@ -14,14 +13,7 @@ const TABLES: &str = "
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_that_are_sorted_otherwise_on_the_other_side_are_compared_all_the_same() {
-    let rig = Rig::new(15, 17)
-        .shape(Shape {
-            tables: 2,
-            rows: 5,
-            accounts: 50,
-        })
-        .start()
-        .await;
+    let rig = Rig::new(15, 17).small().start().await;
     let blue = rig.admin(Side::Blue).await;
     blue.batch_execute(&format!("set role {}; {TABLES}", rig.app().user))
         .await

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use serde_json::Value;
 
 use crate::common::{Rig, size};
-use pgflip::demo::ledger::Shape;
 use pgflip::pg::Side;
 
 /// Clients that write all the while, each its own few rows, and all the same hot one.
@@ -90,14 +89,7 @@ impl Writers {
 }
 
 pub async fn rig() -> Rig {
-    let rig = Rig::new(16, 18)
-        .shape(Shape {
-            tables: 2,
-            rows: 5,
-            accounts: 50,
-        })
-        .start()
-        .await;
+    let rig = Rig::new(16, 18).small().start().await;
     let blue = rig.admin(Side::Blue).await;
     let role = &rig.app().user;
     blue.batch_execute(&format!(

@@ -8,7 +8,6 @@ use rand::{RngExt as _, SeedableRng as _};
 use super::{found, on_green, verify};
 use crate::common::{Rig, seed, size};
 use pgflip::demo::cluster;
-use pgflip::demo::ledger::Shape;
 use pgflip::pg::Side;
 
 /// Types with an expression that makes a value of one, from `i`: another one for another `i`, and any two of them are equal only if
@@ -186,14 +185,7 @@ async fn one_value_of_any_type_that_is_another_is_found_in_random_tables_and_not
     let seed = seed();
     eprintln!("PGFLIP_SEED={seed}");
     let mut dice = StdRng::seed_from_u64(seed);
-    let rig = Rig::new(16, 18)
-        .shape(Shape {
-            tables: 2,
-            rows: 5,
-            accounts: 50,
-        })
-        .start()
-        .await;
+    let rig = Rig::new(16, 18).small().start().await;
     let blue = rig.admin(Side::Blue).await;
     let role = format!("set role {}", rig.app().user);
     blue.batch_execute(&format!("{role}; {OWN}")).await.expect("types");
