@@ -7,8 +7,25 @@ use super::sessions::clean;
 use super::{Common, counted, exit, lag, print};
 use crate::controller::steps::{FORWARD, Forward, PIVOT, REVERSIBLE, Reversible};
 
+/// Prints a result that has an outcome as `screen` puts it, and of one that has none what went wrong.
+pub fn tell(common: &Common, result: &Value, screen: impl FnOnce(&Value) -> Vec<String>) {
+    if common.json {
+        print(result);
+    } else if result["outcome"].is_string() {
+        screen(result).iter().for_each(print);
+    } else {
+        trouble(result).iter().for_each(|line| eprintln!("{line}"));
+    }
+}
+
 /// Prints how an operation ended, as the command that began it does, and returns that command's exit code.
 pub fn conclude(common: &Common, view: &Value) -> u8 {
+    // That it has come to its end says nothing of what was found.
+    match view["kind"].as_str() {
+        Some("verify") => return super::verify::conclude(common, view),
+        Some("resync") => return super::resync::conclude(common, view),
+        _ => {}
+    }
     let code = progress::exit_code(view);
     let result = &view["result"];
     if common.json {
@@ -20,7 +37,6 @@ pub fn conclude(common: &Common, view: &Value) -> u8 {
             flip(result).iter().for_each(print);
             steps(result).iter().for_each(print);
         }
-        Some("resync") if code == exit::DONE => return super::resync::conclude(common, view),
         Some(kind) if code == exit::DONE => {
             progress::findings(result["findings"].as_array().map_or(&[][..], Vec::as_slice))
                 .iter()

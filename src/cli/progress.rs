@@ -27,6 +27,11 @@ pub async fn act(client: &Client, common: &Common, path: &str, body: &Value) -> 
     follow_until(client, common, id, interrupted).await
 }
 
+/// The same, with a client of its own.
+pub async fn ask(common: &Common, path: &str, body: &Value) -> Result<Value, ClientError> {
+    act(&Client::new(common)?, common, path, body).await
+}
+
 /// Follows an operation to its end, as [`act`] does.
 pub async fn follow(client: &Client, common: &Common, id: u64) -> Result<Value, ClientError> {
     follow_until(client, common, id, Interrupted::new(client)?).await

@@ -39,7 +39,7 @@ pub async fn run(what: &Replication, common: &Common) -> u8 {
 }
 
 async fn act(common: &Common, path: &str) -> Result<u8, ClientError> {
-    let view = progress::act(&Client::new(common)?, common, path, &json!({})).await?;
+    let view = progress::ask(common, path, &json!({})).await?;
     Ok(outcome::conclude(common, &view))
 }
 

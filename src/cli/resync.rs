@@ -3,9 +3,8 @@
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{Client, ClientError};
 use super::sessions::clean;
-use super::{Common, counted, exit, fail, lag, print, progress};
+use super::{Common, counted, exit, fail, lag, outcome, progress};
 
 /// Options of `resync`.
 #[derive(Debug, Args)]
@@ -28,12 +27,7 @@ pub async fn run(options: &Resync, common: &Common) -> u8 {
     let body = json!({
         "table": options.table, "rows": options.rows, "dry_run": options.dry_run, "database": options.database,
     });
-    let view: Result<Value, ClientError> = async {
-        let client = Client::new(common)?;
-        progress::act(&client, common, "/v1/resync", &body).await
-    }
-    .await;
-    match view {
+    match progress::ask(common, "/v1/resync", &body).await {
         Ok(view) => conclude(common, &view),
         Err(error) => fail(common, &error),
     }
@@ -47,13 +41,7 @@ pub fn conclude(common: &Common, view: &Value) -> u8 {
         (exit::DONE, _) => exit::FAILED,
         (code, _) => code,
     };
-    if common.json {
-        print(result);
-    } else if result["outcome"].is_string() {
-        screen(result).iter().for_each(print);
-    } else {
-        progress::trouble(result).iter().for_each(|line| eprintln!("{line}"));
-    }
+    outcome::tell(common, result, screen);
     code
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::client::{Client, ClientError};
 use super::sessions::clean;
-use super::{Common, counted, exit, fail, print, progress, verify};
+use super::{Common, counted, exit, fail, outcome, print, progress, verify};
 
 /// Options of `rows`.
 #[derive(Debug, Args)]
@@ -57,12 +57,7 @@ pub async fn rows(options: &Rows, common: &Common) -> u8 {
     let body = json!({
         "tables": [options.table], "listed": options.limit, "kinds": kinds, "show_values": options.show_values,
     });
-    let view: Result<Value, ClientError> = async {
-        let client = Client::new(common)?;
-        progress::act(&client, common, "/v1/verify", &body).await
-    }
-    .await;
-    let view = match view {
+    let view = match progress::ask(common, "/v1/verify", &body).await {
         Ok(view) => view,
         Err(error) => return fail(common, &error),
     };
@@ -72,13 +67,7 @@ pub async fn rows(options: &Rows, common: &Common) -> u8 {
         (exit::DONE, _) => exit::FAILED,
         (code, _) => code,
     };
-    if common.json {
-        print(result);
-    } else if result["outcome"].is_string() {
-        listed(result, &kinds).iter().for_each(print);
-    } else {
-        progress::trouble(result).iter().for_each(|line| eprintln!("{line}"));
-    }
+    outcome::tell(common, result, |result| listed(result, &kinds));
     code
 }
 

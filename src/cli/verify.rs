@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::client::{Client, ClientError};
 use super::sessions::clean;
-use super::{Common, counted, exit, fail, print, progress};
+use super::{Common, counted, exit, fail, outcome, print, progress};
 
 /// `pgflip verify`.
 #[derive(Debug, Args)]
@@ -115,8 +115,8 @@ pub fn followed(verification: &Value) -> Vec<String> {
     }
 }
 
-/// Equal is 0; different, or not found out, is 1.
-fn conclude(common: &Common, view: &Value) -> u8 {
+/// Prints how it ended. Equal is 0; different, or not found out, is 1.
+pub fn conclude(common: &Common, view: &Value) -> u8 {
     let result = &view["result"];
     let code = match (progress::exit_code(view), result["outcome"].as_str()) {
         // Whether it goes on was asked for as well.
@@ -125,13 +125,7 @@ fn conclude(common: &Common, view: &Value) -> u8 {
         (exit::DONE, _) => exit::FAILED,
         (code, _) => code,
     };
-    if common.json {
-        print(result);
-    } else if result["outcome"].is_string() {
-        screen(result).iter().for_each(print);
-    } else {
-        progress::trouble(result).iter().for_each(|line| eprintln!("{line}"));
-    }
+    outcome::tell(common, result, screen);
     code
 }
 
@@ -204,11 +198,12 @@ fn screen(result: &Value) -> Vec<String> {
 pub fn described(one: &Value) -> Vec<String> {
     let key = one["key"].as_object().cloned().unwrap_or_default();
     let key: Vec<String> = key.iter().map(|(name, value)| format!("{name} = {value}")).collect();
-    let mut lines = vec![format!(
-        "    {} {}",
-        one["kind"].as_str().unwrap_or("?"),
-        key.join(", ")
-    )];
+    // Without a key a row has no name.
+    let which = match key.is_empty() {
+        true => counted(one["times"].as_u64().unwrap_or(1), "row"),
+        false => key.join(", "),
+    };
+    let mut lines = vec![format!("    {} {which}", one["kind"].as_str().unwrap_or("?"))];
     for column in one["columns"].as_array().map_or(&[][..], Vec::as_slice) {
         let mut line = format!("        {}", column["column"].as_str().unwrap_or("?"));
         if column["generated"] == true {
@@ -227,6 +222,18 @@ pub fn described(one: &Value) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_without_a_key_are_counted_and_others_named() {
+        let first = |one: Value| described(&one).swap_remove(0);
+        assert_eq!(first(json!({ "kind": "missing", "key": {} })), "    missing 1 row");
+        assert_eq!(
+            first(json!({ "kind": "extra", "key": {}, "times": 3 })),
+            "    extra 3 rows"
+        );
+        let keyed = json!({ "kind": "different", "key": { "\"id\"": "5" } });
+        assert_eq!(first(keyed), "    different \"id\" = \"5\"");
+    }
 
     #[test]
     fn only_what_is_followed_is_called_verified() {
