@@ -106,10 +106,13 @@ impl Database<'_> {
 
     /// Compares these tables. Returns those that no link carries.
     pub async fn compare(&self, mut tables: Vec<Table>) -> Result<Vec<TableName>, VerifyError> {
-        let settling = self.pair().await?;
-        let (writes, watches) = tokio::try_join!(self.session(self.source), self.session(self.source.other()))?;
+        let (looks, writes, watches) = tokio::try_join!(
+            self.session(self.source),
+            self.session(self.source),
+            self.session(self.source.other())
+        )?;
         let sessions = Sessions {
-            source: &settling.source,
+            source: &looks,
             writes: &writes,
             watches: &watches,
             side: self.source,
