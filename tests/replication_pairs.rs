@@ -9,7 +9,7 @@ use pgflip::config::{Admin, Auth, Config, Flip, Guarantee, Limits, LogFormat, Se
 use pgflip::controller::operation::{Kind, Operation};
 use pgflip::controller::preflight::{self, Failure};
 use pgflip::controller::recovery::Acting;
-use pgflip::controller::state::{Expect, State};
+use pgflip::controller::state::Expect;
 use pgflip::controller::{lag, links, marker, replication};
 use pgflip::demo::cluster::{self, Cluster, Options};
 use pgflip::pg::origin::connect_with_origin;
@@ -188,10 +188,7 @@ impl Pair {
     /// What a flip does to the links and rows, by hand and with nobody writing.
     async fn flip_links(&self, from: Side, epoch: u64) {
         let to = from.other();
-        let expect = Expect {
-            states: &[State::Standby],
-            epoch,
-        };
+        let expect = Expect::standby(epoch);
         self.caught_up(from).await;
         for database in &self.config.databases {
             let mut source = connect(self.config.server(from), database, Purpose("test"), LIMIT)

@@ -491,17 +491,7 @@ pub async fn disarm(client: &Client, epoch: u64) -> Result<usize, FenceError> {
 
 /// As [`disarm`], with limits.
 pub async fn disarm_within(client: &Client, epoch: u64, limits: &Limits) -> Result<usize, FenceError> {
-    make(
-        client,
-        Wanted::Disarmed,
-        Some(Expect {
-            states: &[State::Active],
-            epoch,
-        }),
-        limits,
-        None,
-    )
-    .await
+    make(client, Wanted::Disarmed, Some(Expect::active(epoch)), limits, None).await
 }
 
 /// Drops every trigger and the event trigger. The caller has made sure that nothing depends on the fence any more.

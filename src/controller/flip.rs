@@ -819,10 +819,7 @@ impl Flip {
         if self.regime == Regime::Plain {
             for database in &self.databases {
                 let slot = links::slot_name(self.source, &database.name);
-                let expect = Expect {
-                    states: &[State::Standby],
-                    epoch: self.attempt.epoch,
-                };
+                let expect = Expect::standby(self.attempt.epoch);
                 links::move_reverse_slot_up(&database.target, &slot, &expect).await?;
             }
         }
@@ -1016,10 +1013,7 @@ impl Flip {
         };
         let this = &*self;
         let checked = try_join_all(this.databases.iter().map(|database| async move {
-            let expect = Expect {
-                states: &[State::Active],
-                epoch,
-            };
+            let expect = Expect::active(epoch);
             let deadline = Instant::now() + this.config.flip.arm_timeout;
             // A table made while this runs is found by the second look, armed in the next round.
             let mut rounds = 0;
@@ -1390,10 +1384,7 @@ impl Flip {
                             database.origin = Some(origin_on(config, target, &database.name).await?);
                         }
                         let origin = database.origin.as_mut().expect("it was just made sure of");
-                        let expect = Expect {
-                            states: &[State::Standby],
-                            epoch,
-                        };
+                        let expect = Expect::standby(epoch);
                         links::forward_off(origin, &links::slot_name(target, &database.name), &expect).await?;
                         let slot = links::slot_name(source, &database.name);
                         database.reverse_from = Some(links::advance_reverse_slot(&database.target, &slot).await?);
@@ -1928,10 +1919,7 @@ impl Flip {
                         async move {
                             let mut origin = origin_on(config, source, &database.name).await?;
                             let name = links::slot_name(source, &database.name);
-                            let expect = Expect {
-                                states: &[State::Standby],
-                                epoch,
-                            };
+                            let expect = Expect::standby(epoch);
                             Ok::<_, Stop>(links::enable_as_of(&mut origin, &name, &expect, attempt).await?)
                         }
                     }))

@@ -875,10 +875,7 @@ pub(crate) async fn drop_subscription(
 /// Takes down, on the active side, what links it with a side that was given up: nothing of it may be applied here, and no
 /// WAL is kept for it.
 async fn cut_off(on_active: &mut Client, database: &str, active: Side, epoch: u64) -> Result<Vec<String>, LinkError> {
-    let expect = Expect {
-        states: &[State::Active],
-        epoch,
-    };
+    let expect = Expect::active(epoch);
     let mut did = Vec::new();
     let (from_there, to_there) = (slot_name(active, database), slot_name(active.other(), database));
     if drop_subscription(on_active, &from_there, Some(&expect))
@@ -919,16 +916,7 @@ pub async fn repair(config: &Config, database: &str, active: Side, epoch: u64) -
         }
     }
     let regime = Regime::read(&*on_active, &*reading).await?;
-    let (expect_active, expect_standby) = (
-        Expect {
-            states: &[State::Active],
-            epoch,
-        },
-        Expect {
-            states: &[State::Standby],
-            epoch,
-        },
-    );
+    let (expect_active, expect_standby) = (Expect::active(epoch), Expect::standby(epoch));
     let (forward, reverse) = (slot_name(standby, database), slot_name(active, database));
     let mut did = Vec::new();
 

@@ -506,10 +506,7 @@ pub async fn forward_on(config: &Config, source: Side, attempt: Attempt) {
             let name = links::slot_name(target, database);
             let limit = config.limits.server_connect_timeout;
             let mut origin = connect_with_origin(config.server(target), database, PURPOSE, limit).await?;
-            let expect = Expect {
-                states: &[State::Standby],
-                epoch: attempt.epoch,
-            };
+            let expect = Expect::standby(attempt.epoch);
             Ok::<_, RecoveryError>(links::enable_as_of(&mut origin, &name, &expect, attempt.id).await?)
         };
         if let Err(error) = answer(target, "switching the link on again", mended).await {

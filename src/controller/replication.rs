@@ -55,16 +55,10 @@ impl Run {
         self.config.limits.server_connect_timeout
     }
     fn active(&self) -> Expect {
-        Expect {
-            states: &[State::Active],
-            epoch: self.epoch,
-        }
+        Expect::active(self.epoch)
     }
     fn standby(&self) -> Expect {
-        Expect {
-            states: &[State::Standby],
-            epoch: self.epoch,
-        }
+        Expect::standby(self.epoch)
     }
     fn is_standby(&self, row: &Row) -> bool {
         row.side == self.target()
@@ -1191,10 +1185,7 @@ pub async fn finalize(config: Arc<Config>, op: Operation, acting: Acting) -> Res
                     let client = connect_with_origin(config.server(side), database, PURPOSE, limit)
                         .await
                         .map_err(|e| e.to_string())?;
-                    let expect = Expect {
-                        states: &[State::Standby],
-                        epoch,
-                    };
+                    let expect = Expect::standby(epoch);
                     fence::arm_as(&client, expect, &fence::Limits::default())
                         .await
                         .map_err(|e| e.to_string())?;

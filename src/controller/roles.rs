@@ -1211,10 +1211,7 @@ async fn bring_over(
     epoch: u64,
     (source, target): (&Client, &mut Client),
 ) -> Result<Mirrored, RolesError> {
-    let expect = Expect {
-        states: &[State::Standby],
-        epoch,
-    };
+    let expect = Expect::standby(epoch);
     let server = config.server(active.other());
     let databases = &config.databases;
     let done = timeout(

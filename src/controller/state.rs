@@ -169,6 +169,22 @@ pub struct Expect {
 }
 
 impl Expect {
+    /// It is active at this epoch.
+    pub fn active(epoch: u64) -> Expect {
+        Expect {
+            states: &[State::Active],
+            epoch,
+        }
+    }
+
+    /// It is standby at this epoch.
+    pub fn standby(epoch: u64) -> Expect {
+        Expect {
+            states: &[State::Standby],
+            epoch,
+        }
+    }
+
     fn met(&self, row: &Row) -> bool {
         row.epoch == self.epoch && self.states.contains(&row.state)
     }

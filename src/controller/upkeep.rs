@@ -104,10 +104,7 @@ async fn arming(config: &Config, database: &str, active: Side, epoch: u64) -> Re
     if !fence::digest(&there).await?.all_armed() {
         let limit = config.limits.server_connect_timeout;
         let origin = connect_with_origin(config.server(standby), database, PURPOSE, limit).await?;
-        let expect = Expect {
-            states: &[State::Standby],
-            epoch,
-        };
+        let expect = Expect::standby(epoch);
         let changed = fence::arm_as(&origin, expect, &limits).await?;
         tracing::info!(side = %standby, database, changed, because = "it is standby", "armed");
     }

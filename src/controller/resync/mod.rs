@@ -27,7 +27,7 @@ use super::operation::Operation;
 use super::preflight::Failure;
 use super::recovery::Acting;
 use super::replication;
-use super::state::{Expect, State};
+use super::state::Expect;
 use super::verify;
 use super::verify::plan::{self, Method, PlanError, Table};
 use crate::config::Config;
@@ -75,16 +75,10 @@ impl Run {
         self.config.limits.server_connect_timeout
     }
     fn active(&self) -> Expect {
-        Expect {
-            states: &[State::Active],
-            epoch: self.epoch,
-        }
+        Expect::active(self.epoch)
     }
     fn standby(&self) -> Expect {
-        Expect {
-            states: &[State::Standby],
-            epoch: self.epoch,
-        }
+        Expect::standby(self.epoch)
     }
     async fn on_source(&self) -> Result<Client, Failure> {
         let client = connect(self.config.server(self.source), &self.database, PURPOSE, self.limit()).await;
