@@ -140,22 +140,6 @@ pub struct Refused {
 
 /// How long the guard may take to tell the gate of an epoch.
 const EPOCH_KNOWN: std::time::Duration = std::time::Duration::from_secs(10);
-/// What a verification finds counts against what is followed, also if it is broken off.
-struct Doubt {
-    following: Option<Arc<Follow>>,
-    place: verify::Place,
-    operation: u64,
-}
-
-impl Drop for Doubt {
-    fn drop(&mut self) {
-        let differs = self.place.lock().as_ref().is_some_and(verify::Broken::differs);
-        if let (true, Some(following)) = (differs, &self.following) {
-            following.end(format!("verification {} has found differences", self.operation));
-        }
-    }
-}
-
 /// Operations that are remembered.
 const REMEMBERED: usize = 50;
 
@@ -204,6 +188,31 @@ struct Inner {
     /// At which the last migration that was seen here ended: `replication stop`.
     ended_epoch: u64,
     leaving: bool,
+}
+
+impl Inner {
+    fn remember(&mut self, operation: &Operation) {
+        if self.operations.len() == REMEMBERED {
+            self.operations.pop_front();
+        }
+        self.operations.push_back(operation.clone());
+    }
+}
+
+/// What a verification finds counts against what is followed, also if it is broken off.
+struct Doubt {
+    following: Option<Arc<Follow>>,
+    place: verify::Place,
+    operation: u64,
+}
+
+impl Drop for Doubt {
+    fn drop(&mut self) {
+        let differs = self.place.lock().as_ref().is_some_and(verify::Broken::differs);
+        if let (true, Some(following)) = (differs, &self.following) {
+            following.end(format!("verification {} has found differences", self.operation));
+        }
+    }
 }
 
 impl Controller {
@@ -379,10 +388,7 @@ impl Controller {
             operation: operation.clone(),
             task: task.abort_handle(),
         });
-        if inner.operations.len() == REMEMBERED {
-            inner.operations.pop_front();
-        }
-        inner.operations.push_back(operation.clone());
+        inner.remember(&operation);
         drop(inner);
         let (controller, begun) = (self.clone(), operation.clone());
         tokio::spawn(async move {
@@ -502,10 +508,7 @@ impl Controller {
             operation: operation.clone(),
             task: task.abort_handle(),
         });
-        if inner.operations.len() == REMEMBERED {
-            inner.operations.pop_front();
-        }
-        inner.operations.push_back(operation.clone());
+        inner.remember(&operation);
         drop(inner);
         let (controller, begun) = (self.clone(), operation.clone());
         tokio::spawn(async move {
