@@ -17,9 +17,10 @@ use super::flip::ms;
 use super::links::{self, TableName, list};
 use super::preflight::Finding;
 use super::verify::follow::{AtRest, Follow, NotEqual};
+use super::verify::table::position;
 use crate::config::{Config, Guarantee};
 use crate::pg::connect::describe;
-use crate::pg::{Client, Lsn, Purpose, Side, connect};
+use crate::pg::{Client, Purpose, Side, connect};
 use crate::proxy::gate::Upstream;
 
 const PURPOSE: Purpose = Purpose("guarantee");
@@ -181,7 +182,11 @@ impl Ahead {
             }
         };
         certificate["ms"] = json!(ms(began.elapsed()));
-        certificate["position"] = json!(position(source).await.map_err(broken("Try again."))?);
+        certificate["position"] = json!(
+            position(source)
+                .await
+                .map_err(|error| broken("Try again.")(error.to_string()))?
+        );
         certificate["at"] = json!(Timestamp::now());
         Ok(certificate)
     }
@@ -195,12 +200,6 @@ fn fits(took: Duration, budget: Duration, what: &str) -> Result<(), Broken> {
             took.as_secs_f64()
         ))),
     }
-}
-
-async fn position(source: &tokio_postgres::Client) -> Result<Lsn, String> {
-    let row = source.query_one("select pg_current_wal_insert_lsn()::text", &[]).await;
-    let text: String = row.map_err(|error| describe(&error))?.get(0);
-    text.parse().map_err(|error: crate::pg::NotAnLsn| error.to_string())
 }
 
 impl Counts {

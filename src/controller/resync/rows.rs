@@ -25,7 +25,7 @@ use crate::controller::verify::VerifyError;
 use crate::controller::verify::compare::{self, Batch, Looked, Pace, Take};
 use crate::controller::verify::hash::{self, Seeds};
 use crate::controller::verify::plan::{KeyColumn, Table};
-use crate::controller::verify::read::{Key, Reader};
+use crate::controller::verify::read::{Key, Reader, is_of_data};
 use crate::controller::verify::settle::{self, Difference, Kind, Patience, Sessions};
 use crate::controller::verify::table::{Range, cut};
 use crate::pg::connect::describe;
@@ -527,7 +527,7 @@ impl Mender<'_> {
             .collect();
         let found = match source.query_typed(&self.written.read(wait), &parameters).await {
             // It has no such row: the key is none of its type.
-            Err(error) if is_of_the_row(&error) && !self.written.same_keys => Vec::new(),
+            Err(error) if is_of_data(&error) && !self.written.same_keys => Vec::new(),
             found => found?,
         };
         let mut rows: BTreeMap<Key, Values> = BTreeMap::new();
@@ -548,7 +548,7 @@ impl Mender<'_> {
         let (wrote, inserted, updated) = match self.write(source, &rows, anew).await {
             Ok((inserted, updated)) => (rows.into_keys().collect(), inserted, updated),
             // What it holds itself: constraints, and texts that a type there does not know (an enum's value).
-            Err(VerifyError::Sql(error)) if is_of_the_row(&error) => return Ok(Once::Refused(error)),
+            Err(VerifyError::Sql(error)) if is_of_data(&error) => return Ok(Once::Refused(error)),
             Err(error) => return Err(error),
         };
         self.mended.inserted += inserted;
@@ -700,13 +700,6 @@ impl Mender<'_> {
 fn begin() -> String {
     let idle = 2 * ANSWER_MAX.as_millis();
     format!("begin; set local lock_timeout = {LOCK_TIMEOUT_MS}; set local idle_in_transaction_session_timeout = {idle}")
-}
-
-/// Integrity constraints (23), and data exceptions (22).
-fn is_of_the_row(error: &tokio_postgres::Error) -> bool {
-    error
-        .code()
-        .is_some_and(|code| code.code().starts_with("22") || code.code().starts_with("23"))
 }
 
 #[cfg(test)]

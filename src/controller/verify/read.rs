@@ -424,8 +424,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A value that is none of its type's.
-fn is_of_data(error: &tokio_postgres::Error) -> bool {
+/// It lies in the data: a value that is none of its type's (class 22), or that a constraint refuses (23).
+pub fn is_of_data(error: &tokio_postgres::Error) -> bool {
     error
         .code()
         .is_some_and(|code| matches!(code.code().get(..2), Some("22" | "23")))

@@ -504,7 +504,8 @@ impl Progress<'_> {
     }
 }
 
-async fn position(source: &tokio_postgres::Client) -> Result<Lsn, VerifyError> {
+/// How far the WAL has been written.
+pub async fn position(source: &tokio_postgres::Client) -> Result<Lsn, VerifyError> {
     let row = source
         .query_one("select pg_catalog.pg_current_wal_insert_lsn()::text", &[])
         .await?;
