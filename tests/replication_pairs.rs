@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pgflip::config::{Admin, Auth, Config, Flip, Guarantee, Limits, LogFormat, Secret, Stragglers, Verify};
@@ -259,6 +260,18 @@ async fn write_some(pair: &Pair, on: Side, tag: &str) {
     client.batch_execute(&statements).await.unwrap();
 }
 
+/// Short transactions, the new tables last in each, until they are `done`: how many.
+async fn write_late(client: tokio_postgres::Client, done: Arc<AtomicBool>) -> usize {
+    let mut written = 0;
+    while !done.load(Ordering::Relaxed) {
+        let transaction = "begin; insert into late (x) values ('earlier'); select pg_sleep(0.01);
+                           insert into by_hand values ('w'); insert into late (x) values ('w'); commit";
+        client.batch_execute(transaction).await.unwrap();
+        written += 1;
+    }
+    written
+}
+
 /// Runs a start up to where `phase` begins and drops it there. What it had asked of a server may still be running when
 /// the next one begins, and make that one fail: an operator would run it again, and so does this.
 async fn cut_off(pair: &Pair, phase: &str) {
@@ -368,7 +381,7 @@ async fn there_and_back(blue: u32, green: u32) {
     );
     pair.start().await.unwrap_or_else(|failure| panic!("{failure}"));
 
-    // A table that was added since stops a flip until start has taken it in.
+    // Tables that were added since stop a flip until start has taken them in, whatever is written to them meanwhile.
     let blue_app = pair.blue.connect("app").await.unwrap();
     blue_app
         .batch_execute("create table late (id serial primary key, x text); insert into late (x) values ('a'), ('b')")
@@ -381,11 +394,37 @@ async fn there_and_back(blue: u32, green: u32) {
             .any(|finding| finding.code == "table_not_replicated" && finding.what.contains("late")),
         "{found:?}"
     );
-    pair.start().await.unwrap_or_else(|failure| panic!("{failure}"));
-    blue_app
-        .batch_execute("insert into late (x) values ('c')")
+    // What is on green by any other way would be doubled, having no key.
+    let by_hand = "create table public.by_hand (x text); alter table public.by_hand replica identity full; insert into public.by_hand values ('a'), ('a')";
+    blue_app.batch_execute(by_hand).await.unwrap();
+    let green_app = connect_with_origin(&pair.config.green, "app", Purpose("test"), LIMIT)
         .await
         .unwrap();
+    green_app.batch_execute(by_hand).await.unwrap();
+    let published = links::tables_published(&blue_app).await.unwrap();
+    let failure = pair.start().await.unwrap_err();
+    assert!(
+        failure.what.contains(r#""public"."by_hand""#)
+            && failure.next.contains(r#"pgflip resync '"public"."by_hand"'"#),
+        "{failure}"
+    );
+    assert_eq!(published, links::tables_published(&blue_app).await.unwrap());
+    green_app.batch_execute("truncate public.by_hand").await.unwrap();
+    drop(green_app);
+
+    let done = Arc::new(AtomicBool::new(false));
+    let mut writers = Vec::new();
+    for _ in 0..4 {
+        writers.push(tokio::spawn(write_late(
+            pair.blue.connect("app").await.unwrap(),
+            done.clone(),
+        )));
+    }
+    pair.start().await.unwrap_or_else(|failure| panic!("{failure}"));
+    done.store(true, Ordering::Relaxed);
+    for writer in writers {
+        assert!(writer.await.unwrap() > 0);
+    }
     pair.caught_up(Side::Blue).await;
     pair.same_everywhere().await;
     let found = preflight::for_flip(&pair.config, Side::Blue).await;
@@ -413,7 +452,7 @@ async fn there_and_back(blue: u32, green: u32) {
 
     pair.stop().await.unwrap_or_else(|failure| panic!("{failure}"));
     let mut after = catalog(&pair.blue, "app").await;
-    after.retain(|line| !line.contains("late"));
+    after.retain(|line| !line.contains("late") && !line.contains("by_hand"));
     assert_eq!(before, after);
     for line in catalog(&pair.green, "app").await {
         assert!(!line.contains("pgflip"), "{line}");

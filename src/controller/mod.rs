@@ -3,6 +3,7 @@
 //! [`Controller`] is what the admin port talks to: it runs one long operation at a time, and beside it the guard, which
 //! follows the state rows for ever.
 
+mod brief_lock;
 pub mod copy;
 pub mod drift;
 mod easing;

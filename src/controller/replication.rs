@@ -13,6 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
+use super::brief_lock::{self, Against, Change, Part};
 use super::finalized::{self, Finalized};
 use super::links::{
     self, Ends, LinkError, Make, PUBLICATION, Regime, TableName, list, marker_table, slot_name, tables_published,
@@ -635,8 +636,11 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     let goes_on = !again && links::subscription(&*target, &forward).await.map_err(link)?.is_some();
     resync::whatever_was_begun(&run.config, &run.op, (run.source, run.epoch), database, goes_on).await?;
     run.started("publication", format!("Publications in database {database}"));
-    publish(run, &mut target, &run.standby()).await?;
-    let published = publish(run, &mut source, &run.active()).await?;
+    if goes_on {
+        nothing_is_in_the_way(run, database, &source, &target).await?;
+    }
+    publish(run, &mut target, run.target(), false).await?;
+    let published = publish(run, &mut source, run.source, goes_on).await?;
     run.done(
         "publication",
         format!("{published} tables in database {database}"),
@@ -784,12 +788,50 @@ async fn in_place(run: &Run, ends: &Ends<'_>, regime: Regime) -> Result<(), Fail
     }
 }
 
-/// Makes publication `pgflip` list exactly the tables that have to be carried, and the marker. Returns how many.
-async fn publish(run: &Run, on: &mut Client, expect: &Expect) -> Result<usize, Failure> {
+/// A link that goes on copies the tables that it has not carried so far: what the standby's hold already would be doubled, or
+/// stop the copy for ever.
+async fn nothing_is_in_the_way(run: &Run, database: &str, source: &Client, target: &Client) -> Result<(), Failure> {
+    let link = |e: LinkError| run.failed(e);
+    let name = slot_name(run.target(), database);
+    let carried = match links::subscription(&**target, &name).await.map_err(link)? {
+        Some(subscription) => links::subscription_tables(&**target, subscription.oid)
+            .await
+            .map_err(link)?,
+        None => Vec::new(),
+    };
+    let carried: BTreeSet<TableName> = carried.into_iter().map(|(table, _)| table).collect();
+    let mut full = Vec::new();
+    for (_, table) in tables_to_publish(&**source).await.map_err(link)? {
+        if !carried.contains(&table) && links::has_rows(&**target, &table).await.map_err(link)? {
+            full.push(table);
+        }
+    }
+    let Some(first) = full.first() else { return Ok(()) };
+    Err(Failure::new(
+        format!(
+            "Database {database} on {} holds rows in tables that no link carries so far: {}.",
+            run.target(),
+            list(&full)
+        ),
+        "Copying on top of them would fail or double them. None of these tables was copied or published.",
+        format!(
+            "`pgflip resync '{first}'` empties it there and copies it, so that it is carried from then on; likewise each other \
+             one. Then run `pgflip replication start` again."
+        ),
+    ))
+}
+
+/// Makes publication `pgflip` list exactly the tables that have to be carried, and the marker. Returns how many. `carried`:
+/// there is a link already that carries what is written meanwhile.
+async fn publish(run: &Run, on: &mut Client, side: Side, carried: bool) -> Result<usize, Failure> {
     let sql = |e: tokio_postgres::Error| run.failed(query("publishing the tables")(e));
     let link = |e: LinkError| run.failed(e);
+    let expect = match side == run.source {
+        true => run.active(),
+        false => run.standby(),
+    };
     let txn = on.transaction().await.map_err(sql)?;
-    state::lock(&txn, expect).await.map_err(|e| run.failed(e))?;
+    state::lock(&txn, &expect).await.map_err(|e| run.failed(e))?;
     let publication = Ident::new(PUBLICATION);
     let exists: bool = txn
         .query_one(
@@ -809,17 +851,38 @@ async fn publish(run: &Run, on: &mut Client, expect: &Expect) -> Result<usize, F
     }
     let wanted = tables_to_publish(&txn).await.map_err(link)?;
     let now = tables_published(&txn).await.map_err(link)?;
-    let names = |tables: &[(u32, TableName)]| tables.iter().map(|(_, name)| name.clone()).collect::<BTreeSet<_>>();
-    let (wanted, now) = (names(&wanted), names(&now));
-    for (verb, tables) in [("add", wanted.difference(&now)), ("drop", now.difference(&wanted))] {
-        // ONLY: children of an inheritance tree are listed by themselves, each side's own.
-        let tables: Vec<_> = tables.map(|table| format!("only {table}")).collect();
-        if !tables.is_empty() {
-            let statement = format!("alter publication {publication} {verb} table {}", tables.join(", "));
-            txn.batch_execute(&statement).await.map_err(sql)?;
-        }
+    let names = |tables: Vec<(u32, TableName)>| tables.into_iter().map(|(_, name)| name).collect::<BTreeSet<_>>();
+    let (wanted, now) = (names(wanted), names(now));
+    // ONLY: children of an inheritance tree are listed by themselves, each side's own.
+    let alter = |verb: &str, tables: Vec<&TableName>| {
+        let tables: Vec<_> = tables.iter().map(|table| format!("only {table}")).collect();
+        format!("alter publication {publication} {verb} table {}", tables.join(", "))
+    };
+    let gone: Vec<_> = now.difference(&wanted).collect();
+    if !gone.is_empty() {
+        txn.batch_execute(&alter("drop", gone)).await.map_err(sql)?;
+    }
+    let new: Vec<_> = wanted.difference(&now).collect();
+    if !carried && !new.is_empty() {
+        txn.batch_execute(&alter("add", new)).await.map_err(sql)?;
+        txn.commit().await.map_err(sql)?;
+        return Ok(wanted.len());
     }
     txn.commit().await.map_err(sql)?;
+    for table in new {
+        let change = Change {
+            table,
+            side,
+            expect,
+            against: Against::Writers,
+            parts: &[Part::Run(links::publish_statement(table))],
+        };
+        let tell = |message| {
+            run.op
+                .event("publication", "progress", format!("waits: {message}"), Value::Null)
+        };
+        brief_lock::change(on, &change, tell).await.map_err(|e| run.failed(e))?;
+    }
     Ok(wanted.len())
 }
 

@@ -1,0 +1,170 @@
+//! A change of one table that needs a lock which its writers, or its readers, would have to wait behind: tried for a moment,
+//! and again after a longer and longer pause, so that nobody waits for long. Each try is a transaction that holds the side's
+//! state row.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::ToSql;
+
+use super::fence;
+use super::links::TableName;
+use super::state::{self, Expect, StateError};
+use crate::pg::{Client, Side};
+
+/// Between two tries, at most.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// How long a lock is tried for.
+const TRIED_MAX: Duration = Duration::from_secs(60);
+/// How often it is told for whom is waited.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// What is changed, and whom that keeps waiting.
+pub(super) struct Change<'a> {
+    /// Of the table whose lock is needed.
+    pub table: &'a TableName,
+    /// Where.
+    pub side: Side,
+    /// What the side has to be.
+    pub expect: Expect,
+    /// Who is in the way of it, and waits behind it.
+    pub against: Against,
+    /// What is done, in this order, in one transaction.
+    pub parts: &'a [Part],
+}
+
+/// Whom a lock keeps waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Against {
+    /// The active side's writers: SHARE ROW EXCLUSIVE.
+    Writers,
+    /// Whoever uses the standby's table, in any way: ACCESS EXCLUSIVE.
+    Everybody,
+}
+
+impl Against {
+    /// How long they may have to wait, at each try.
+    fn patience(self) -> Duration {
+        match self {
+            Against::Writers => Duration::from_millis(100),
+            Against::Everybody => Duration::from_secs(1),
+        }
+    }
+}
+
+/// A part of a transaction.
+pub(super) enum Part {
+    /// Statements.
+    Run(String),
+    /// It has to be so, or somebody else has gone on meanwhile.
+    Require {
+        /// Answers true.
+        so: &'static str,
+        /// Its parameters.
+        of: Vec<String>,
+        /// What is so otherwise.
+        otherwise: &'static str,
+    },
+}
+
+/// Why a change was not made. Nothing of it was.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unchanged {
+    /// Not to be had within [`TRIED_MAX`].
+    #[error("{0}")]
+    Locked(String),
+    /// The side is not what was expected, or the server has refused something.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Something that was required is not so.
+    #[error("{0}")]
+    Otherwise(&'static str),
+}
+
+impl From<tokio_postgres::Error> for Unchanged {
+    fn from(error: tokio_postgres::Error) -> Unchanged {
+        StateError::from(error).into()
+    }
+}
+
+impl Unchanged {
+    fn is_lock(&self) -> bool {
+        let Unchanged::State(StateError::Sql(error)) = self else {
+            return false;
+        };
+        let code = error.code();
+        code == Some(&SqlState::LOCK_NOT_AVAILABLE) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
+    }
+}
+
+/// Makes it, and tells every second for whom it waits.
+pub(super) async fn change(on: &mut Client, change: &Change<'_>, tell: impl Fn(String)) -> Result<(), Unchanged> {
+    let patience = change.against.patience();
+    let eased = fence::ease(on).await.map_err(|error| match error {
+        fence::FenceError::State(error) => Unchanged::State(error),
+        fence::FenceError::Sql(error) => error.into(),
+        other => Unchanged::Locked(other.to_string()),
+    })?;
+    let (began, mut told, mut pause) = (Instant::now(), Instant::now(), patience);
+    loop {
+        match once(on, change, eased, patience).await {
+            Err(error) if error.is_lock() => {}
+            done => return done,
+        }
+        let late = began.elapsed() >= TRIED_MAX;
+        if late || told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            let message = format!(
+                "{} is locked on {}{}",
+                change.table,
+                change.side,
+                fence::held_by(&holders(on, change).await)
+            );
+            if late {
+                return Err(Unchanged::Locked(message));
+            }
+            tell(message);
+        }
+        sleep(pause).await;
+        pause = (2 * pause).min(PAUSE_MAX);
+    }
+}
+
+async fn once(on: &mut Client, change: &Change<'_>, eased: &str, patience: Duration) -> Result<(), Unchanged> {
+    let txn = on.transaction().await?;
+    let limit = patience.as_millis();
+    txn.batch_execute(&format!("{eased} set local lock_timeout = {limit}"))
+        .await?;
+    state::lock(&txn, &change.expect).await?;
+    for part in change.parts {
+        match part {
+            Part::Run(statements) => txn.batch_execute(statements).await?,
+            Part::Require { so, of, otherwise } => {
+                let of: Vec<&(dyn ToSql + Sync)> = of.iter().map(|one| one as &(dyn ToSql + Sync)).collect();
+                if !txn.query_one(*so, &of).await?.get::<_, bool>(0) {
+                    return Err(Unchanged::Otherwise(otherwise));
+                }
+            }
+        }
+    }
+    Ok(txn.commit().await?)
+}
+
+/// Who is in the way, as far as that can be read.
+async fn holders(on: &Client, change: &Change<'_>) -> Vec<String> {
+    let oid = "select pg_catalog.to_regclass($1)::pg_catalog.oid";
+    let oid: Option<u32> = match on.query_one(oid, &[&change.table.to_string()]).await {
+        Ok(row) => row.get(0),
+        Err(_) => None,
+    };
+    let Some(oid) = oid else { return Vec::new() };
+    let holders = match change.against {
+        Against::Writers => fence::holders(on, &[oid]).await,
+        Against::Everybody => match on.query(include_str!("../pg/sql/resync_holders.sql"), &[&oid]).await {
+            Ok(rows) => rows.iter().map(fence::Holder::from).collect(),
+            Err(_) => Vec::new(),
+        },
+    };
+    holders.iter().map(ToString::to_string).collect()
+}
