@@ -1,6 +1,7 @@
 //! Verifications that are broken off and gone on with, and what they say of much that differs and of what can't be compared.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
@@ -41,13 +42,64 @@ impl Waiting {
         line.expect("a line in time").expect("text")
     }
 
-    /// Its exit code, and what it said last.
+    /// Its exit code, and what it said from here on.
     async fn end(mut self) -> (Option<i32>, String) {
-        let mut last = String::new();
+        let mut said = String::new();
         while let Some(line) = self.line().await {
-            last = line;
+            said.push_str(&line);
+            said.push('\n');
         }
-        (self.command.wait().await.expect("its end").code(), last)
+        (self.command.wait().await.expect("its end").code(), said)
+    }
+}
+
+/// A session beside pgflip's that runs a statement, so that [`Waiting`] has something to wait for.
+struct Busy {
+    cancel: tokio_postgres::CancelToken,
+    task: tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>,
+}
+
+impl Busy {
+    async fn start(rig: &Rig) -> Busy {
+        let client = rig.admin(Side::Blue).await;
+        let cancel = client.cancel_token();
+        let task = tokio::spawn(async move { client.batch_execute("select pg_sleep(600)").await });
+        Busy { cancel, task }
+    }
+
+    async fn end(self) {
+        // A flip may have ended it.
+        let _gone = self.cancel.cancel_query(tokio_postgres::NoTls).await;
+        self.task.await.expect("a task").expect_err("it was ended");
+    }
+}
+
+/// As `resync` of another sidecar does it.
+async fn copy_again(rig: &Rig, table: &str) {
+    let green = rig.admin(Side::Green).await;
+    let one = |statement: &'static str| {
+        let green = &green;
+        async move {
+            green
+                .query_one(statement, &[])
+                .await
+                .expect("an answer")
+                .get::<_, String>(0)
+        }
+    };
+    let subscription = one("select quote_ident(subname) from pg_subscription").await;
+    let blue = rig.admin(Side::Blue).await;
+    let publish = |what: &str| format!("alter publication pgflip {what} table {table}");
+    blue.batch_execute(&publish("drop")).await.expect("taken out");
+    let refresh = format!("alter subscription {subscription} refresh publication");
+    on_green(rig, &refresh).await;
+    on_green(rig, &format!("truncate {table}")).await;
+    blue.batch_execute(&publish("add")).await.expect("put back");
+    on_green(rig, &refresh).await;
+    let until = tokio::time::Instant::now() + LIMIT;
+    while one("select string_agg(distinct srsubstate::text, '') from pg_subscription_rel").await != "r" {
+        assert!(tokio::time::Instant::now() < until, "it is copied");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
@@ -110,29 +162,32 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     assert_eq!(many.expect("many")["green_count"], 85_000);
     on_green(&rig, "delete from many where v = 'extra'; insert into many select i * 2, md5(i::text) from generate_series(1, 50000) i").await;
 
-    // Somebody who is busy beside pgflip keeps it waiting.
-    let busy = rig.admin(Side::Blue).await;
-    let cancel = busy.cancel_token();
-    let busy = tokio::spawn(async move { busy.batch_execute("select pg_sleep(600)").await });
+    // Somebody who is busy beside pgflip keeps it waiting. Meanwhile a table is emptied and copied again.
+    let busy = Busy::start(&rig).await;
     let waiting = Waiting::start(&rig).await;
     let refused = rig.run(&["verify"]).await;
     assert!(
         refused.out.contains("is under way") || refused.err.contains("is under way"),
         "{refused:?}"
     );
+    copy_again(&rig, "many").await;
+    busy.end().await;
+    let (code, said) = waiting.end().await;
+    assert!(
+        code == Some(0) && said.contains("copied to the standby anew while it was compared: from its beginning"),
+        "{said}"
+    );
+    let busy = Busy::start(&rig).await;
+    let waiting = Waiting::start(&rig).await;
     let paused = rig.run(&["verify", "--pause"]).await;
     assert_eq!(
         (paused.code, &paused.result()["outcome"]),
         (Some(0), &"paused".into()),
         "{paused:?}"
     );
-    let (code, last) = waiting.end().await;
-    assert!(code == Some(1) && last.contains("paused"), "{last}");
-    cancel
-        .cancel_query(tokio_postgres::NoTls)
-        .await
-        .expect("it can be cancelled");
-    busy.await.expect("a task").expect_err("it was cancelled");
+    let (code, said) = waiting.end().await;
+    assert!(code == Some(1) && said.contains("paused"), "{said}");
+    busy.end().await;
     let resumed = rig.run(&["verify", "--resume"]).await;
     assert_eq!(
         (resumed.code, &resumed.result()["outcome"]),
@@ -157,15 +212,12 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     blue.batch_execute("drop table new").await.expect("it goes");
 
     // A flip ends it, and it is not gone on with behind that.
-    let busy = rig.admin(Side::Blue).await;
-    let cancel = busy.cancel_token();
-    let busy = tokio::spawn(async move { busy.batch_execute("select pg_sleep(600)").await });
+    let busy = Busy::start(&rig).await;
     let waiting = Waiting::start(&rig).await;
     rig.cutover().await;
-    let (code, last) = waiting.end().await;
-    assert!(code == Some(1) && last.contains("A flip has begun"), "{last}");
-    let _gone = cancel.cancel_query(tokio_postgres::NoTls).await;
-    let _cancelled = busy.await.expect("a task");
+    let (code, said) = waiting.end().await;
+    assert!(code == Some(1) && said.contains("A flip has begun"), "{said}");
+    busy.end().await;
     let said = rig.run(&["verify", "--resume"]).await;
     assert!(
         format!("{}{}", said.out, said.err).contains("green is active"),

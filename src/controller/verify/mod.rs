@@ -97,6 +97,9 @@ pub enum VerifyError {
     /// What is written on the source does not arrive.
     #[error("{}", .0.what)]
     Link(Finding),
+    /// A table's copy on the target is another one than when its comparison began.
+    #[error("{0} was copied to the standby anew while it was compared")]
+    Copied(String),
     /// Links could not be read.
     #[error(transparent)]
     Links(#[from] LinkError),
@@ -156,6 +159,9 @@ impl VerifyError {
                 VerifyError::NotReplicated => "`pgflip replication start` copies everything to the other side.".to_owned(),
                 VerifyError::Link(finding) => finding.mend.clone(),
                 VerifyError::Moved(_) => "Run `pgflip verify` again: it compares from the side that is active now.".to_owned(),
+                VerifyError::Copied(_) => {
+                    "Wait until nobody copies it any more (`pgflip resync`), and go on: `pgflip verify --resume`.".to_owned()
+                }
                 VerifyError::KeyTwice { .. } => {
                     "An index there is damaged, by another version of a collation perhaps. Remove one of the rows, and REINDEX."
                         .to_owned()

@@ -1,5 +1,6 @@
 //! One database's tables, one after another: cut into pieces that several workers compare, as load and lag allow.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use crate::config::Config;
 use crate::controller::links::{self, Ends, TableName};
 use crate::controller::marker::MarkerError;
 use crate::controller::operation::Operation;
+use crate::controller::resync::note;
 use crate::controller::state::{self, State};
 use crate::pg::{Client, Lsn, Purpose, Side, connect};
 
@@ -27,6 +29,8 @@ use crate::pg::{Client, Lsn, Purpose, Side, connect};
 const WORKERS: usize = 2;
 /// How often load and lag are looked at, and progress is told.
 const EVERY: Duration = Duration::from_secs(1);
+/// How often a table is compared from its beginning because it was copied to the target anew meanwhile.
+const COPIED_MAX: u32 = 3;
 /// A worker's sessions: pinned, of one database.
 pub struct Pair {
     pub(super) source: Client,
@@ -44,6 +48,25 @@ pub struct Checkpoint {
     found: Found,
     /// The source's position when it began.
     from: Lsn,
+    /// Which copy of it the target had: see [`Standing`].
+    copy: Option<String>,
+}
+
+/// What the link carries.
+pub struct Standing {
+    /// Tables that it does not.
+    not_carried: Vec<TableName>,
+    /// Of those that it does, which copy the target has: another text once one has been copied anew.
+    copies: BTreeMap<TableName, String>,
+}
+
+impl Standing {
+    fn copy(&self, table: &Table) -> Option<String> {
+        match self.not_carried.contains(&table.name) {
+            true => None,
+            false => self.copies.get(&table.name).cloned(),
+        }
+    }
 }
 
 impl Checkpoint {
@@ -124,7 +147,7 @@ impl Database<'_> {
             pairs.push(self.pair().await?);
         }
         let mut unattended = Unattended::new(self, &pairs).await?;
-        let not_carried = self.in_order(&sessions).await?;
+        let Standing { not_carried, .. } = self.in_order(&sessions).await?;
         tables.sort_by(|a, b| (b.bytes, &a.name).cmp(&(a.bytes, &b.name)));
         let mut progress = Progress {
             database: self,
@@ -146,8 +169,8 @@ impl Database<'_> {
     }
 
     /// What is compared means something only as long as the source is active, at the epoch at which this began, and the link carries
-    /// what is written there. Returns the tables that it does not carry.
-    async fn in_order(&self, sessions: &Sessions<'_>) -> Result<Vec<TableName>, VerifyError> {
+    /// what is written there.
+    async fn in_order(&self, sessions: &Sessions<'_>) -> Result<Standing, VerifyError> {
         let row = state::read(&**sessions.writes).await?;
         let Some(row) = row.filter(|row| row.side == self.source && row.state == State::Active) else {
             return Err(VerifyError::Moved(self.source));
@@ -167,7 +190,8 @@ impl Database<'_> {
         loop {
             let (obstacles, not_carried) = links::arrives(&ends).await?;
             let Some(finding) = obstacles.into_iter().next() else {
-                return Ok(not_carried);
+                let copies = copies(&ends).await?;
+                return Ok(Standing { not_carried, copies });
             };
             // Workers come back by themselves.
             if !matches!(finding.code, "link_down" | "worker_missing" | "link_disabled") || Instant::now() >= until {
@@ -177,6 +201,22 @@ impl Database<'_> {
         }
     }
 
+    /// The same, and the target still has the copy of this table that it had when its comparison began. Whoever copies it anew
+    /// (`resync`, of another sidecar as well) empties it first: what is compared meanwhile says nothing.
+    async fn is_in_order(&self, table: &Table, copy: Option<&str>, sessions: &Sessions<'_>) -> Result<(), VerifyError> {
+        // First: who has begun to copy it by now, and has not come to the end, has left a note; who has come to it, another copy.
+        let notes = note::read(&**sessions.writes).await?;
+        if notes.iter().any(|note| note.table == table.name) {
+            return Err(VerifyError::Link(note::finding(&table.name, self.source)));
+        }
+        let now = self.in_order(sessions).await?.copy(table);
+        match now.is_some() && now.as_deref() == copy {
+            true => Ok(()),
+            false => Err(VerifyError::Copied(table.name.to_string())),
+        }
+    }
+
+    /// One table, from its beginning again if it was copied anew.
     async fn table(
         &self,
         table: &Table,
@@ -184,8 +224,35 @@ impl Database<'_> {
         sessions: &Sessions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<(), VerifyError> {
+        let rows = progress.rows;
+        for _ in 1..COPIED_MAX {
+            match self.once(table, pairs, sessions, progress).await {
+                Err(error @ VerifyError::Copied(_)) => {
+                    if let Some(place) = &mut *self.place.lock() {
+                        place.table = None;
+                    }
+                    progress.rows = rows;
+                    let data = json!({ "database": self.name, "table": table.name.to_string() });
+                    self.operation
+                        .event("verify", "info", format!("{error}: from its beginning"), data);
+                    sleep(EVERY).await;
+                }
+                done => return done,
+            }
+        }
+        self.once(table, pairs, sessions, progress).await
+    }
+
+    async fn once(
+        &self,
+        table: &Table,
+        pairs: &[Pair],
+        sessions: &Sessions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), VerifyError> {
         let began = Instant::now();
-        let checkpoint = match self.checkpoint(table) {
+        let copy = self.in_order(sessions).await?.copy(table);
+        let checkpoint = match self.checkpoint(table, copy.as_deref()) {
             Some(checkpoint) => checkpoint,
             None => Checkpoint {
                 database: self.name.to_owned(),
@@ -193,6 +260,7 @@ impl Database<'_> {
                 left: vec![Range::default()],
                 found: Found::new(self.request.listed, &self.request.kinds),
                 from: position(sessions.writes).await?,
+                copy: copy.clone(),
             },
         };
         let from = checkpoint.from;
@@ -212,7 +280,7 @@ impl Database<'_> {
             self.request.show_values,
         )
         .await?;
-        self.in_order(sessions).await?;
+        self.is_in_order(table, copy.as_deref(), sessions).await?;
         let state = if report.consistent { "done" } else { "failed" };
         let data = json!({ "database": self.name, "table": report.table });
         self.operation.event("verify", state, report.shown(self.source), data);
@@ -249,10 +317,11 @@ impl Database<'_> {
     }
 
     /// Where it was broken off, if it is this table and still the same.
-    fn checkpoint(&self, table: &Table) -> Option<Checkpoint> {
+    fn checkpoint(&self, table: &Table, copy: Option<&str>) -> Option<Checkpoint> {
         let place = self.place.lock();
         let checkpoint = place.as_ref()?.table.as_ref()?;
-        (checkpoint.database == self.name && checkpoint.table.is_still(table)).then(|| checkpoint.clone())
+        let same = checkpoint.database == self.name && checkpoint.table.is_still(table);
+        (same && checkpoint.copy.as_deref() == copy).then(|| checkpoint.clone())
     }
 
     /// Compares what is left of it.
@@ -313,7 +382,8 @@ impl Database<'_> {
             let looked = compare::piece([source, target], sessions, &range.piece, pace, &mut found).await?;
             let mut work = work.lock().await;
             if found.differs() {
-                self.in_order(sessions).await?;
+                self.is_in_order(table, work.checkpoint.copy.as_deref(), sessions)
+                    .await?;
             }
             work.done(range, looked, found);
             let rows = work.checkpoint.found.source.rows;
@@ -502,6 +572,19 @@ impl Progress<'_> {
         });
         self.database.operation.event("verify", "progress", message, data);
     }
+}
+
+async fn copies(ends: &Ends<'_>) -> Result<BTreeMap<TableName, String>, VerifyError> {
+    let name = ends.name();
+    let rows = ends
+        .target
+        .query(include_str!("../../pg/sql/verify_copies.sql"), &[&name])
+        .await?;
+    let copy = |row: &tokio_postgres::Row| {
+        let (schema, name) = (row.get("schema"), row.get("name"));
+        (TableName { schema, name }, row.get("copy"))
+    };
+    Ok(rows.iter().map(copy).collect())
 }
 
 /// How far the WAL has been written.
