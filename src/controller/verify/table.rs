@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use serde_json::json;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
@@ -29,6 +29,9 @@ use crate::pg::{Client, Lsn, Purpose, Side, connect};
 const WORKERS: usize = 2;
 /// How often load and lag are looked at, and progress is told.
 const EVERY: Duration = Duration::from_secs(1);
+/// Tables of so many bytes are read in one statement each, so many at once.
+const SMALL: u64 = 1 << 20;
+const AT_ONCE: usize = 64;
 /// How often a table is compared from its beginning because it was copied to the target anew meanwhile.
 const COPIED_MAX: u32 = 3;
 /// A worker's sessions: pinned, of one database.
@@ -147,7 +150,14 @@ impl Database<'_> {
             pairs.push(self.pair().await?);
         }
         let mut unattended = Unattended::new(self, &pairs).await?;
-        let Standing { not_carried, .. } = self.in_order(&sessions).await?;
+        let done = |table: &Table| {
+            let same = |report: &Report| report.database == self.name && report.table == table.name.to_string();
+            self.place
+                .lock()
+                .as_ref()
+                .is_some_and(|place| place.reports.iter().any(same))
+        };
+        tables.retain(|table| !done(table));
         tables.sort_by(|a, b| (b.bytes, &a.name).cmp(&(a.bytes, &b.name)));
         let mut progress = Progress {
             database: self,
@@ -155,17 +165,118 @@ impl Database<'_> {
             told: None,
             rows: 0,
             all: tables.iter().map(|table| table.rows).sum(),
+            standing: self.look(&sessions).await?,
+            looked: Instant::now(),
         };
+        let not_carried = progress.standing.not_carried.clone();
+        let large = tables
+            .iter()
+            .filter(|table| table.bytes > SMALL || self.only.is_some())
+            .count();
+        let small = tables.split_off(large);
         for table in tables {
-            let done = |report: &Report| report.database == self.name && report.table == table.name.to_string();
-            let place = self.place.lock().as_ref().map(|place| place.reports.iter().any(done));
-            if place != Some(true) {
-                sessions.patience.renew();
-                self.table(&table, &pairs, &sessions, &mut progress).await?;
-            }
+            self.table(&table, &pairs, &sessions, &mut progress).await?;
+        }
+        for table in self.small(small, &pairs, &sessions, &mut progress).await? {
+            self.table(&table, &pairs, &sessions, &mut progress).await?;
         }
         unattended.sessions.clear();
         Ok(not_carried)
+    }
+
+    /// Compares small tables, many at once. Returns those that need a second look: none is reported but those that are equal.
+    async fn small(
+        &self,
+        tables: Vec<Table>,
+        pairs: &[Pair],
+        sessions: &Sessions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Vec<Table>, VerifyError> {
+        let mut again = Vec::new();
+        let mut equal = Vec::new();
+        for some in tables.chunks(AT_ONCE) {
+            if progress.looked.elapsed() >= EVERY {
+                self.confirm(&mut equal, &mut again, sessions, progress).await?;
+            }
+            let began = Instant::now();
+            let from = position(sessions.writes).await?;
+            // Each is a statement of its own, with a snapshot and a lock of its own. A server is asked for the next one before it has
+            // answered.
+            let sums = some.iter().enumerate().map(async |(n, table)| {
+                let [source, target] = self.readers(table, &pairs[n % pairs.len()]);
+                let whole = Piece::default();
+                tokio::join!(source.sum(&whole), target.sum(&whole))
+            });
+            let sums = join_all(sums).await;
+            let when = When {
+                position: [from, position(sessions.writes).await?],
+                seconds: began.elapsed().as_secs_f64(),
+            };
+            for (table, sums) in some.iter().zip(sums) {
+                // What a server refuses it is asked for once more.
+                let (Ok(here), Ok(there)) = sums else {
+                    again.push(table.clone());
+                    continue;
+                };
+                let Some(copy) = progress.standing.copy(table).filter(|_| here == there) else {
+                    again.push(table.clone());
+                    continue;
+                };
+                let mut found = Found::new(self.request.listed, &self.request.kinds);
+                found.source = here;
+                let readers = self.readers(table, &pairs[0]);
+                let report = Report::new(
+                    readers.each_ref(),
+                    self.source,
+                    self.name,
+                    found,
+                    &when,
+                    self.request.show_values,
+                )
+                .await?;
+                equal.push((table.clone(), copy, report));
+                progress.rows += here.rows.unsigned_abs();
+                progress.tell(table, here.rows);
+            }
+        }
+        self.confirm(&mut equal, &mut again, sessions, progress).await?;
+        Ok(again)
+    }
+
+    /// Reports tables that were found to be equal, if all is still as it was: so it is asked once for many.
+    async fn confirm(
+        &self,
+        equal: &mut Vec<(Table, String, Report)>,
+        again: &mut Vec<Table>,
+        sessions: &Sessions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), VerifyError> {
+        let notes = note::read(&**sessions.writes).await?;
+        progress.look_again(sessions).await?;
+        for (table, copy, report) in equal.drain(..) {
+            let copied = notes.iter().any(|note| note.table == table.name);
+            match !copied && progress.standing.copy(&table).is_some_and(|now| now == copy) {
+                true => self.report(report),
+                false => again.push(table),
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&self, report: Report) {
+        let state = if report.consistent { "done" } else { "failed" };
+        let data = json!({ "database": self.name, "table": report.table });
+        self.operation.event("verify", state, report.shown(self.source), data);
+        if let Some(place) = &mut *self.place.lock() {
+            place.reports.push(report);
+        }
+    }
+
+    /// Looks at what the link carries, and waits for a moment to compare in.
+    async fn look(&self, sessions: &Sessions<'_>) -> Result<Standing, VerifyError> {
+        let standing = self.in_order(sessions).await?;
+        self.wait_for_quiet(sessions).await?;
+        Ok(standing)
     }
 
     /// What is compared means something only as long as the source is active, at the epoch at which this began, and the link carries
@@ -224,6 +335,7 @@ impl Database<'_> {
         sessions: &Sessions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<(), VerifyError> {
+        sessions.patience.renew();
         let rows = progress.rows;
         for _ in 1..COPIED_MAX {
             match self.once(table, pairs, sessions, progress).await {
@@ -235,7 +347,7 @@ impl Database<'_> {
                     let data = json!({ "database": self.name, "table": table.name.to_string() });
                     self.operation
                         .event("verify", "info", format!("{error}: from its beginning"), data);
-                    sleep(EVERY).await;
+                    progress.look_again(sessions).await?;
                 }
                 done => return done,
             }
@@ -251,7 +363,8 @@ impl Database<'_> {
         progress: &mut Progress<'_>,
     ) -> Result<(), VerifyError> {
         let began = Instant::now();
-        let copy = self.in_order(sessions).await?.copy(table);
+        // One that is of a moment ago is at worst another one than it has now: then the table is begun again.
+        let copy = progress.standing.copy(table);
         let checkpoint = match self.checkpoint(table, copy.as_deref()) {
             Some(checkpoint) => checkpoint,
             None => Checkpoint {
@@ -281,13 +394,10 @@ impl Database<'_> {
         )
         .await?;
         self.is_in_order(table, copy.as_deref(), sessions).await?;
-        let state = if report.consistent { "done" } else { "failed" };
-        let data = json!({ "database": self.name, "table": report.table });
-        self.operation.event("verify", state, report.shown(self.source), data);
         if let Some(place) = &mut *self.place.lock() {
             place.table = None;
-            place.reports.push(report);
         }
+        self.report(report);
         Ok(())
     }
 
@@ -299,6 +409,8 @@ impl Database<'_> {
             told: None,
             rows: 0,
             all: table.rows,
+            standing: self.look(sessions).await?,
+            looked: Instant::now(),
         };
         self.table(table, &[self.pair().await?], sessions, &mut progress)
             .await?;
@@ -336,7 +448,6 @@ impl Database<'_> {
         let work = Mutex::new(Work {
             checkpoint,
             underway: Vec::new(),
-            looked: None,
             progress,
         });
         let pace = Pace::default();
@@ -363,10 +474,8 @@ impl Database<'_> {
                 if work.checkpoint.left.is_empty() && work.underway.is_empty() {
                     return Ok(());
                 }
-                if work.looked.is_none_or(|looked| looked.elapsed() >= EVERY) {
-                    self.wait_for_quiet(sessions).await?;
-                    self.in_order(sessions).await?;
-                    work.looked = Some(Instant::now());
+                if work.progress.looked.elapsed() >= EVERY {
+                    work.progress.look_again(sessions).await?;
                 }
                 let next = cut(&mut work.checkpoint.left, &readers, pace.rows()).await?;
                 work.underway.extend(next.clone());
@@ -403,6 +512,8 @@ impl Database<'_> {
             };
             self.operation
                 .event("verify", "progress", format!("waits: {error}"), json!({}));
+            // Of a link that does not run it would be waited for without an end.
+            self.in_order(sessions).await?;
         }
         let Some(most) = self.request.max_load else {
             return Ok(());
@@ -430,8 +541,6 @@ struct Work<'p, 'd> {
     checkpoint: Checkpoint,
     /// What they are at.
     underway: Vec<Range>,
-    /// When load and lag were looked at.
-    looked: Option<Instant>,
     progress: &'p mut Progress<'d>,
 }
 
@@ -545,16 +654,25 @@ pub async fn cut(left: &mut Vec<Range>, readers: &[Reader<'_>; 2], rows: u64) ->
     Ok(Some(Range { piece, smaller }))
 }
 
-/// Tells followers once a second.
+/// How it goes: followers are told once a second, and load, lag and the link are looked at.
 struct Progress<'a> {
     database: &'a Database<'a>,
     began: Instant,
     told: Option<Instant>,
     rows: u64,
     all: f64,
+    standing: Standing,
+    /// When that, load and lag were looked at.
+    looked: Instant,
 }
 
 impl Progress<'_> {
+    async fn look_again(&mut self, sessions: &Sessions<'_>) -> Result<(), VerifyError> {
+        self.standing = self.database.look(sessions).await?;
+        self.looked = Instant::now();
+        Ok(())
+    }
+
     fn tell(&mut self, table: &Table, in_table: i64) {
         if self.told.is_some_and(|told| told.elapsed() < EVERY) {
             return;
