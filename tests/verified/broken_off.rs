@@ -9,7 +9,7 @@ use tokio::process::ChildStdout;
 use tokio::time::timeout;
 
 use super::{found, on_green, verify};
-use crate::common::{LIMIT, Rig};
+use crate::common::{LIMIT, Rig, code};
 use pgflip::pg::Side;
 
 const TABLES: &str = "create table many (id int primary key, v text);
@@ -105,7 +105,7 @@ async fn copy_again(rig: &Rig, table: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_differs_is_counted() {
-    let rig = Rig::new(16, 18).small().start().await;
+    let mut rig = Rig::new(16, 18).small().start().await;
     let blue = rig.admin(Side::Blue).await;
     let role = format!("set role {}", rig.app().user);
     blue.batch_execute(&format!("{role}; {TABLES}; reset role"))
@@ -141,6 +141,18 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     )
     .await;
     let (_, result) = verify(&rig, &["--limit", "7"]).await;
+    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
+    let metrics = metrics.as_str().expect("text");
+    for line in [
+        "pgflip_verifications_total{outcome=\"different\"} 1",
+        "pgflip_verified_equal 0",
+        "pgflip_verified_differences 125000",
+        "pgflip_verified_unsettled 0",
+        "pgflip_verifying 0",
+        "pgflip_follow_current 0",
+    ] {
+        assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
+    }
     // Whoever follows it, or comes when it is over, is told the same.
     let watched = rig.run(&["watch"]).await;
     assert_eq!(
@@ -195,6 +207,44 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
         "{resumed:?}"
     );
 
+    // One that is killed in the middle of it goes on as well: what it had found is not found again, and not lost.
+    on_green(&rig, "update many set v = 'other' where id = 2").await;
+    let locks = rig.admin(Side::Green).await;
+    locks.batch_execute("begin; lock table few").await.expect("a lock");
+    let verifying = rig.sidecar.command(&["verify"]).spawn().expect("a command");
+    let until = tokio::time::Instant::now() + LIMIT;
+    let kept = "select count(*) from pgflip.verification where n > 0";
+    while blue.query_one(kept, &[]).await.expect("a table").get::<_, i64>(0) == 0 {
+        assert!(tokio::time::Instant::now() < until, "it is kept");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    rig.sidecar.restart(&[]).expect("pgflip starts again");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
+    assert_ne!(code(verifying).await, Some(0));
+    locks.batch_execute("rollback").await.expect("no lock");
+    on_green(&rig, "update many set v = md5('1') where id = 2").await;
+    let resumed = rig.run(&["verify", "--resume"]).await;
+    let result = resumed.result();
+    assert!(
+        format!("{}{}", resumed.out, resumed.err).contains("goes on behind 1 tables with 60000 rows"),
+        "{resumed:?}"
+    );
+    assert_eq!(
+        (resumed.code, &result["differences"], &result["unsettled"]),
+        (Some(1), &1.into(), &0.into()),
+        "{result}"
+    );
+    assert_eq!(
+        found(&result, "many").3,
+        ["different {\"\\\"id\\\"\":\"2\"}"],
+        "{result}"
+    );
+    let said = rig.run(&["verify", "--resume"]).await;
+    assert!(
+        format!("{}{}", said.out, said.err).contains("No verification was broken off"),
+        "{said:?}"
+    );
+
     // What no link carries is not called equal.
     blue.batch_execute(&format!("{role}; create table new (id int primary key); reset role"))
         .await
@@ -224,10 +274,20 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
         "{said:?}"
     );
     // The other way round it is the same.
-    let (code, result) = verify(&rig, &[]).await;
+    let (code, result) = verify(&rig, &["--follow"]).await;
     assert_eq!(
         (code, &result["source"], &result["outcome"]),
         (Some(0), &"green".into(), &"equal".into()),
         "{result}"
     );
+    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
+    let metrics = metrics.as_str().expect("text");
+    for line in [
+        "pgflip_verified_equal 1",
+        "pgflip_follow_current 1",
+        "pgflip_follow_differences 0",
+    ] {
+        assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
+    }
+    assert!(metrics.contains("\npgflip_follow_behind_bytes "), "{metrics}");
 }

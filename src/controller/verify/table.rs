@@ -1,10 +1,11 @@
 //! One database's tables, one after another: cut into pieces that several workers compare, as load and lag allow.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
@@ -24,6 +25,7 @@ use crate::controller::operation::Operation;
 use crate::controller::resync::note;
 use crate::controller::state::{self, State};
 use crate::pg::{Client, Lsn, Purpose, Side, connect};
+use crate::telemetry;
 
 /// Pieces that are compared at once.
 const WORKERS: usize = 2;
@@ -41,17 +43,27 @@ pub struct Pair {
 }
 
 /// How far a table has been compared.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Checkpoint {
     database: String,
+    table: String,
     /// As it was: if it is another one by now, it is compared from its beginning.
-    table: Table,
+    origin: Origin,
     /// What has not been compared.
     left: Vec<Range>,
     found: Found,
     /// The source's position when it began.
     from: Lsn,
-    /// Which copy of it the target had: see [`Standing`].
+    /// How long it has taken until then.
+    seconds: f64,
+}
+
+/// What was compared: what was found of it means nothing of another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// See [`Table::shape`].
+    shape: String,
+    /// Which copy of it the target had: see [`Standing`]. `None`: no link carried it.
     copy: Option<String>,
 }
 
@@ -64,10 +76,11 @@ pub struct Standing {
 }
 
 impl Standing {
-    fn copy(&self, table: &Table) -> Option<String> {
-        match self.not_carried.contains(&table.name) {
-            true => None,
-            false => self.copies.get(&table.name).cloned(),
+    fn origin(&self, table: &Table) -> Origin {
+        let carried = !self.not_carried.contains(&table.name);
+        Origin {
+            shape: table.shape(),
+            copy: self.copies.get(&table.name).filter(|_| carried).cloned(),
         }
     }
 }
@@ -79,8 +92,8 @@ impl Checkpoint {
     }
 
     /// The table.
-    pub fn name(&self) -> String {
-        self.table.name.to_string()
+    pub fn name(&self) -> &str {
+        &self.table
     }
 }
 
@@ -150,14 +163,9 @@ impl Database<'_> {
             pairs.push(self.pair().await?);
         }
         let mut unattended = Unattended::new(self, &pairs).await?;
-        let done = |table: &Table| {
-            let same = |report: &Report| report.database == self.name && report.table == table.name.to_string();
-            self.place
-                .lock()
-                .as_ref()
-                .is_some_and(|place| place.reports.iter().any(same))
-        };
-        tables.retain(|table| !done(table));
+        let standing = self.look(&sessions).await?;
+        let done = self.done(&tables, &standing);
+        tables.retain(|table| !done.contains(&table.name.to_string()));
         tables.sort_by(|a, b| (b.bytes, &a.name).cmp(&(a.bytes, &b.name)));
         let mut progress = Progress {
             database: self,
@@ -165,7 +173,7 @@ impl Database<'_> {
             told: None,
             rows: 0,
             all: tables.iter().map(|table| table.rows).sum(),
-            standing: self.look(&sessions).await?,
+            standing,
             looked: Instant::now(),
         };
         let not_carried = progress.standing.not_carried.clone();
@@ -182,6 +190,37 @@ impl Database<'_> {
         }
         unattended.sessions.clear();
         Ok(not_carried)
+    }
+
+    /// Tables that were compared before this was broken off. Those that are others by now are not, and what was found of them goes.
+    fn done(&self, tables: &[Table], standing: &Standing) -> BTreeSet<String> {
+        let (mut done, mut others) = (BTreeSet::new(), Vec::new());
+        let now: BTreeMap<String, Origin> = tables
+            .iter()
+            .map(|table| (table.name.to_string(), standing.origin(table)))
+            .collect();
+        let mut place = self.place.lock();
+        let Some(place) = &mut *place else { return done };
+        place.reports.retain(|(origin, report)| {
+            if report.database != self.name {
+                return true;
+            }
+            let same = now.get(&report.table) == Some(origin);
+            match same {
+                true => drop(done.insert(report.table.clone())),
+                false => others.push(report.table.clone()),
+            }
+            same
+        });
+        place.anew += u32::from(!others.is_empty());
+        let other = |at: &mut Checkpoint| at.database == self.name && now.get(&at.table) != Some(&at.origin);
+        others.extend(place.table.take_if(other).map(|at| at.table));
+        for table in others {
+            let message = format!("{table} was changed or copied anew since it was compared: from its beginning");
+            let data = json!({ "database": self.name, "table": table });
+            self.operation.event("verify", "info", message, data);
+        }
+        done
     }
 
     /// Compares small tables, many at once. Returns those that need a second look: none is reported but those that are equal.
@@ -218,10 +257,11 @@ impl Database<'_> {
                     again.push(table.clone());
                     continue;
                 };
-                let Some(copy) = progress.standing.copy(table).filter(|_| here == there) else {
+                let origin = progress.standing.origin(table);
+                if here != there || origin.copy.is_none() {
                     again.push(table.clone());
                     continue;
-                };
+                }
                 let mut found = Found::new(self.request.listed, &self.request.kinds);
                 found.source = here;
                 let readers = self.readers(table, &pairs[0]);
@@ -234,8 +274,8 @@ impl Database<'_> {
                     self.request.show_values,
                 )
                 .await?;
-                equal.push((table.clone(), copy, report));
-                progress.rows += here.rows.unsigned_abs();
+                equal.push((table.clone(), origin, report));
+                progress.add(here.rows);
                 progress.tell(table, here.rows);
             }
         }
@@ -246,29 +286,29 @@ impl Database<'_> {
     /// Reports tables that were found to be equal, if all is still as it was: so it is asked once for many.
     async fn confirm(
         &self,
-        equal: &mut Vec<(Table, String, Report)>,
+        equal: &mut Vec<(Table, Origin, Report)>,
         again: &mut Vec<Table>,
         sessions: &Sessions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<(), VerifyError> {
         let notes = note::read(&**sessions.writes).await?;
         progress.look_again(sessions).await?;
-        for (table, copy, report) in equal.drain(..) {
+        for (table, origin, report) in equal.drain(..) {
             let copied = notes.iter().any(|note| note.table == table.name);
-            match !copied && progress.standing.copy(&table).is_some_and(|now| now == copy) {
-                true => self.report(report),
+            match !copied && progress.standing.origin(&table) == origin {
+                true => self.report(origin, report),
                 false => again.push(table),
             }
         }
         Ok(())
     }
 
-    fn report(&self, report: Report) {
+    fn report(&self, origin: Origin, report: Report) {
         let state = if report.consistent { "done" } else { "failed" };
         let data = json!({ "database": self.name, "table": report.table });
         self.operation.event("verify", state, report.shown(self.source), data);
         if let Some(place) = &mut *self.place.lock() {
-            place.reports.push(report);
+            place.reports.push((origin, report));
         }
     }
 
@@ -314,14 +354,14 @@ impl Database<'_> {
 
     /// The same, and the target still has the copy of this table that it had when its comparison began. Whoever copies it anew
     /// (`resync`, of another sidecar as well) empties it first: what is compared meanwhile says nothing.
-    async fn is_in_order(&self, table: &Table, copy: Option<&str>, sessions: &Sessions<'_>) -> Result<(), VerifyError> {
+    async fn is_in_order(&self, table: &Table, origin: &Origin, sessions: &Sessions<'_>) -> Result<(), VerifyError> {
         // First: who has begun to copy it by now, and has not come to the end, has left a note; who has come to it, another copy.
         let notes = note::read(&**sessions.writes).await?;
         if notes.iter().any(|note| note.table == table.name) {
             return Err(VerifyError::Link(note::finding(&table.name, self.source)));
         }
-        let now = self.in_order(sessions).await?.copy(table);
-        match now.is_some() && now.as_deref() == copy {
+        let now = self.in_order(sessions).await?.origin(table);
+        match now.copy.is_some() && now == *origin {
             true => Ok(()),
             false => Err(VerifyError::Copied(table.name.to_string())),
         }
@@ -364,23 +404,24 @@ impl Database<'_> {
     ) -> Result<(), VerifyError> {
         let began = Instant::now();
         // One that is of a moment ago is at worst another one than it has now: then the table is begun again.
-        let copy = progress.standing.copy(table);
-        let checkpoint = match self.checkpoint(table, copy.as_deref()) {
+        let origin = progress.standing.origin(table);
+        let checkpoint = match self.checkpoint(table, &origin) {
             Some(checkpoint) => checkpoint,
             None => Checkpoint {
                 database: self.name.to_owned(),
-                table: table.clone(),
+                table: table.name.to_string(),
+                origin: origin.clone(),
                 left: vec![Range::default()],
                 found: Found::new(self.request.listed, &self.request.kinds),
                 from: position(sessions.writes).await?,
-                copy: copy.clone(),
+                seconds: 0.0,
             },
         };
-        let from = checkpoint.from;
+        let (from, before) = (checkpoint.from, checkpoint.seconds);
         let found = self.pieces(table, checkpoint, pairs, sessions, progress).await?;
         let when = When {
             position: [from, position(sessions.writes).await?],
-            seconds: began.elapsed().as_secs_f64(),
+            seconds: before + began.elapsed().as_secs_f64(),
         };
         let readers = self.readers(table, &pairs[0]);
         let [source, target] = [&readers[0], &readers[1]];
@@ -393,11 +434,11 @@ impl Database<'_> {
             self.request.show_values,
         )
         .await?;
-        self.is_in_order(table, copy.as_deref(), sessions).await?;
+        self.is_in_order(table, &origin, sessions).await?;
         if let Some(place) = &mut *self.place.lock() {
             place.table = None;
         }
-        self.report(report);
+        self.report(origin, report);
         Ok(())
     }
 
@@ -416,7 +457,7 @@ impl Database<'_> {
             .await?;
         let place = self.place.lock().take();
         let reports = place.map(|place| place.reports).unwrap_or_default();
-        Ok(reports.iter().fold((0, 0), |(differ, unsettled), report| {
+        Ok(reports.iter().fold((0, 0), |(differ, unsettled), (_, report)| {
             (differ + report.differences(), unsettled + report.unsettled)
         }))
     }
@@ -429,11 +470,11 @@ impl Database<'_> {
     }
 
     /// Where it was broken off, if it is this table and still the same.
-    fn checkpoint(&self, table: &Table, copy: Option<&str>) -> Option<Checkpoint> {
+    fn checkpoint(&self, table: &Table, origin: &Origin) -> Option<Checkpoint> {
         let place = self.place.lock();
         let checkpoint = place.as_ref()?.table.as_ref()?;
-        let same = checkpoint.database == self.name && checkpoint.table.is_still(table);
-        (same && checkpoint.copy.as_deref() == copy).then(|| checkpoint.clone())
+        let same = checkpoint.database == self.name && checkpoint.table == table.name.to_string();
+        (same && checkpoint.origin == *origin).then(|| checkpoint.clone())
     }
 
     /// Compares what is left of it.
@@ -446,6 +487,7 @@ impl Database<'_> {
         progress: &mut Progress<'_>,
     ) -> Result<Found, VerifyError> {
         let work = Mutex::new(Work {
+            began: Instant::now(),
             checkpoint,
             underway: Vec::new(),
             progress,
@@ -491,8 +533,7 @@ impl Database<'_> {
             let looked = compare::piece([source, target], sessions, &range.piece, pace, &mut found).await?;
             let mut work = work.lock().await;
             if found.differs() {
-                self.is_in_order(table, work.checkpoint.copy.as_deref(), sessions)
-                    .await?;
+                self.is_in_order(table, &work.checkpoint.origin, sessions).await?;
             }
             work.done(range, looked, found);
             let rows = work.checkpoint.found.source.rows;
@@ -538,6 +579,7 @@ impl Database<'_> {
 
 /// What the workers of one table share.
 struct Work<'p, 'd> {
+    began: Instant,
     checkpoint: Checkpoint,
     /// What they are at.
     underway: Vec<Range>,
@@ -551,7 +593,7 @@ impl Work<'_, '_> {
             Looked::Compared(source) => {
                 self.checkpoint.found.add(found);
                 self.checkpoint.found.source += source;
-                self.progress.rows += source.rows.unsigned_abs();
+                self.progress.add(source.rows);
             }
             Looked::TooLarge { by } => self.checkpoint.left.push(Range {
                 piece: range.piece,
@@ -563,6 +605,7 @@ impl Work<'_, '_> {
     /// As whoever goes on would have to: what is under way is not done.
     fn checkpoint(&self) -> Checkpoint {
         let mut checkpoint = self.checkpoint.clone();
+        checkpoint.seconds += self.began.elapsed().as_secs_f64();
         checkpoint.left.extend(self.underway.iter().cloned());
         checkpoint
     }
@@ -624,7 +667,7 @@ impl Drop for Unattended {
 }
 
 /// A part of a table that has not been compared.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
     /// Which.
     pub piece: Piece,
@@ -667,6 +710,12 @@ struct Progress<'a> {
 }
 
 impl Progress<'_> {
+    /// So many rows have been compared.
+    fn add(&mut self, rows: i64) {
+        self.rows += rows.unsigned_abs();
+        metrics::counter!(telemetry::VERIFY_ROWS).increment(rows.unsigned_abs());
+    }
+
     async fn look_again(&mut self, sessions: &Sessions<'_>) -> Result<(), VerifyError> {
         self.standing = self.database.look(sessions).await?;
         self.looked = Instant::now();
