@@ -9,7 +9,7 @@ use tokio::process::ChildStdout;
 use tokio::time::timeout;
 
 use super::{found, on_green, verify};
-use crate::common::{LIMIT, Rig, code};
+use crate::common::{self, LIMIT, Rig};
 use pgflip::pg::Side;
 
 const TABLES: &str = "create table many (id int primary key, v text);
@@ -220,7 +220,7 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     }
     rig.sidecar.restart(&[]).expect("pgflip starts again");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
-    assert_ne!(code(verifying).await, Some(0));
+    assert_ne!(common::code(verifying).await, Some(0));
     locks.batch_execute("rollback").await.expect("no lock");
     on_green(&rig, "update many set v = md5('1') where id = 2").await;
     let resumed = rig.run(&["verify", "--resume"]).await;

@@ -107,7 +107,7 @@ pub struct Report {
     green_checksum: String,
     /// The source's positions between which its pieces were read.
     position: [Lsn; 2],
-    /// `key ranges`, `key hashes`, or `rows` (it has no key).
+    /// `key ranges`, `key hashes`, `keys` (both sides sort them otherwise, and there are many), or `rows` (it has no key).
     compared_by: String,
     differences: Differences,
     /// Rows that may differ: they could not be seen still, and not be locked.
@@ -132,6 +132,8 @@ pub struct When {
     pub position: [Lsn; 2],
     /// Wall time.
     pub seconds: f64,
+    /// How it was cut.
+    pub compared_by: String,
 }
 
 impl Report {
@@ -171,7 +173,7 @@ impl Report {
             blue_checksum: blue.shown(),
             green_checksum: green.shown(),
             position: when.position,
-            compared_by: table.method.shown().to_owned(),
+            compared_by: when.compared_by.clone(),
             differences,
             unsettled: found.unsettled,
             apart: table.apart.clone(),
