@@ -9,7 +9,7 @@ use tokio::process::ChildStdout;
 use tokio::time::timeout;
 
 use super::{found, on_green, verify};
-use crate::common::{self, LIMIT, Rig};
+use crate::common::{LIMIT, Rig};
 use pgflip::pg::Side;
 
 const TABLES: &str = "create table many (id int primary key, v text);
@@ -209,9 +209,11 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
 
     // One that is killed in the middle of it goes on as well: what it had found is not found again, and not lost.
     on_green(&rig, "update many set v = 'other' where id = 2").await;
+    let busy = Busy::start(&rig).await;
+    let waiting = Waiting::start(&rig).await;
     let locks = rig.admin(Side::Green).await;
     locks.batch_execute("begin; lock table few").await.expect("a lock");
-    let verifying = rig.sidecar.command(&["verify"]).spawn().expect("a command");
+    busy.end().await;
     let until = tokio::time::Instant::now() + LIMIT;
     let kept = "select count(*) from pgflip.verification where n > 0";
     while blue.query_one(kept, &[]).await.expect("a table").get::<_, i64>(0) == 0 {
@@ -220,7 +222,7 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     }
     rig.sidecar.restart(&[]).expect("pgflip starts again");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
-    assert_ne!(common::code(verifying).await, Some(0));
+    assert_ne!(waiting.end().await.0, Some(0));
     locks.batch_execute("rollback").await.expect("no lock");
     on_green(&rig, "update many set v = md5('1') where id = 2").await;
     let resumed = rig.run(&["verify", "--resume"]).await;
