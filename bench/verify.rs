@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! cargo bench --bench verify -- --rows 10000000 --blue 16 --green 18 --rounds 3
+//! cargo bench --bench verify -- --tables 2000        # so many tables of ten rows each, instead of one with many rows
 //! ```
 
 mod common;
@@ -18,17 +19,24 @@ use pgflip::demo::sidecar::{Setup, Sidecar};
 const TABLE: &str =
     "create table big (id bigint primary key, customer int not null, at timestamptz not null, total numeric(12, 2),
     state text not null, note text)";
+/// And so many small ones.
+const TABLES: &str = "do $$ begin for n in 1..%N% loop
+    execute format('create table small_%s (id bigint primary key, customer int not null, note text)', n);
+    execute format('insert into small_%s select i, i, md5(i::text) from generate_series(1, 10) i', n);
+    end loop; end $$";
 /// What is compared with: the least that a comparison by hand would do.
 const PLAIN: &str = "select count(*), sum(hashtext(t::text)) from big t";
 
 #[tokio::main]
 async fn main() -> Outcome<()> {
-    let (rows, rounds): (u64, usize) = (argument("rows", 10_000_000)?, argument("rounds", 3)?);
+    let (tables, rounds): (u64, usize) = (argument("tables", 0)?, argument("rounds", 3)?);
+    let rows: u64 = argument("rows", if tables > 0 { 10 } else { 10_000_000 })?;
     let (from, to): (u32, u32) = (argument("blue", 16)?, argument("green", 18)?);
     let start = |version: u32, name: &str| {
         let options = Options::named(name)
             .setting("shared_buffers", "256MB")
             .setting("max_wal_size", "8GB")
+            .setting("max_locks_per_transaction", "1000")
             .setting("fsync", "off");
         Cluster::start(&cluster::find(version)?, options)
     };
@@ -49,6 +57,10 @@ async fn main() -> Outcome<()> {
             user = app.user
         ))
         .await?;
+    if tables > 0 {
+        let statement = TABLES.replace("%N%", &tables.to_string());
+        owner.batch_execute(&statement).await?;
+    }
     let mut setup = Setup::new(env!("CARGO_BIN_EXE_pgflip"), &blue, &green);
     setup.pg_bin = Some(cluster::dump_tools(from)?);
     setup.log_level = "info".to_owned();
@@ -73,10 +85,14 @@ async fn main() -> Outcome<()> {
         // From here on the peak is counted anew.
         std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?;
         let began = Instant::now();
-        let said = sidecar.run(&["verify", "--table", "public.big"]).await?;
+        let said = match tables {
+            0 => sidecar.run(&["verify", "--table", "public.big"]).await?,
+            _ => sidecar.run(&["verify"]).await?,
+        };
         let took = began.elapsed().as_secs_f64();
         let result = said.result();
-        if said.code != Some(0) || result["rows"].as_u64() != Some(rows) {
+        let compared = result["rows"].as_u64();
+        if said.code != Some(0) || compared < Some(rows + 10 * tables) || tables == 0 && compared != Some(rows) {
             return Err(format!("verify: {}{}", said.out, said.err).into());
         }
         peak = peak.max(peak_mb(pid)?);
@@ -87,6 +103,13 @@ async fn main() -> Outcome<()> {
         }
     }
     let (once, took) = (median(&plain), median(&verified));
+    if tables > 0 {
+        #[expect(clippy::cast_precision_loss, reason = "to be shown")]
+        let each = 1e3 * took / tables as f64;
+        println!("{tables} tables of 10 rows on Postgres {from} and {to}, medians of {rounds} rounds:");
+        println!("pgflip verify   {took:.2} s, {each:.2} ms a table; memory at its peak {peak:.1} MB");
+        return Ok(());
+    }
     println!("{rows} rows on Postgres {from} and {to}, medians of {rounds} rounds:");
     println!("read once on both at the same time ({PLAIN})   {once:>8.2} s");
     println!(

@@ -5,7 +5,8 @@
 //! - `kill-after=STEP`: the process ends by SIGKILL right after that step of a flip has been applied.
 //! - `stop-after=STEP`: the process stops itself (SIGSTOP) there, once; a test wakes it with SIGCONT.
 //! - `fail-after=STEP`: the step reports a failure after it has been applied.
-//! - `skip=WHAT`: leaves a safeguard out: `catch-up`, `sequences`, `fence`, `boundary`, `old-xids`.
+//! - `skip=WHAT`: leaves a safeguard out: `catch-up`, `sequences`, `fence`, `boundary`, `old-xids`; or a habit:
+//!   `whole` (a verification reads no table as a whole that it can cut).
 //!
 //! Steps are those of a flip, those of `resync` (`out`, `unsubscribed`, `emptied`, `in`, `subscribed`, `copied`, `rows`), and `type-1`, `type-2` … of `replication start`: the types that it has made ahead.
 //!

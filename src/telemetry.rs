@@ -38,6 +38,36 @@ pub const FLIP_HELD: &str = "pgflip_flip_held_seconds";
 pub const LAG_BYTES: &str = "pgflip_lag_bytes";
 /// Gauge, `database`, `to`: seconds a link is behind. Absent while unknown.
 pub const LAG_SECONDS: &str = "pgflip_lag_seconds";
+/// Counter, `outcome` = `equal`, `different`, `unsettled`, `paused` or `failed`: verifications that have ended.
+pub const VERIFICATIONS: &str = "pgflip_verifications_total";
+/// Counter: rows that were compared (those of the active side).
+pub const VERIFY_ROWS: &str = "pgflip_verify_rows_total";
+/// Gauge: 1 while a verification is under way.
+pub const VERIFYING: &str = "pgflip_verifying";
+/// Gauges of the last verification that has come to its end; absent until one has: when, whether both sides were equal, how many
+/// tables and rows it compared, how many rows differ, and of how many it could not be found out.
+pub const VERIFIED_AT: &str = "pgflip_verified_timestamp_seconds";
+/// See [`VERIFIED_AT`].
+pub const VERIFIED_EQUAL: &str = "pgflip_verified_equal";
+/// See [`VERIFIED_AT`].
+pub const VERIFIED_TABLES: &str = "pgflip_verified_tables";
+/// See [`VERIFIED_AT`].
+pub const VERIFIED_ROWS: &str = "pgflip_verified_rows";
+/// See [`VERIFIED_AT`].
+pub const VERIFIED_DIFFERENCES: &str = "pgflip_verified_differences";
+/// See [`VERIFIED_AT`].
+pub const VERIFIED_UNSETTLED: &str = "pgflip_verified_unsettled";
+/// Gauge: 1 while `verify --follow` keeps current that both sides are equal, but for what the other gauges tell; 0 if it does not.
+pub const FOLLOWING: &str = "pgflip_follow_current";
+/// Gauges of what `verify --follow` keeps current; absent while it does not: keys and whole tables that have not been compared yet,
+/// rows that differ, bytes of the active side's WAL behind the position up to which all is verified.
+pub const FOLLOW_PENDING: &str = "pgflip_follow_pending_keys";
+/// See [`FOLLOW_PENDING`].
+pub const FOLLOW_PENDING_TABLES: &str = "pgflip_follow_pending_tables";
+/// See [`FOLLOW_PENDING`].
+pub const FOLLOW_DIFFERENCES: &str = "pgflip_follow_differences";
+/// See [`FOLLOW_PENDING`].
+pub const FOLLOW_BEHIND: &str = "pgflip_follow_behind_bytes";
 /// Gauge: the epoch clients are served at. 0 until it is known.
 pub const EPOCH: &str = "pgflip_epoch";
 /// Gauge, `side`: 1 for the active side, 0 for the other one; both 0 until it is known.
@@ -99,6 +129,68 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
         LAG_SECONDS,
         Kind::Gauge,
         "Seconds a link is behind; labels database, to. Absent while unknown.",
+    ),
+    (
+        VERIFICATIONS,
+        Kind::Counter,
+        "Verifications that have ended; label outcome: equal, different, unsettled, paused, failed.",
+    ),
+    (
+        VERIFY_ROWS,
+        Kind::Counter,
+        "Rows that were compared (those of the active side).",
+    ),
+    (VERIFYING, Kind::Gauge, "1 while a verification is under way."),
+    (
+        VERIFIED_AT,
+        Kind::Gauge,
+        "When the last verification came to its end (Unix time). Absent until one has, as are the other pgflip_verified gauges.",
+    ),
+    (
+        VERIFIED_EQUAL,
+        Kind::Gauge,
+        "1 if the last verification found both sides to be equal, else 0.",
+    ),
+    (
+        VERIFIED_TABLES,
+        Kind::Gauge,
+        "Tables that the last verification compared.",
+    ),
+    (VERIFIED_ROWS, Kind::Gauge, "Rows that the last verification compared."),
+    (
+        VERIFIED_DIFFERENCES,
+        Kind::Gauge,
+        "Rows that differ, as the last verification found.",
+    ),
+    (
+        VERIFIED_UNSETTLED,
+        Kind::Gauge,
+        "Rows of which the last verification could not find out whether they differ.",
+    ),
+    (
+        FOLLOWING,
+        Kind::Gauge,
+        "1 while verify --follow keeps a full pass's proof current, else 0.",
+    ),
+    (
+        FOLLOW_PENDING,
+        Kind::Gauge,
+        "Changed keys that verify --follow has not compared yet. Absent while it does not follow.",
+    ),
+    (
+        FOLLOW_PENDING_TABLES,
+        Kind::Gauge,
+        "Tables that verify --follow has to compare as a whole. Absent while it does not follow.",
+    ),
+    (
+        FOLLOW_DIFFERENCES,
+        Kind::Gauge,
+        "Rows that differ, as verify --follow knows. Absent while it does not follow.",
+    ),
+    (
+        FOLLOW_BEHIND,
+        Kind::Gauge,
+        "Bytes of the active side's WAL behind the position up to which all is verified. Absent while nothing is.",
     ),
     (
         EPOCH,

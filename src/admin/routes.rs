@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::{Admin, Refusal, events, guard};
 use crate::config::{Guarantee, Stragglers};
 use crate::controller::operation::Operation;
-use crate::controller::{Direction, FlipRequest, Force, Refused, Request as Order, resync, verify};
+use crate::controller::{Compared, Direction, FlipRequest, Force, Refused, Request as Order, resync, verify};
 use crate::pg::Side;
 use crate::telemetry;
 
@@ -181,7 +181,7 @@ async fn verify_all(State(admin): Shared, headers: HeaderMap, body: Body) -> Ans
                 "Leave the others out, or begin a verification without \"resume\".",
             ));
         }
-        return begun(&admin, admin.controller.verify_on());
+        return begun(&admin, admin.controller.verify_on().await);
     }
     let request = verify::Request {
         tables: options.one("tables")?.unwrap_or_default(),
@@ -535,6 +535,36 @@ async fn live_gauges(admin: &Admin, text: &mut String) {
         telemetry::ACTIVE,
         &Side::BOTH.map(|side| (format!("{{side=\"{side}\"}}"), active(side))),
     );
+    let Compared {
+        running,
+        last,
+        followed,
+    } = admin.controller.compared().await;
+    let yes = |yes: bool| plain(f64::from(u8::from(yes)));
+    put(telemetry::VERIFYING, &yes(running));
+    if let Some((at, result)) = last {
+        put(telemetry::VERIFIED_AT, &plain(at.as_second() as f64));
+        put(telemetry::VERIFIED_EQUAL, &yes(result["outcome"] == "equal"));
+        for (name, key) in [
+            (telemetry::VERIFIED_TABLES, "tables"),
+            (telemetry::VERIFIED_ROWS, "rows"),
+            (telemetry::VERIFIED_DIFFERENCES, "differences"),
+            (telemetry::VERIFIED_UNSETTLED, "unsettled"),
+        ] {
+            put(name, &plain(result[key].as_f64().unwrap_or(f64::NAN)));
+        }
+    }
+    put(telemetry::FOLLOWING, &yes(followed["state"] == "following"));
+    for (name, key) in [
+        (telemetry::FOLLOW_PENDING, "pending"),
+        (telemetry::FOLLOW_PENDING_TABLES, "pending_tables"),
+        (telemetry::FOLLOW_DIFFERENCES, "differences"),
+        (telemetry::FOLLOW_BEHIND, "behind"),
+    ] {
+        if let Some(value) = followed[key].as_f64() {
+            put(name, &plain(value));
+        }
+    }
     let lag = admin.controller.lag().await;
     let labels = |lag: &Value| {
         let text = |key: &str| {

@@ -327,4 +327,11 @@ async fn unknown_lag_is_absent_from_the_metrics_and_the_epoch_is_zero_until_know
         "{text}"
     );
     assert!(!text.contains("pgflip_lag_bytes{"), "{text}");
+    assert!(
+        text.contains("pgflip_verifying 0") && text.contains("pgflip_follow_current 0"),
+        "{text}"
+    );
+    for absent in ["pgflip_verified_", "pgflip_follow_pending", "pgflip_follow_behind"] {
+        assert!(!text.contains(absent), "{text}");
+    }
 }

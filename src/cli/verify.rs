@@ -28,7 +28,10 @@ pub struct Verify {
     /// Break off the verification under way, so that --resume can go on with it.
     #[arg(long, exclusive = true)]
     pause: bool,
-    /// Go on with the verification that was broken off: paused, or ended by an error.
+    /// Go on with the verification that was broken off: paused, ended by an error, or with pgflip itself.
+    ///
+    /// With its options. What was compared before holds for the positions at which it was; a table that was changed or copied to the
+    /// standby anew since is compared from its beginning. After a flip nothing is gone on with.
     #[arg(long, exclusive = true)]
     resume: bool,
     /// If both sides are equal, go on comparing what changes, in pgflip, after this command has ended.

@@ -38,6 +38,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use jiff::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -47,6 +48,7 @@ use tokio_postgres::error::SqlState;
 use crate::config::{Config, Guarantee, Stragglers};
 use crate::pg::{ConnectError, Purpose, Side, borrow};
 use crate::proxy::gate::{Gate, Upstream};
+use crate::telemetry;
 use finalized::Finalized;
 use guard::{Guard, Phase};
 use lag::LinkLag;
@@ -177,6 +179,8 @@ struct Inner {
     verifying: Option<Running>,
     /// Where the last one was broken off.
     verified: verify::Place,
+    /// When the last one came to its end, and what it found, with the number of its tables.
+    last_verified: Option<(Timestamp, Value)>,
     /// What keeps the last one's proof current, or why nothing does any more.
     following: Option<Arc<Follow>>,
     last_flip: Option<Value>,
@@ -198,6 +202,16 @@ impl Inner {
         }
         self.operations.push_back(operation.clone());
     }
+}
+
+/// What there is to measure of verifications.
+pub struct Compared {
+    /// One is under way.
+    pub running: bool,
+    /// When the last one came to its end: its `outcome`, `tables`, `rows`, `differences` and `unsettled`.
+    pub last: Option<(Timestamp, Value)>,
+    /// See [`Follow::told`], with `behind`, bytes. Null: nothing is followed.
+    pub followed: Value,
 }
 
 /// What a verification finds counts against what is followed, also if it is broken off.
@@ -230,6 +244,7 @@ impl Controller {
                 running: None,
                 verifying: None,
                 verified: verify::Place::default(),
+                last_verified: None,
                 following: None,
                 last_flip: None,
                 traffic: None,
@@ -435,13 +450,19 @@ impl Controller {
     }
 
     /// Goes on with the last verification, if it was broken off.
-    pub fn verify_on(self: &Arc<Self>) -> Result<Operation, Refused> {
+    pub async fn verify_on(self: &Arc<Self>) -> Result<Operation, Refused> {
         let refused = |what: String| Refused {
             code: "nothing_to_resume",
             what,
             next: "Begin one: `pgflip verify`.".into(),
         };
-        let place = self.inner.lock().verified.clone();
+        let mut place = self.inner.lock().verified.clone();
+        if place.lock().is_none() {
+            let kept = verify::broken_off(&self.config(), self.active()?.side).await;
+            let kept =
+                kept.map_err(|error| refused(format!("The last verification can't be gone on with: {error}.")))?;
+            place = Arc::new(Mutex::new(kept));
+        }
         let Some(source) = place.lock().as_ref().map(verify::Broken::source) else {
             return Err(refused("No verification was broken off.".into()));
         };
@@ -527,11 +548,19 @@ impl Controller {
                 ))),
             };
             let id = begun.id();
-            let _ended = controller
-                .inner
-                .lock()
-                .verifying
-                .take_if(|running| running.operation.id() == id);
+            {
+                let mut inner = controller.inner.lock();
+                let _ended = inner.verifying.take_if(|running| running.operation.id() == id);
+                if result["tables"].is_array() {
+                    let mut found = json!({ "tables": result["tables"].as_array().map(Vec::len) });
+                    for key in ["outcome", "rows", "differences", "unsettled"] {
+                        found[key] = result[key].clone();
+                    }
+                    inner.last_verified = Some((Timestamp::now(), found));
+                }
+            }
+            let outcome = result["outcome"].as_str().unwrap_or("failed").to_owned();
+            metrics::counter!(telemetry::VERIFICATIONS, "outcome" => outcome).increment(1);
             begun.finish(status, result);
         });
         Ok(operation)
@@ -760,6 +789,25 @@ impl Controller {
         }
         if let Some(upkeep) = self.upkeep.lock().take() {
             upkeep.abort();
+        }
+    }
+
+    /// What there is to measure of verifications, read now.
+    pub async fn compared(&self) -> Compared {
+        let upstream = self.gate.upstream();
+        let mut followed = match self.following() {
+            Some(following) if following.goes_on() => following.told(upstream),
+            _ => Value::Null,
+        };
+        let to = followed["verified_to"].as_str().and_then(|to| to.parse().ok());
+        if let (Some(to), Some(upstream)) = (to, upstream) {
+            followed["behind"] = json!(verify::behind(&self.config(), upstream.side, to).await);
+        }
+        let inner = self.inner.lock();
+        Compared {
+            running: inner.verifying.is_some(),
+            last: inner.last_verified.clone(),
+            followed,
         }
     }
 

@@ -103,9 +103,15 @@ impl Serialize for Lsn {
     }
 }
 
+impl<'de> Deserialize<'de> for Lsn {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Lsn, D::Error> {
+        String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// A name as it stands in the catalogs, unquoted. Displaying it quotes it: the only code that does
 /// (PostgreSQL manual, 4.1.1).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ident(pub String);
 

@@ -1,6 +1,7 @@
 //! Verifications that are broken off and gone on with, and what they say of much that differs and of what can't be compared.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
@@ -41,19 +42,70 @@ impl Waiting {
         line.expect("a line in time").expect("text")
     }
 
-    /// Its exit code, and what it said last.
+    /// Its exit code, and what it said from here on.
     async fn end(mut self) -> (Option<i32>, String) {
-        let mut last = String::new();
+        let mut said = String::new();
         while let Some(line) = self.line().await {
-            last = line;
+            said.push_str(&line);
+            said.push('\n');
         }
-        (self.command.wait().await.expect("its end").code(), last)
+        (self.command.wait().await.expect("its end").code(), said)
+    }
+}
+
+/// A session beside pgflip's that runs a statement, so that [`Waiting`] has something to wait for.
+struct Busy {
+    cancel: tokio_postgres::CancelToken,
+    task: tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>,
+}
+
+impl Busy {
+    async fn start(rig: &Rig) -> Busy {
+        let client = rig.admin(Side::Blue).await;
+        let cancel = client.cancel_token();
+        let task = tokio::spawn(async move { client.batch_execute("select pg_sleep(600)").await });
+        Busy { cancel, task }
+    }
+
+    async fn end(self) {
+        // A flip may have ended it.
+        let _gone = self.cancel.cancel_query(tokio_postgres::NoTls).await;
+        self.task.await.expect("a task").expect_err("it was ended");
+    }
+}
+
+/// As `resync` of another sidecar does it.
+async fn copy_again(rig: &Rig, table: &str) {
+    let green = rig.admin(Side::Green).await;
+    let one = |statement: &'static str| {
+        let green = &green;
+        async move {
+            green
+                .query_one(statement, &[])
+                .await
+                .expect("an answer")
+                .get::<_, String>(0)
+        }
+    };
+    let subscription = one("select quote_ident(subname) from pg_subscription").await;
+    let blue = rig.admin(Side::Blue).await;
+    let publish = |what: &str| format!("alter publication pgflip {what} table {table}");
+    blue.batch_execute(&publish("drop")).await.expect("taken out");
+    let refresh = format!("alter subscription {subscription} refresh publication");
+    on_green(rig, &refresh).await;
+    on_green(rig, &format!("truncate {table}")).await;
+    blue.batch_execute(&publish("add")).await.expect("put back");
+    on_green(rig, &refresh).await;
+    let until = tokio::time::Instant::now() + LIMIT;
+    while one("select string_agg(distinct srsubstate::text, '') from pg_subscription_rel").await != "r" {
+        assert!(tokio::time::Instant::now() < until, "it is copied");
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_differs_is_counted() {
-    let rig = Rig::new(16, 18).small().start().await;
+    let mut rig = Rig::new(16, 18).small().start().await;
     let blue = rig.admin(Side::Blue).await;
     let role = format!("set role {}", rig.app().user);
     blue.batch_execute(&format!("{role}; {TABLES}; reset role"))
@@ -89,6 +141,18 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     )
     .await;
     let (_, result) = verify(&rig, &["--limit", "7"]).await;
+    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
+    let metrics = metrics.as_str().expect("text");
+    for line in [
+        "pgflip_verifications_total{outcome=\"different\"} 1",
+        "pgflip_verified_equal 0",
+        "pgflip_verified_differences 125000",
+        "pgflip_verified_unsettled 0",
+        "pgflip_verifying 0",
+        "pgflip_follow_current 0",
+    ] {
+        assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
+    }
     // Whoever follows it, or comes when it is over, is told the same.
     let watched = rig.run(&["watch"]).await;
     assert_eq!(
@@ -110,34 +174,77 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     assert_eq!(many.expect("many")["green_count"], 85_000);
     on_green(&rig, "delete from many where v = 'extra'; insert into many select i * 2, md5(i::text) from generate_series(1, 50000) i").await;
 
-    // Somebody who is busy beside pgflip keeps it waiting.
-    let busy = rig.admin(Side::Blue).await;
-    let cancel = busy.cancel_token();
-    let busy = tokio::spawn(async move { busy.batch_execute("select pg_sleep(600)").await });
+    // Somebody who is busy beside pgflip keeps it waiting. Meanwhile a table is emptied and copied again.
+    let busy = Busy::start(&rig).await;
     let waiting = Waiting::start(&rig).await;
     let refused = rig.run(&["verify"]).await;
     assert!(
         refused.out.contains("is under way") || refused.err.contains("is under way"),
         "{refused:?}"
     );
+    copy_again(&rig, "many").await;
+    busy.end().await;
+    let (code, said) = waiting.end().await;
+    assert!(
+        code == Some(0) && said.contains("copied to the standby anew while it was compared: from its beginning"),
+        "{said}"
+    );
+    let busy = Busy::start(&rig).await;
+    let waiting = Waiting::start(&rig).await;
     let paused = rig.run(&["verify", "--pause"]).await;
     assert_eq!(
         (paused.code, &paused.result()["outcome"]),
         (Some(0), &"paused".into()),
         "{paused:?}"
     );
-    let (code, last) = waiting.end().await;
-    assert!(code == Some(1) && last.contains("paused"), "{last}");
-    cancel
-        .cancel_query(tokio_postgres::NoTls)
-        .await
-        .expect("it can be cancelled");
-    busy.await.expect("a task").expect_err("it was cancelled");
+    let (code, said) = waiting.end().await;
+    assert!(code == Some(1) && said.contains("paused"), "{said}");
+    busy.end().await;
     let resumed = rig.run(&["verify", "--resume"]).await;
     assert_eq!(
         (resumed.code, &resumed.result()["outcome"]),
         (Some(0), &"equal".into()),
         "{resumed:?}"
+    );
+
+    // One that is killed in the middle of it goes on as well: what it had found is not found again, and not lost.
+    on_green(&rig, "update many set v = 'other' where id = 2").await;
+    let busy = Busy::start(&rig).await;
+    let waiting = Waiting::start(&rig).await;
+    let locks = rig.admin(Side::Green).await;
+    locks.batch_execute("begin; lock table few").await.expect("a lock");
+    busy.end().await;
+    let until = tokio::time::Instant::now() + LIMIT;
+    let kept = "select count(*) from pgflip.verification where n > 0";
+    while blue.query_one(kept, &[]).await.expect("a table").get::<_, i64>(0) == 0 {
+        assert!(tokio::time::Instant::now() < until, "it is kept");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    rig.sidecar.restart(&[]).expect("pgflip starts again");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
+    assert_ne!(waiting.end().await.0, Some(0));
+    locks.batch_execute("rollback").await.expect("no lock");
+    on_green(&rig, "update many set v = md5('1') where id = 2").await;
+    let resumed = rig.run(&["verify", "--resume"]).await;
+    let result = resumed.result();
+    assert!(
+        format!("{}{}", resumed.out, resumed.err).contains("goes on behind 1 tables with 60000 rows"),
+        "{resumed:?}"
+    );
+    assert_eq!(
+        (resumed.code, &result["differences"], &result["unsettled"]),
+        (Some(1), &1.into(), &0.into()),
+        "{result}"
+    );
+    assert_eq!(
+        found(&result, "many").3,
+        ["different {\"\\\"id\\\"\":\"2\"}"],
+        "{result}"
+    );
+    let said = rig.run(&["verify", "--resume"]).await;
+    assert!(
+        format!("{}{}", said.out, said.err).contains("No verification was broken off"),
+        "{said:?}"
     );
 
     // What no link carries is not called equal.
@@ -157,25 +264,32 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     blue.batch_execute("drop table new").await.expect("it goes");
 
     // A flip ends it, and it is not gone on with behind that.
-    let busy = rig.admin(Side::Blue).await;
-    let cancel = busy.cancel_token();
-    let busy = tokio::spawn(async move { busy.batch_execute("select pg_sleep(600)").await });
+    let busy = Busy::start(&rig).await;
     let waiting = Waiting::start(&rig).await;
     rig.cutover().await;
-    let (code, last) = waiting.end().await;
-    assert!(code == Some(1) && last.contains("A flip has begun"), "{last}");
-    let _gone = cancel.cancel_query(tokio_postgres::NoTls).await;
-    let _cancelled = busy.await.expect("a task");
+    let (code, said) = waiting.end().await;
+    assert!(code == Some(1) && said.contains("A flip has begun"), "{said}");
+    busy.end().await;
     let said = rig.run(&["verify", "--resume"]).await;
     assert!(
         format!("{}{}", said.out, said.err).contains("green is active"),
         "{said:?}"
     );
     // The other way round it is the same.
-    let (code, result) = verify(&rig, &[]).await;
+    let (code, result) = verify(&rig, &["--follow"]).await;
     assert_eq!(
         (code, &result["source"], &result["outcome"]),
         (Some(0), &"green".into(), &"equal".into()),
         "{result}"
     );
+    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
+    let metrics = metrics.as_str().expect("text");
+    for line in [
+        "pgflip_verified_equal 1",
+        "pgflip_follow_current 1",
+        "pgflip_follow_differences 0",
+    ] {
+        assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
+    }
+    assert!(metrics.contains("\npgflip_follow_behind_bytes "), "{metrics}");
 }

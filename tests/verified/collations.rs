@@ -1,7 +1,7 @@
 //! Keys that both sides sort differently: nothing is a difference because of that, and no difference is hidden by it.
 
 use super::{found, on_green, verify};
-use crate::common::Rig;
+use crate::common::{LIMIT, Rig};
 use pgflip::pg::Side;
 
 const TABLES: &str = "
@@ -13,7 +13,7 @@ const TABLES: &str = "
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_that_are_sorted_otherwise_on_the_other_side_are_compared_all_the_same() {
-    let rig = Rig::new(15, 17).small().start().await;
+    let mut rig = Rig::new(15, 17).small().start().await;
     let blue = rig.admin(Side::Blue).await;
     blue.batch_execute(&format!("set role {}; {TABLES}", rig.app().user))
         .await
@@ -54,4 +54,29 @@ async fn keys_that_are_sorted_otherwise_on_the_other_side_are_compared_all_the_s
     assert_eq!((missing, extra, different), (1, 1, 1), "{result}");
     let (missing, extra, different, _) = found(&result, "versioned");
     assert_eq!((missing, extra, different), (1, 2, 2), "{result}");
+    let green_count = |result: &serde_json::Value| {
+        result["tables"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| one["green_count"].as_i64())
+            .sum::<Option<i64>>()
+    };
+    let before = (result["rows"].clone(), green_count(&result));
+
+    // As if they were large: without a snapshot that lasts for a whole table.
+    rig.sidecar
+        .restart(&[("PGFLIP_FAULT", "skip=whole")])
+        .expect("pgflip starts");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
+    let (_, result) = verify(&rig, &[]).await;
+    assert_eq!(
+        ["words", "versioned"].map(|table| compared_by(&result, table)),
+        ["keys"; 2]
+    );
+    let (missing, extra, different, _) = found(&result, "words");
+    assert_eq!((missing, extra, different), (1, 1, 1), "{result}");
+    let (missing, extra, different, _) = found(&result, "versioned");
+    assert_eq!((missing, extra, different), (1, 2, 2), "{result}");
+    assert_eq!((result["rows"].clone(), green_count(&result)), before, "{result}");
 }

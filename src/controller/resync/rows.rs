@@ -718,6 +718,7 @@ mod tests {
         let column = |name: &String| KeyColumn {
             name: name.clone(),
             same: true,
+            sorts_by: Some(String::new()),
             kinds: ["integer".into(), "bigint".into()],
             equals: ["operator(pg_catalog.=)".into(), "operator(pg_catalog.=)".into()],
         };

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
 use super::VerifyError;
@@ -24,6 +25,9 @@ const PART: f64 = 500.0;
 const PARTS_MAX: u32 = 65_536;
 /// Rows of each side that are looked at one by one at the same time: what bounds memory.
 const KEYS: i64 = 20_000;
+/// Rows of a piece whose keys the opposite side is asked for, and keys in one question.
+pub const LOOKUPS: u64 = 10_000;
+const LOOKUPS_AT_ONCE: usize = 1_000;
 /// Rows of a piece that is cut anew, because too many of its rows may differ.
 pub const SMALLER: u64 = 10_000;
 /// Looks at rows of a table without a key before it is said that they can't be settled.
@@ -100,6 +104,9 @@ pub async fn piece(
     pace: &Pace,
     found: &mut impl Take,
 ) -> Result<Looked, VerifyError> {
+    if let Some(end) = piece.of {
+        return lookups(readers, sessions, (piece, end), found).await;
+    }
     let [source, target] = readers;
     // Statistics may know nothing of a table yet. More parts than rows do no harm.
     let mut parts = PARTS_MAX;
@@ -196,6 +203,45 @@ async fn keyed(
             unsettled,
         })
         .await
+}
+
+/// Of a table that both sides sort otherwise: the rows of a piece of one side, whose keys the other one is asked for. Of the target's
+/// only those that the source does not have: all others are compared with the source's pieces.
+async fn lookups(
+    readers: [&Reader<'_>; 2],
+    sessions: &Sessions<'_>,
+    (piece, end): (&Piece, usize),
+    found: &mut impl Take,
+) -> Result<Looked, VerifyError> {
+    let here = readers[end].keyed(piece, (1, &[0])).await?;
+    let keys: Vec<Key> = here.keys().cloned().collect();
+    let there = keys
+        .chunks(LOOKUPS_AT_ONCE)
+        .map(|keys| readers[1 - end].versions(keys, false));
+    let there: BTreeMap<Key, Hashes> = try_join_all(there)
+        .await?
+        .into_iter()
+        .flatten()
+        .map(|(key, version)| (key, version.hashes))
+        .collect();
+    let suspect = |key: &Key| match there.get(key) {
+        Some(hashes) => end == 0 && here.get(key) != Some(hashes),
+        None => true,
+    };
+    let suspects = keys.into_iter().filter(suspect).collect();
+    let settled = settle::settle(sessions, readers, suspects).await?;
+    let unsettled = settled.unsettled.len() as u64;
+    found
+        .take(Batch {
+            differences: settled.differences,
+            unsettled,
+        })
+        .await?;
+    let mut sum = Sum::default();
+    if end == 0 {
+        here.values().for_each(|hashes| sum += Sum::of(*hashes));
+    }
+    Ok(Looked::Compared(sum))
 }
 
 /// Keys of one side only, and those whose rows are not the same.

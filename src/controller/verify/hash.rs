@@ -8,13 +8,13 @@
 
 use std::ops::{Add, AddAssign, Sub, SubAssign};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 /// What the text of a value depends on, and what a session that only compares needs. To be run on both servers.
 pub const PINNED: &str = include_str!("../../pg/sql/verify_session.sql");
 
 /// The two numbers that hashes begin with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Seeds(pub i64, pub i64);
 
 impl Seeds {
@@ -26,7 +26,7 @@ impl Seeds {
 
 /// Of some rows: how many, and the sums of their two hashes. Equal for equal multisets of rows; for others it is so with a
 /// probability of 2^-128 or so.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sum {
     /// How many.
     pub rows: i64,
@@ -49,6 +49,13 @@ impl Sum {
             rows: self.rows * i64::try_from(times).unwrap_or(i64::MAX),
             hashes: (self.hashes.0 * i128::from(times), self.hashes.1 * i128::from(times)),
         }
+    }
+
+    /// Without the count, for people: 32 hexadecimal digits, the low 64 bits of both sums.
+    pub fn shown(&self) -> String {
+        #[expect(clippy::cast_sign_loss, clippy::cast_possible_truncation, reason = "the low 64 bits")]
+        let low = |sum: i128| sum as u64;
+        format!("{:016x}{:016x}", low(self.hashes.0), low(self.hashes.1))
     }
 
     /// From what servers answer: the count, and the sums, which are of type numeric, as text.
@@ -89,15 +96,6 @@ impl Sub for Sum {
     fn sub(mut self, other: Sum) -> Sum {
         self -= other;
         self
-    }
-}
-
-/// As it is shown: 32 hexadecimal digits, the low 64 bits of both sums.
-impl Serialize for Sum {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        #[expect(clippy::cast_sign_loss, clippy::cast_possible_truncation, reason = "the low 64 bits")]
-        let low = |sum: i128| sum as u64;
-        to.collect_str(&format_args!("{:016x}{:016x}", low(self.hashes.0), low(self.hashes.1)))
     }
 }
 

@@ -15,6 +15,7 @@ pub(super) mod compare;
 mod condition;
 pub mod follow;
 pub(super) mod hash;
+mod kept;
 mod pending;
 pub(super) mod plan;
 pub(super) mod read;
@@ -26,9 +27,11 @@ pub(super) mod table;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::error::SqlState;
 
 use super::links::{LinkError, TableName};
@@ -40,19 +43,19 @@ use super::state::StateError;
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::origin::OriginError;
-use crate::pg::{ConnectError, Ident, Side};
+use crate::pg::{ConnectError, Ident, Lsn, Purpose, Side, borrow};
 use condition::Condition;
 use hash::Seeds;
 use plan::PlanError;
 use report::Report;
 pub use settle::Kind;
-use table::{Checkpoint, Database};
+use table::{Checkpoint, Database, Origin};
 
 /// How long the standby may be behind before a row is said not to be settled.
 const LAG_MAX: Duration = Duration::from_secs(60);
 
 /// A verification, as it is asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// `schema.table`, as `pgflip replication status` writes them, quoted where they have to be. None: all of them.
     pub tables: Vec<String>,
@@ -97,6 +100,9 @@ pub enum VerifyError {
     /// What is written on the source does not arrive.
     #[error("{}", .0.what)]
     Link(Finding),
+    /// A table's copy on the target is another one than when its comparison began.
+    #[error("{0} was copied to the standby anew while it was compared")]
+    Copied(String),
     /// Links could not be read.
     #[error(transparent)]
     Links(#[from] LinkError),
@@ -156,6 +162,9 @@ impl VerifyError {
                 VerifyError::NotReplicated => "`pgflip replication start` copies everything to the other side.".to_owned(),
                 VerifyError::Link(finding) => finding.mend.clone(),
                 VerifyError::Moved(_) => "Run `pgflip verify` again: it compares from the side that is active now.".to_owned(),
+                VerifyError::Copied(_) => {
+                    "Wait until nobody copies it any more (`pgflip resync`), and go on: `pgflip verify --resume`.".to_owned()
+                }
                 VerifyError::KeyTwice { .. } => {
                     "An index there is damaged, by another version of a collation perhaps. Remove one of the rows, and REINDEX."
                         .to_owned()
@@ -174,14 +183,22 @@ impl VerifyError {
 }
 
 /// A verification that was broken off: what it takes to go on with it.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Broken {
+    /// Random.
+    id: i64,
+    began_at: Timestamp,
     source: Side,
     /// At which epoch it is active: as its row said first.
     epoch: Option<u64>,
     request: Request,
     seeds: Seeds,
-    reports: Vec<Report>,
+    /// Kept apart: see [`kept`].
+    #[serde(skip)]
+    reports: Vec<(Origin, Report)>,
+    /// How often some of them were taken out.
+    #[serde(skip)]
+    anew: u32,
     /// Of the table that it was at.
     table: Option<Checkpoint>,
     /// It ended because a key was there twice.
@@ -192,11 +209,14 @@ impl Broken {
     /// Nothing is compared yet.
     pub fn new(source: Side, request: Request) -> Broken {
         Broken {
+            id: rand::random(),
+            began_at: Timestamp::now(),
             source,
             epoch: None,
             request,
             seeds: Seeds::draw(),
             reports: Vec::new(),
+            anew: 0,
             table: None,
             damaged: false,
         }
@@ -213,14 +233,18 @@ impl Broken {
 
     /// Something differs already.
     pub fn differs(&self) -> bool {
-        self.reports.iter().any(|report| report.differences() > 0)
+        self.reports.iter().any(|(_, report)| report.differences() > 0)
             || self.table.as_ref().is_some_and(Checkpoint::differs)
             || self.damaged
     }
 
     /// For people: how far it has come.
     pub fn shown(&self) -> String {
-        let rows: i64 = self.reports.iter().map(|report| report.rows(self.source)).sum();
+        let rows = self
+            .reports
+            .iter()
+            .map(|(_, report)| report.rows(self.source))
+            .sum::<i64>();
         match &self.table {
             Some(table) => format!(
                 "{} tables with {rows} rows, and a part of {}",
@@ -232,38 +256,56 @@ impl Broken {
     }
 }
 
+pub use kept::{NotKept, find as broken_off};
+
 /// Where a verification stands, for whoever goes on with it.
 pub type Place = Arc<Mutex<Option<Broken>>>;
 
 /// Compares everything from `place` on, and tells `operation`'s followers of it. The link from the source has to run. If it is
 /// broken off, `place` says how far it has come.
 pub async fn run(config: Arc<Config>, operation: &Operation, place: Place) -> Result<Value, Failure> {
-    let done = compare(config, operation, &place).await;
+    let Some((source, id)) = place.lock().as_ref().map(|place| (place.source, place.id)) else {
+        return compare(config, operation, &place).await;
+    };
+    let writing = tokio::sync::Mutex::new(());
+    let mut keeping = std::pin::pin!(kept::keep(&config, source, &place, &writing));
+    let done = tokio::select! {
+        done = compare(config.clone(), operation, &place) => done,
+        never = &mut keeping => match never {},
+    };
+    // What it is about to write must not come behind what ends it.
+    tokio::select! {
+        never = &mut keeping => match never {},
+        _ended = writing.lock() => {}
+    }
     // There is nothing to go on with where nothing was compared.
     place.lock().take_if(|place| done.is_err() && place.is_new());
+    if place.lock().is_none() {
+        kept::forget(&config, source, id, done.is_ok()).await;
+    }
     done
 }
 
 async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> Result<Value, Failure> {
     let began = Instant::now();
-    let Some(Broken {
-        source,
-        request,
-        seeds,
-        reports,
-        ..
-    }) = place.lock().clone()
-    else {
+    let Some(broken) = place.lock().clone() else {
         return Err(Failure::new(
             "There is no verification to go on with.",
             "Nothing was compared.",
             "Begin one: `pgflip verify`.",
         ));
     };
-    if !reports.is_empty() {
-        let message = format!("goes on behind {} tables that were compared before", reports.len());
+    if !broken.is_new() {
+        let message = format!("goes on behind {}, compared before", broken.shown());
         operation.event("verify", "info", message, Value::Null);
     }
+    let Broken {
+        source,
+        request,
+        seeds,
+        began_at,
+        ..
+    } = broken;
     let wanted = parse(&request.tables)?;
     let only = condition(request.only.as_deref(), &wanted)?;
     let failed = |error: VerifyError| {
@@ -312,13 +354,21 @@ async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> R
         apart.push(contents(&database, &not_carried).await.map_err(failed)?);
     }
     let reports = place.lock().take().map(|place| place.reports).unwrap_or_default();
-    Ok(summary(
-        source,
-        request.only.as_deref(),
-        &reports,
-        apart,
-        began.elapsed(),
-    ))
+    let reports: Vec<Report> = reports.into_iter().map(|(_, report)| report).collect();
+    let mut summary = summary(source, request.only.as_deref(), &reports, apart, began.elapsed());
+    summary["began_at"] = json!(began_at);
+    Ok(summary)
+}
+
+/// Bytes of WAL that a side has written behind this position, in the carrier. `None`: it can't be asked.
+pub async fn behind(config: &Config, side: Side, to: Lsn) -> Option<u64> {
+    let limit = config.limits.server_connect_timeout;
+    let asked = async {
+        let client = borrow(config.server(side), config.carrier(), Purpose("verify"), limit).await?;
+        table::position(&client).await
+    };
+    let now = timeout(limit, asked).await.ok()?.ok()?;
+    Some(now.0.saturating_sub(to.0))
 }
 
 /// What is said of a verification that was broken off because somebody asked for it.
@@ -331,7 +381,7 @@ fn summary(source: Side, only: Option<&str>, reports: &[Report], apart: Vec<Valu
     let differences: u64 = reports.iter().map(Report::differences).sum();
     let unsettled: u64 = reports.iter().map(|report| report.unsettled).sum();
     let rows: i64 = reports.iter().map(|report| report.rows(source)).sum();
-    let columns_missing = reports.iter().any(Report::lacks_columns);
+    let columns_missing = reports.iter().any(|report| report.lacks_columns(source));
     let nothing = json!([]);
     let missing = |one: &Value| one["sequences"]["missing"] != nothing || one["not_replicated"] != nothing;
     let outcome = match (differences, unsettled) {

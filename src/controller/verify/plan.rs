@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::controller::links::TableName;
 use crate::pg::connect::describe;
@@ -42,6 +43,8 @@ pub struct KeyColumn {
     pub equals: [String; 2],
     /// Both have the same type, equality and collation.
     pub same: bool,
+    /// What the source sorts it by: see `verify_columns.sql`.
+    pub sorts_by: Option<String>,
 }
 
 /// How a table is cut into pieces.
@@ -56,9 +59,11 @@ pub enum Method {
 }
 
 impl Table {
-    /// It has the same columns and key as `other`, an earlier or later reading of it.
-    pub fn is_still(&self, other: &Table) -> bool {
-        (&self.name, self.oid, &self.columns, &self.method) == (&other.name, other.oid, &other.columns, &other.method)
+    /// Another text if it is another table, or has other columns, another key, or one that is sorted otherwise.
+    pub fn shape(&self) -> String {
+        let of = (&self.name, self.oid, &self.columns, &self.method, &self.apart);
+        let digest = Sha256::digest(format!("{of:?}"));
+        digest.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
@@ -108,7 +113,8 @@ pub struct Table {
 }
 
 /// Columns that one side does not have, or has with another type.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Apart {
     /// Only blue has them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -281,6 +287,7 @@ fn method(here: &Found, there: &Found) -> Method {
                 kinds: [mine.kind, theirs.kind],
                 equals: [mine_part.equals, theirs_part.equals],
                 same,
+                sorts_by: mine_part.sorts_by,
             }
         });
     let columns: Vec<KeyColumn> = columns.collect();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 
@@ -17,12 +18,16 @@ pub type Key = Vec<String>;
 pub type Hashes = (i64, i64);
 
 /// Which rows.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// Those behind this key. `None`: from the first one on.
     pub after: Option<Key>,
     /// Up to this one, itself included. `None`: to the end.
     pub upto: Option<Key>,
+    /// Both sides sort otherwise: whose order this is of, and so the only one that can be asked for these rows, the source (0) or the
+    /// target (1). `None`: both can.
+    #[serde(default)]
+    pub of: Option<usize>,
 }
 
 /// A row as one server has it now.
@@ -272,7 +277,7 @@ impl<'a> Reader<'a> {
 
     /// The key in a piece that so many rows come before. `None`: it has not so many.
     pub async fn key_behind(&self, piece: &Piece, rows: u64) -> Result<Option<Key>, tokio_postgres::Error> {
-        debug_assert!(matches!(self.table.method, Method::Ranges(_)));
+        debug_assert!(matches!(self.table.method, Method::Ranges(_)) || piece.of == Some(self.end));
         let mut parameters = Parameters::default();
         let (mut columns, mut names) = (Vec::new(), Vec::new());
         for column in self.key() {

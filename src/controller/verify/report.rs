@@ -1,6 +1,6 @@
 //! What became of one table, as it is shown; and of its differences, the first ones.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::VerifyError;
@@ -12,7 +12,7 @@ use super::settle::{Difference, Kind};
 use crate::pg::{Lsn, Side};
 
 /// What was found in a table so far.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Found {
     /// Of the source.
     pub source: Sum,
@@ -90,10 +90,8 @@ impl Take for Found {
 }
 
 /// One table, compared.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
-    #[serde(skip)]
-    source: Side,
     /// Its database.
     pub database: String,
     /// Its name, quoted.
@@ -105,12 +103,12 @@ pub struct Report {
     green_count: i64,
     /// See [`Sum`]. Of pieces that looked different: what the source had, and that with the differences that were found. Of one
     /// verification only: seeds are drawn anew each time.
-    blue_checksum: Sum,
-    green_checksum: Sum,
+    blue_checksum: String,
+    green_checksum: String,
     /// The source's positions between which its pieces were read.
     position: [Lsn; 2],
-    /// `key ranges`, `key hashes`, or `rows` (it has no key).
-    compared_by: &'static str,
+    /// `key ranges`, `key hashes`, `keys` (both sides sort them otherwise, and there are many), or `rows` (it has no key).
+    compared_by: String,
     differences: Differences,
     /// Rows that may differ: they could not be seen still, and not be locked.
     pub unsettled: u64,
@@ -120,7 +118,7 @@ pub struct Report {
 }
 
 /// How many rows differ, and the first of them.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Differences {
     missing: u64,
     extra: u64,
@@ -134,6 +132,8 @@ pub struct When {
     pub position: [Lsn; 2],
     /// Wall time.
     pub seconds: f64,
+    /// How it was cut.
+    pub compared_by: String,
 }
 
 impl Report {
@@ -168,13 +168,12 @@ impl Report {
             database: database.to_owned(),
             table: table.name.to_string(),
             consistent: all == 0 && found.unsettled == 0 && table.apart.lacking(source).is_empty(),
-            source,
             blue_count: blue.rows,
             green_count: green.rows,
-            blue_checksum: blue,
-            green_checksum: green,
+            blue_checksum: blue.shown(),
+            green_checksum: green.shown(),
             position: when.position,
-            compared_by: table.method.shown(),
+            compared_by: when.compared_by.clone(),
             differences,
             unsettled: found.unsettled,
             apart: table.apart.clone(),
@@ -202,8 +201,8 @@ impl Report {
     }
 
     /// Green has not all of blue's columns, and nothing that blue has in them.
-    pub fn lacks_columns(&self) -> bool {
-        !self.apart.lacking(self.source).is_empty()
+    pub fn lacks_columns(&self, source: Side) -> bool {
+        !self.apart.lacking(source).is_empty()
     }
 
     /// For people, in a line.
@@ -222,7 +221,7 @@ impl Report {
         if self.unsettled > 0 {
             shown.push_str(&format!(", {} not settled", self.unsettled));
         }
-        if self.lacks_columns() {
+        if self.lacks_columns(source) {
             let columns: Vec<String> = self.apart.lacking(source).iter().map(ToString::to_string).collect();
             shown.push_str(&format!("; without the columns {}", columns.join(", ")));
         }

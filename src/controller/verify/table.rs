@@ -1,14 +1,16 @@
 //! One database's tables, one after another: cut into pieces that several workers compare, as load and lag allow.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
 
-use super::compare::{self, Looked, Pace, SMALLER};
+use super::compare::{self, LOOKUPS, Looked, Pace, SMALLER};
 use super::condition::Condition;
 use super::hash::{self, Seeds};
 use super::plan::{self, Method, Table};
@@ -20,13 +22,23 @@ use crate::config::Config;
 use crate::controller::links::{self, Ends, TableName};
 use crate::controller::marker::MarkerError;
 use crate::controller::operation::Operation;
+use crate::controller::resync::note;
 use crate::controller::state::{self, State};
+use crate::fault;
 use crate::pg::{Client, Lsn, Purpose, Side, connect};
+use crate::telemetry;
 
 /// Pieces that are compared at once.
 const WORKERS: usize = 2;
 /// How often load and lag are looked at, and progress is told.
 const EVERY: Duration = Duration::from_secs(1);
+/// Tables of so many bytes are read in one statement each, so many at once.
+const SMALL: u64 = 1 << 20;
+const AT_ONCE: usize = 64;
+/// A table that both sides sort otherwise is read as a whole, in one snapshot, if it has no more bytes: some seconds.
+const WHOLE: u64 = 1 << 30;
+/// How often a table is compared from its beginning because it was copied to the target anew meanwhile.
+const COPIED_MAX: u32 = 3;
 /// A worker's sessions: pinned, of one database.
 pub struct Pair {
     pub(super) source: Client,
@@ -34,16 +46,48 @@ pub struct Pair {
 }
 
 /// How far a table has been compared.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Checkpoint {
     database: String,
+    table: String,
     /// As it was: if it is another one by now, it is compared from its beginning.
-    table: Table,
+    origin: Origin,
     /// What has not been compared.
     left: Vec<Range>,
     found: Found,
+    /// For people: how it is cut.
+    compared_by: String,
     /// The source's position when it began.
     from: Lsn,
+    /// How long it has taken until then.
+    seconds: f64,
+}
+
+/// What was compared: what was found of it means nothing of another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// See [`Table::shape`].
+    shape: String,
+    /// Which copy of it the target had: see [`Standing`]. `None`: no link carried it.
+    copy: Option<String>,
+}
+
+/// What the link carries.
+pub struct Standing {
+    /// Tables that it does not.
+    not_carried: Vec<TableName>,
+    /// Of those that it does, which copy the target has: another text once one has been copied anew.
+    copies: BTreeMap<TableName, String>,
+}
+
+impl Standing {
+    fn origin(&self, table: &Table) -> Origin {
+        let carried = !self.not_carried.contains(&table.name);
+        Origin {
+            shape: table.shape(),
+            copy: self.copies.get(&table.name).filter(|_| carried).cloned(),
+        }
+    }
 }
 
 impl Checkpoint {
@@ -53,8 +97,8 @@ impl Checkpoint {
     }
 
     /// The table.
-    pub fn name(&self) -> String {
-        self.table.name.to_string()
+    pub fn name(&self) -> &str {
+        &self.table
     }
 }
 
@@ -124,7 +168,9 @@ impl Database<'_> {
             pairs.push(self.pair().await?);
         }
         let mut unattended = Unattended::new(self, &pairs).await?;
-        let not_carried = self.in_order(&sessions).await?;
+        let standing = self.look(&sessions).await?;
+        let done = self.done(&tables, &standing);
+        tables.retain(|table| !done.contains(&table.name.to_string()));
         tables.sort_by(|a, b| (b.bytes, &a.name).cmp(&(a.bytes, &b.name)));
         let mut progress = Progress {
             database: self,
@@ -132,22 +178,157 @@ impl Database<'_> {
             told: None,
             rows: 0,
             all: tables.iter().map(|table| table.rows).sum(),
+            standing,
+            looked: Instant::now(),
         };
+        let not_carried = progress.standing.not_carried.clone();
+        let large = tables
+            .iter()
+            .filter(|table| table.bytes > SMALL || self.only.is_some())
+            .count();
+        let small = tables.split_off(large);
         for table in tables {
-            let done = |report: &Report| report.database == self.name && report.table == table.name.to_string();
-            let place = self.place.lock().as_ref().map(|place| place.reports.iter().any(done));
-            if place != Some(true) {
-                sessions.patience.renew();
-                self.table(&table, &pairs, &sessions, &mut progress).await?;
-            }
+            self.table(&table, &pairs, &sessions, &mut progress).await?;
+        }
+        for table in self.small(small, &pairs, &sessions, &mut progress).await? {
+            self.table(&table, &pairs, &sessions, &mut progress).await?;
         }
         unattended.sessions.clear();
         Ok(not_carried)
     }
 
+    /// Tables that were compared before this was broken off. Those that are others by now are not, and what was found of them goes.
+    fn done(&self, tables: &[Table], standing: &Standing) -> BTreeSet<String> {
+        let (mut done, mut others) = (BTreeSet::new(), Vec::new());
+        let now: BTreeMap<String, Origin> = tables
+            .iter()
+            .map(|table| (table.name.to_string(), standing.origin(table)))
+            .collect();
+        let mut place = self.place.lock();
+        let Some(place) = &mut *place else { return done };
+        place.reports.retain(|(origin, report)| {
+            if report.database != self.name {
+                return true;
+            }
+            let same = now.get(&report.table) == Some(origin);
+            match same {
+                true => drop(done.insert(report.table.clone())),
+                false => others.push(report.table.clone()),
+            }
+            same
+        });
+        place.anew += u32::from(!others.is_empty());
+        let other = |at: &mut Checkpoint| at.database == self.name && now.get(&at.table) != Some(&at.origin);
+        others.extend(place.table.take_if(other).map(|at| at.table));
+        for table in others {
+            let message = format!("{table} was changed or copied anew since it was compared: from its beginning");
+            let data = json!({ "database": self.name, "table": table });
+            self.operation.event("verify", "info", message, data);
+        }
+        done
+    }
+
+    /// Compares small tables, many at once. Returns those that need a second look: none is reported but those that are equal.
+    async fn small(
+        &self,
+        tables: Vec<Table>,
+        pairs: &[Pair],
+        sessions: &Sessions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<Vec<Table>, VerifyError> {
+        let mut again = Vec::new();
+        let mut equal = Vec::new();
+        for some in tables.chunks(AT_ONCE) {
+            if progress.looked.elapsed() >= EVERY {
+                self.confirm(&mut equal, &mut again, sessions, progress).await?;
+            }
+            let began = Instant::now();
+            let from = position(sessions.writes).await?;
+            // Each is a statement of its own, with a snapshot and a lock of its own. A server is asked for the next one before it has
+            // answered.
+            let sums = some.iter().enumerate().map(async |(n, table)| {
+                let [source, target] = self.readers(table, &pairs[n % pairs.len()]);
+                let whole = Piece::default();
+                tokio::join!(source.sum(&whole), target.sum(&whole))
+            });
+            let sums = join_all(sums).await;
+            let mut when = When {
+                position: [from, position(sessions.writes).await?],
+                seconds: began.elapsed().as_secs_f64(),
+                compared_by: String::new(),
+            };
+            for (table, sums) in some.iter().zip(sums) {
+                // What a server refuses it is asked for once more.
+                let (Ok(here), Ok(there)) = sums else {
+                    again.push(table.clone());
+                    continue;
+                };
+                let origin = progress.standing.origin(table);
+                if here != there || origin.copy.is_none() {
+                    again.push(table.clone());
+                    continue;
+                }
+                let mut found = Found::new(self.request.listed, &self.request.kinds);
+                found.source = here;
+                when.compared_by = table.method.shown().to_owned();
+                let readers = self.readers(table, &pairs[0]);
+                let report = Report::new(
+                    readers.each_ref(),
+                    self.source,
+                    self.name,
+                    found,
+                    &when,
+                    self.request.show_values,
+                )
+                .await?;
+                equal.push((table.clone(), origin, report));
+                progress.add(here.rows);
+                progress.tell(table, here.rows);
+            }
+        }
+        self.confirm(&mut equal, &mut again, sessions, progress).await?;
+        Ok(again)
+    }
+
+    /// Reports tables that were found to be equal, if all is still as it was: so it is asked once for many.
+    async fn confirm(
+        &self,
+        equal: &mut Vec<(Table, Origin, Report)>,
+        again: &mut Vec<Table>,
+        sessions: &Sessions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), VerifyError> {
+        let notes = note::read(&**sessions.writes).await?;
+        progress.look_again(sessions).await?;
+        for (table, origin, report) in equal.drain(..) {
+            let copied = notes.iter().any(|note| note.table == table.name);
+            match !copied && progress.standing.origin(&table) == origin {
+                true => self.report(origin, report),
+                false => again.push(table),
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&self, origin: Origin, report: Report) {
+        let state = if report.consistent { "done" } else { "failed" };
+        let data = json!({ "database": self.name, "table": report.table });
+        self.operation.event("verify", state, report.shown(self.source), data);
+        if let Some(place) = &mut *self.place.lock() {
+            place.reports.push((origin, report));
+        }
+    }
+
+    /// Looks at what the link carries, and waits for a moment to compare in.
+    async fn look(&self, sessions: &Sessions<'_>) -> Result<Standing, VerifyError> {
+        let standing = self.in_order(sessions).await?;
+        self.wait_for_quiet(sessions).await?;
+        Ok(standing)
+    }
+
     /// What is compared means something only as long as the source is active, at the epoch at which this began, and the link carries
-    /// what is written there. Returns the tables that it does not carry.
-    async fn in_order(&self, sessions: &Sessions<'_>) -> Result<Vec<TableName>, VerifyError> {
+    /// what is written there.
+    async fn in_order(&self, sessions: &Sessions<'_>) -> Result<Standing, VerifyError> {
         let row = state::read(&**sessions.writes).await?;
         let Some(row) = row.filter(|row| row.side == self.source && row.state == State::Active) else {
             return Err(VerifyError::Moved(self.source));
@@ -167,7 +348,8 @@ impl Database<'_> {
         loop {
             let (obstacles, not_carried) = links::arrives(&ends).await?;
             let Some(finding) = obstacles.into_iter().next() else {
-                return Ok(not_carried);
+                let copies = copies(&ends).await?;
+                return Ok(Standing { not_carried, copies });
             };
             // Workers come back by themselves.
             if !matches!(finding.code, "link_down" | "worker_missing" | "link_disabled") || Instant::now() >= until {
@@ -177,6 +359,22 @@ impl Database<'_> {
         }
     }
 
+    /// The same, and the target still has the copy of this table that it had when its comparison began. Whoever copies it anew
+    /// (`resync`, of another sidecar as well) empties it first: what is compared meanwhile says nothing.
+    async fn is_in_order(&self, table: &Table, origin: &Origin, sessions: &Sessions<'_>) -> Result<(), VerifyError> {
+        // First: who has begun to copy it by now, and has not come to the end, has left a note; who has come to it, another copy.
+        let notes = note::read(&**sessions.writes).await?;
+        if notes.iter().any(|note| note.table == table.name) {
+            return Err(VerifyError::Link(note::finding(&table.name, self.source)));
+        }
+        let now = self.in_order(sessions).await?.origin(table);
+        match now.copy.is_some() && now == *origin {
+            true => Ok(()),
+            false => Err(VerifyError::Copied(table.name.to_string())),
+        }
+    }
+
+    /// One table, from its beginning again if it was copied anew.
     async fn table(
         &self,
         table: &Table,
@@ -184,22 +382,61 @@ impl Database<'_> {
         sessions: &Sessions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<(), VerifyError> {
+        sessions.patience.renew();
+        let rows = progress.rows;
+        for _ in 1..COPIED_MAX {
+            match self.once(table, pairs, sessions, progress).await {
+                Err(error @ VerifyError::Copied(_)) => {
+                    if let Some(place) = &mut *self.place.lock() {
+                        place.table = None;
+                    }
+                    progress.rows = rows;
+                    let data = json!({ "database": self.name, "table": table.name.to_string() });
+                    self.operation
+                        .event("verify", "info", format!("{error}: from its beginning"), data);
+                    progress.look_again(sessions).await?;
+                }
+                done => return done,
+            }
+        }
+        self.once(table, pairs, sessions, progress).await
+    }
+
+    async fn once(
+        &self,
+        table: &Table,
+        pairs: &[Pair],
+        sessions: &Sessions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), VerifyError> {
         let began = Instant::now();
-        let checkpoint = match self.checkpoint(table) {
+        // One that is of a moment ago is at worst another one than it has now: then the table is begun again.
+        let origin = progress.standing.origin(table);
+        let checkpoint = match self.checkpoint(table, &origin) {
             Some(checkpoint) => checkpoint,
             None => Checkpoint {
                 database: self.name.to_owned(),
-                table: table.clone(),
-                left: vec![Range::default()],
+                table: table.name.to_string(),
+                origin: origin.clone(),
+                compared_by: if self.by_keys(table) {
+                    "keys"
+                } else {
+                    table.method.shown()
+                }
+                .to_owned(),
+                left: self.all_of(table),
                 found: Found::new(self.request.listed, &self.request.kinds),
                 from: position(sessions.writes).await?,
+                seconds: 0.0,
             },
         };
-        let from = checkpoint.from;
+        let (from, before) = (checkpoint.from, checkpoint.seconds);
+        let compared_by = checkpoint.compared_by.clone();
         let found = self.pieces(table, checkpoint, pairs, sessions, progress).await?;
         let when = When {
             position: [from, position(sessions.writes).await?],
-            seconds: began.elapsed().as_secs_f64(),
+            seconds: before + began.elapsed().as_secs_f64(),
+            compared_by,
         };
         let readers = self.readers(table, &pairs[0]);
         let [source, target] = [&readers[0], &readers[1]];
@@ -212,14 +449,11 @@ impl Database<'_> {
             self.request.show_values,
         )
         .await?;
-        self.in_order(sessions).await?;
-        let state = if report.consistent { "done" } else { "failed" };
-        let data = json!({ "database": self.name, "table": report.table });
-        self.operation.event("verify", state, report.shown(self.source), data);
+        self.is_in_order(table, &origin, sessions).await?;
         if let Some(place) = &mut *self.place.lock() {
             place.table = None;
-            place.reports.push(report);
         }
+        self.report(origin, report);
         Ok(())
     }
 
@@ -231,14 +465,35 @@ impl Database<'_> {
             told: None,
             rows: 0,
             all: table.rows,
+            standing: self.look(sessions).await?,
+            looked: Instant::now(),
         };
         self.table(table, &[self.pair().await?], sessions, &mut progress)
             .await?;
         let place = self.place.lock().take();
         let reports = place.map(|place| place.reports).unwrap_or_default();
-        Ok(reports.iter().fold((0, 0), |(differ, unsettled), report| {
+        Ok(reports.iter().fold((0, 0), |(differ, unsettled), (_, report)| {
             (differ + report.differences(), unsettled + report.unsettled)
         }))
+    }
+
+    /// It is too large to be read in one snapshot, and has no order that both sides know.
+    fn by_keys(&self, table: &Table) -> bool {
+        let whole = table.bytes <= WHOLE && !fault::skip("whole");
+        // A row of which it is true on the target only would have to be looked for twice.
+        matches!(table.method, Method::Hashes(_)) && !whole && self.only.is_none()
+    }
+
+    /// What there is to compare.
+    fn all_of(&self, table: &Table) -> Vec<Range> {
+        let of = |of| Range {
+            piece: Piece { of, ..Piece::default() },
+            smaller: None,
+        };
+        match self.by_keys(table) {
+            true => vec![of(Some(1)), of(Some(0))],
+            false => vec![of(None)],
+        }
     }
 
     fn readers<'t>(&'t self, table: &'t Table, pair: &'t Pair) -> [Reader<'t>; 2] {
@@ -249,10 +504,11 @@ impl Database<'_> {
     }
 
     /// Where it was broken off, if it is this table and still the same.
-    fn checkpoint(&self, table: &Table) -> Option<Checkpoint> {
+    fn checkpoint(&self, table: &Table, origin: &Origin) -> Option<Checkpoint> {
         let place = self.place.lock();
         let checkpoint = place.as_ref()?.table.as_ref()?;
-        (checkpoint.database == self.name && checkpoint.table.is_still(table)).then(|| checkpoint.clone())
+        let same = checkpoint.database == self.name && checkpoint.table == table.name.to_string();
+        (same && checkpoint.origin == *origin).then(|| checkpoint.clone())
     }
 
     /// Compares what is left of it.
@@ -265,9 +521,9 @@ impl Database<'_> {
         progress: &mut Progress<'_>,
     ) -> Result<Found, VerifyError> {
         let work = Mutex::new(Work {
+            began: Instant::now(),
             checkpoint,
             underway: Vec::new(),
-            looked: None,
             progress,
         });
         let pace = Pace::default();
@@ -294,10 +550,8 @@ impl Database<'_> {
                 if work.checkpoint.left.is_empty() && work.underway.is_empty() {
                     return Ok(());
                 }
-                if work.looked.is_none_or(|looked| looked.elapsed() >= EVERY) {
-                    self.wait_for_quiet(sessions).await?;
-                    self.in_order(sessions).await?;
-                    work.looked = Some(Instant::now());
+                if work.progress.looked.elapsed() >= EVERY {
+                    work.progress.look_again(sessions).await?;
                 }
                 let next = cut(&mut work.checkpoint.left, &readers, pace.rows()).await?;
                 work.underway.extend(next.clone());
@@ -313,7 +567,7 @@ impl Database<'_> {
             let looked = compare::piece([source, target], sessions, &range.piece, pace, &mut found).await?;
             let mut work = work.lock().await;
             if found.differs() {
-                self.in_order(sessions).await?;
+                self.is_in_order(table, &work.checkpoint.origin, sessions).await?;
             }
             work.done(range, looked, found);
             let rows = work.checkpoint.found.source.rows;
@@ -333,6 +587,8 @@ impl Database<'_> {
             };
             self.operation
                 .event("verify", "progress", format!("waits: {error}"), json!({}));
+            // Of a link that does not run it would be waited for without an end.
+            self.in_order(sessions).await?;
         }
         let Some(most) = self.request.max_load else {
             return Ok(());
@@ -357,11 +613,10 @@ impl Database<'_> {
 
 /// What the workers of one table share.
 struct Work<'p, 'd> {
+    began: Instant,
     checkpoint: Checkpoint,
     /// What they are at.
     underway: Vec<Range>,
-    /// When load and lag were looked at.
-    looked: Option<Instant>,
     progress: &'p mut Progress<'d>,
 }
 
@@ -372,7 +627,7 @@ impl Work<'_, '_> {
             Looked::Compared(source) => {
                 self.checkpoint.found.add(found);
                 self.checkpoint.found.source += source;
-                self.progress.rows += source.rows.unsigned_abs();
+                self.progress.add(source.rows);
             }
             Looked::TooLarge { by } => self.checkpoint.left.push(Range {
                 piece: range.piece,
@@ -384,6 +639,7 @@ impl Work<'_, '_> {
     /// As whoever goes on would have to: what is under way is not done.
     fn checkpoint(&self) -> Checkpoint {
         let mut checkpoint = self.checkpoint.clone();
+        checkpoint.seconds += self.began.elapsed().as_secs_f64();
         checkpoint.left.extend(self.underway.iter().cloned());
         checkpoint
     }
@@ -445,7 +701,7 @@ impl Drop for Unattended {
 }
 
 /// A part of a table that has not been compared.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
     /// Which.
     pub piece: Piece,
@@ -458,14 +714,20 @@ pub async fn cut(left: &mut Vec<Range>, readers: &[Reader<'_>; 2], rows: u64) ->
     let Some(Range { mut piece, smaller }) = left.pop() else {
         return Ok(None);
     };
-    if let Method::Ranges(_) = readers[0].table().method {
-        let (by, rows) = smaller.map_or((0, rows), |by| (by, SMALLER.min(rows)));
+    let by = match (&readers[0].table().method, piece.of, smaller) {
+        (_, Some(end), _) => Some((end, LOOKUPS)),
+        (Method::Ranges(_), None, None) => Some((0, rows)),
+        (Method::Ranges(_), None, Some(by)) => Some((by, SMALLER.min(rows))),
+        _ => None,
+    };
+    if let Some((by, rows)) = by {
         let bound = readers[by].key_behind(&piece, rows).await?;
         if let Some(bound) = bound {
             left.push(Range {
                 piece: Piece {
                     after: Some(bound.clone()),
                     upto: piece.upto.take(),
+                    of: piece.of,
                 },
                 smaller,
             });
@@ -475,16 +737,31 @@ pub async fn cut(left: &mut Vec<Range>, readers: &[Reader<'_>; 2], rows: u64) ->
     Ok(Some(Range { piece, smaller }))
 }
 
-/// Tells followers once a second.
+/// How it goes: followers are told once a second, and load, lag and the link are looked at.
 struct Progress<'a> {
     database: &'a Database<'a>,
     began: Instant,
     told: Option<Instant>,
     rows: u64,
     all: f64,
+    standing: Standing,
+    /// When that, load and lag were looked at.
+    looked: Instant,
 }
 
 impl Progress<'_> {
+    /// So many rows have been compared.
+    fn add(&mut self, rows: i64) {
+        self.rows += rows.unsigned_abs();
+        metrics::counter!(telemetry::VERIFY_ROWS).increment(rows.unsigned_abs());
+    }
+
+    async fn look_again(&mut self, sessions: &Sessions<'_>) -> Result<(), VerifyError> {
+        self.standing = self.database.look(sessions).await?;
+        self.looked = Instant::now();
+        Ok(())
+    }
+
     fn tell(&mut self, table: &Table, in_table: i64) {
         if self.told.is_some_and(|told| told.elapsed() < EVERY) {
             return;
@@ -502,6 +779,19 @@ impl Progress<'_> {
         });
         self.database.operation.event("verify", "progress", message, data);
     }
+}
+
+async fn copies(ends: &Ends<'_>) -> Result<BTreeMap<TableName, String>, VerifyError> {
+    let name = ends.name();
+    let rows = ends
+        .target
+        .query(include_str!("../../pg/sql/verify_copies.sql"), &[&name])
+        .await?;
+    let copy = |row: &tokio_postgres::Row| {
+        let (schema, name) = (row.get("schema"), row.get("name"));
+        (TableName { schema, name }, row.get("copy"))
+    };
+    Ok(rows.iter().map(copy).collect())
 }
 
 /// How far the WAL has been written.

@@ -189,6 +189,19 @@ create table if not exists pgflip.resync (
     primary key (schema, name)
 );
 
+-- The verification that was begun last and has not come to its end, in the active side's carrier: where it stands (n = 0), and what it
+-- has found of each table. For whoever goes on with it (`verify --resume`) when the process that kept it has ended.
+create table if not exists pgflip.verification (
+    id            bigint not null,                     -- random, one a verification
+    n             int    not null,
+    epoch         bigint not null,                     -- at which it compares
+    place         text   not null,                     -- JSON
+    pid           int,                                 -- of the session that keeps it
+    backend_start timestamptz,
+    at            timestamptz not null default clock_timestamp(),
+    primary key (id, n)
+);
+
 -- Roles that this side has (or had) in common with the active side while it was standby: what the active side no longer
 -- has of them is dropped here. A role that only the standby ever had is not among them, and stays.
 create table if not exists pgflip.role_mirrored (
