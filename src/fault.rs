@@ -7,7 +7,7 @@
 //! - `fail-after=STEP`: the step reports a failure after it has been applied.
 //! - `skip=WHAT`: leaves a safeguard out: `catch-up`, `sequences`, `fence`, `boundary`, `old-xids`.
 //!
-//! Steps are those of a flip, those of `resync` (`out`, `unsubscribed`, `emptied`, `in`, `subscribed`, `copied`, `rows`), and `type-1`, `type-2` … of `replication start`: the types that it has made ahead.
+//! Steps are those of a flip, those of `resync` (`out`, `unsubscribed`, `emptied`, `in`, `subscribed`, `copied`; `locked`, `rows`, `room`), and `type-1`, `type-2` … of `replication start`: the types that it has made ahead.
 //!
 //! In a step's name `STEP` may be prefixed with the flip's direction: `kill-after=rollback:fence`.
 
