@@ -182,12 +182,14 @@ create table if not exists pgflip.finalized (
 -- the standby has of them is not to be relied on.
 create table if not exists pgflip.resync (
     schema  text    not null,
-    name    text    not null,
+    name    text    not null,                          -- when it began
     epoch   bigint  not null,
     emptied boolean not null default false,            -- the standby's is empty, and published again: the copy may begin
     at      timestamptz not null default clock_timestamp(),
-    primary key (schema, name)
+    relid   oid                                        -- it may be renamed meanwhile
 );
+-- Made by an earlier pgflip.
+alter table pgflip.resync add column if not exists relid oid, drop constraint if exists resync_pkey;
 
 -- Roles that this side has (or had) in common with the active side while it was standby: what the active side no longer
 -- has of them is dropped here. A role that only the standby ever had is not among them, and stays.
