@@ -8,7 +8,7 @@
 //! - `skip=WHAT`: leaves a safeguard out: `catch-up`, `sequences`, `fence`, `boundary`, `old-xids`; or a habit:
 //!   `whole` (a verification reads no table as a whole that it can cut).
 //!
-//! Steps are those of a flip, those of `resync` (`out`, `unsubscribed`, `emptied`, `in`, `subscribed`, `copied`, `rows`), and `type-1`, `type-2` … of `replication start`: the types that it has made ahead.
+//! Steps are those of a flip, those of `resync` (`out`, `unsubscribed`, `emptied`, `in`, `subscribed`, `copied`; `locked`, `rows`, `room`), and `type-1`, `type-2` … of `replication start`: the types that it has made ahead.
 //!
 //! In a step's name `STEP` may be prefixed with the flip's direction: `kill-after=rollback:fence`.
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{LIMIT, Rig, code};
+use crate::common::{LIMIT, Rig, code, size};
 use pgflip::demo::ledger::{Ledger, Load, Shape};
 use pgflip::pg::Side;
 use serde_json::Value;
@@ -23,7 +23,11 @@ const KINDS: &str = "
              '0044-03-15 BC', '-1 mon +3 days -04:05:06.7', 'empty', '10:00:00+05:30', 'z', '101', '1234.56', n, 'Straße ' || n
       from generate_series(1, 200) n;
     insert into kinds (id, f, r, n, p, t, w0)
-      values (md5('special')::uuid, '-0', 'nan', 'nan', '(,)', '-infinity', null)";
+      values (md5('special')::uuid, '-0', 'nan', 'nan', '(,)', '-infinity', null);
+    create table ring (id int primary key, u int not null unique, during int4range, exclude using gist (during with &&));
+    insert into ring select n, n, int4range(n, n + 1) from generate_series(1, 130) n;
+    create table hot (id bigint primary key, v int, large text);
+    insert into hot select n, 0, repeat(md5(n::text), 9) from generate_series(1, 300) n";
 
 async fn rig(blue: u32, green: u32) -> Rig {
     let shape = Shape {
@@ -66,7 +70,11 @@ async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
 
 /// On the fenced standby, as what replication itself writes.
 async fn damage(rig: &Rig, standby: Side, statements: &str) {
-    let client = rig.admin(standby).await;
+    damage_in(rig, standby, &rig.app().database, statements).await;
+}
+
+async fn damage_in(rig: &Rig, standby: Side, database: &str, statements: &str) {
+    let client = rig.cluster(standby).connect(database).await.expect("a login");
     for statement in [
         "set session_replication_role = replica",
         "select pg_replication_origin_create('by_hand')",
@@ -75,7 +83,14 @@ async fn damage(rig: &Rig, standby: Side, statements: &str) {
         "select pg_replication_origin_session_reset()",
         "select pg_replication_origin_drop('by_hand')",
     ] {
-        let done = client.batch_execute(statement).await;
+        // What the link applies meanwhile may be in its way.
+        let mut done = client.batch_execute(statement).await;
+        for _ in 0..20 {
+            if !matches!(&done, Err(error) if error.code().is_some_and(|code| code.code() == "40P01")) {
+                break;
+            }
+            done = client.batch_execute(statement).await;
+        }
         done.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
     }
 }
@@ -151,6 +166,16 @@ async fn by_rows(rig: &Rig, standby: Side) {
     resync(rig, &["public.accounts_1", "--rows"]).await;
     let mended = resync(rig, &["public.kinds", "--rows"]).await["rows"].clone();
     assert_eq!(counts(&mended), [Some(20), Some(12), Some(1)], "{mended}");
+    // Each has what is another's, far beyond those that are written together.
+    damage(
+        rig,
+        standby,
+        "update ring set u = -id, during = int4range(-id - 1, -id);
+         update ring set u = (id + 64) % 130 + 1, during = int4range((id + 64) % 130 + 1, (id + 64) % 130 + 2)",
+    )
+    .await;
+    let mended = resync(rig, &["public.ring", "--rows"]).await["rows"].clone();
+    assert_eq!(counts(&mended), [Some(0), Some(130), Some(0)], "{mended}");
 }
 
 async fn as_a_whole(rig: &Rig, standby: Side) {
@@ -336,32 +361,66 @@ async fn what_is_mended_does_not_come_back_where_there_is_no_origin_filter() {
 async fn killed_halfway_it_goes_on_when_it_is_run_again_and_nothing_is_lost() {
     let mut rig = rig(16, 18).await;
     let ledgers = writers(&rig, 6).await;
-    for (n, step) in ["out", "emptied", "subscribed", "rows"].into_iter().enumerate() {
+    let restless = restless(&rig);
+    let steps = [
+        "out",
+        "in",
+        "subscribed",
+        "rows",
+        "unsubscribed",
+        "emptied",
+        "copied",
+        "room",
+    ];
+    for step in steps.into_iter().take(size("PGFLIP_RESYNC_KILLS", 4)) {
         damage(
             &rig,
             Side::Green,
-            "delete from orders where id <= 5; delete from ledger where id % 3 = 0",
+            "delete from orders where id <= 5; delete from ledger where id % 3 = 0; delete from hot where id % 5 = 1;
+             update ring set u = -id; update ring set u = id % 130 + 1",
         )
         .await;
         let arguments: &[&str] = match step {
             "rows" => &["resync", "public.orders", "--rows"],
+            "room" => &["resync", "public.ring", "--rows"],
             // One without a key: it would be doubled, if it were copied on top of what is there.
-            _ if n % 2 == 0 => &["resync", "public.ledger"],
-            _ => &["resync", "public.orders"],
+            "out" | "in" => &["resync", "public.ledger"],
+            _ => &["resync", "public.hot"],
         };
         killed_at(&mut rig, arguments, step).await;
-        if step != "rows" {
+        if step != "rows" && step != "room" {
+            let shown = rig.run(&[arguments, &["--dry-run"]].concat()).await.result();
+            let of_the_end = ["subscribed", "copied"].contains(&step);
+            let shown = shown["statements"].to_string();
+            assert!(shown.contains("refresh publication"), "{step}: {shown}");
+            assert_eq!(shown.contains("truncate"), !of_the_end, "{step}: {shown}");
+            assert_eq!(shown.contains("drop table"), step == "in", "{step}: {shown}");
             let said = rig.run(&["cutover"]).await;
             assert_eq!(said.code, Some(4), "{step}: {}{}", said.out, said.err);
             assert!(said.out.contains("resync_unfinished"), "{step}: {}", said.out);
         }
         match step {
             "out" => drop(rig.replicate().await),
+            "in" => {
+                // What comes there after it was emptied is found.
+                damage(&rig, Side::Green, "insert into ledger select * from ledger limit 3").await;
+                damage(
+                    &rig,
+                    Side::Green,
+                    "insert into ledger (id, client, seq) values (-1, 1, -1)",
+                )
+                .await;
+                drop(resync(&rig, &arguments[1..]).await);
+            }
             _ => drop(resync(&rig, &arguments[1..]).await),
         }
     }
-    for table in ["public.ledger", "public.orders"] {
+    for table in ["public.ledger", "public.orders", "public.hot"] {
         resync(&rig, &[table]).await;
+    }
+    resync(&rig, &["public.ring", "--rows"]).await;
+    for one in restless {
+        one.abort();
     }
     let said = rig.run(&["verify"]).await;
     assert_eq!(said.result()["outcome"], "equal", "{}{}", said.out, said.err);
@@ -375,10 +434,56 @@ async fn killed_halfway_it_goes_on_when_it_is_run_again_and_nothing_is_lost() {
             assert!(verdict.data_is_right(), "{side}: {verdict}");
         }
     }
-    // Whatever is half done goes with the rest.
+    // An earlier pgflip's notes know names only; and whoever is renamed is not forgotten.
+    let blue = rig.admin(Side::Blue).await;
+    let older = "alter table pgflip.resync drop relid, add primary key (schema, name)";
+    blue.batch_execute(older).await.expect("an older table of notes");
     killed_at(&mut rig, &["resync", "public.orders"], "in").await;
+    let rename = "alter table orders rename to renamed; create table orders (id int primary key)";
+    blue.batch_execute(rename).await.expect("another name");
+    let said = rig.run(&["cutover"]).await;
+    assert_eq!(said.code, Some(4), "{}{}", said.out, said.err);
+    let finding = "\\\"public\\\".\\\"renamed\\\" is being copied to green anew";
+    assert!(said.out.contains(finding), "{}", said.out);
+    // Whatever is half done goes with the rest.
     let said = rig.run(&["replication", "stop", "--yes"]).await;
     assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+}
+
+/// Clients that insert, delete, change keys and empty a table, and log in again whenever they are ended.
+fn restless(rig: &Rig) -> Vec<tokio::task::JoinHandle<()>> {
+    let url = rig.url();
+    let client = |n: i64| {
+        let url = url.clone();
+        tokio::spawn(async move {
+            let mut turn = n;
+            loop {
+                let Ok(client) = pgflip::demo::cluster::connect(&url).await else {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                };
+                loop {
+                    turn += 4;
+                    let key = turn * 7919 % 1000;
+                    let statement = match turn % 300 {
+                        0..4 => "truncate hot".to_owned(),
+                        more if more % 3 == 0 => format!("delete from hot where id between {key} and {key} + 3"),
+                        more if more % 3 == 1 => format!(
+                            "update hot set id = id + 1000, v = v + 1 where id = {key} and not exists (select from hot where id = {key} + 1000)"
+                        ),
+                        _ => format!(
+                            "insert into hot select {key} + n, n, repeat(md5(n::text), 90) from generate_series(1, 9) n on conflict do nothing"
+                        ),
+                    };
+                    match client.batch_execute(&statement).await {
+                        Err(error) if error.code().is_none() => break,
+                        _ => tokio::time::sleep(Duration::from_millis(5)).await,
+                    }
+                }
+            }
+        })
+    };
+    (0..4).map(client).collect()
 }
 
 async fn killed_at(rig: &mut Rig, arguments: &[&str], step: &str) {
@@ -416,5 +521,183 @@ async fn whoever_sleeps_in_the_middle_and_wakes_when_another_has_finished_emptie
     let green = rig.admin(Side::Green).await;
     let tellers = "select count(*) from tellers";
     assert_eq!(green.query_one(tellers, &[]).await.unwrap().get::<_, i64>(0), 100);
+
+    // Rows that it has locked are locked for some seconds, and what is written then is not undone.
+    damage(&rig, Side::Green, "update tellers set balance = -1 where id = 3").await;
+    let fault = "stop-after=resync:locked";
+    rig.sidecar.restart(&[("PGFLIP_FAULT", fault)]).expect("pgflip starts");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
+    let command = ["resync", "public.tellers", "--rows"];
+    let asked = rig.sidecar.command(&command).spawn().expect("the command starts");
+    rig.stopped_itself(fault).await;
+    let blue = rig.admin(Side::Blue).await;
+    let write = blue.execute("update tellers set balance = 777 where id = 3", &[]);
+    let written = tokio::time::timeout(LIMIT, write)
+        .await
+        .expect("it does not wait for ever");
+    assert_eq!(written.expect("a write"), 1);
+    let balance = "select balance from tellers where id = 3";
+    until("the write arrives", async || {
+        green.query_one(balance, &[]).await.unwrap().get::<_, i64>(0) == 777
+    })
+    .await;
+    // Nobody copies beside it, but whoever is asleep is not waited for.
+    rig.others[other].run(&["cutover"]).await.expect("a flip");
+    rig.sidecar.signal(libc::SIGCONT);
+    assert_eq!(code(asked).await, Some(1), "it is told that it came too late");
+    assert_eq!(green.query_one(balance, &[]).await.unwrap().get::<_, i64>(0), 777);
+    let said = rig.others[other].run(&["verify"]).await.expect("a verification");
+    assert_eq!(said.result()["outcome"], "equal", "{}{}", said.out, said.err);
+}
+
+/// Tables with everything that may be in the way of a copy or of a row.
+const ODD: &str = "
+    create table parents (id int primary key, up int references parents, note text);
+    create table children (id bigint generated always as identity primary key, parent int not null references parents on delete cascade,
+        n int, twice int generated always as (n * 2) stored, ordinal int unique deferrable initially deferred);
+    create table counted (k int primary key, id int generated always as identity, v text);
+    create table private (id int primary key, who text);
+    alter table private enable row level security;
+    create policy nobody on private using (false);
+    create table audit (what text);
+    alter table audit replica identity full;
+    create table audited (id int primary key, v text);
+    create function note() returns trigger language plpgsql as
+        'begin insert into public.audit values (tg_op); return null; end';
+    create trigger notes after insert or update or delete on audited for each row execute function note();
+    create table parts (id int, at int, primary key (id, at)) partition by range (id);
+    create table parts_1 partition of parts for values from (0) to (1000);
+    create table narrow (k numeric(10, 2) primary key, v text);
+    create table own (id int primary key, u int unique, v text);
+    insert into parents select n, nullif(n / 2, 0), 'note ' || n from generate_series(1, 100) n;
+    insert into children (parent, n, ordinal) select 1 + n % 100, n, n from generate_series(1, 300) n;
+    insert into counted (k, v) select n, 'v' || n from generate_series(1, 20) n;
+    insert into private select n, 'who' || n from generate_series(1, 20) n;
+    insert into audited select n, 'v' || n from generate_series(1, 20) n;
+    insert into parts select n, n from generate_series(1, 20) n;
+    insert into narrow values (1.25, 'lost'), (1.3, 'kept');
+    insert into own select n, n, 'v' || n from generate_series(1, 20) n";
+
+const ODD_DAMAGE: &str = "
+    delete from parents where id > 90; update parents set note = 'other', up = 5 where id in (7, 8);
+    delete from children where id % 7 = 0; update children set n = n + 1 where id % 11 = 0;
+    update children set ordinal = 301 - ordinal;
+    update counted set id = default where k in (3, 4); delete from counted where k = 5;
+    insert into counted (k, v) values (-1, 'more') on conflict do nothing;
+    update private set who = null where id < 4; delete from private where id > 18;
+    update audited set v = '' where id < 4; delete from audited where id > 18; insert into audited values (-1, 'more') on conflict do nothing;
+    update parts set at = at + 1 where id < 4; delete from parts where id > 18;
+    update own set v = '' where id < 4";
+
+const ODD_TABLES: [&str; 7] = ["parents", "children", "counted", "private", "audited", "parts_1", "own"];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tables_with_everything_that_may_be_in_the_way_are_mended_in_the_database_that_is_named() {
+    let mut rig = Rig::new(13, 16).databases(2).small().start().await;
+    let (app, app2) = (rig.apps[0].database.clone(), rig.apps[1].database.clone());
+    let blue = rig.blue.connect(&app2).await.expect("a login");
+    let made = blue.batch_execute(&format!("set role {}; {ODD}", rig.app().user)).await;
+    made.expect("odd tables");
+    rig.replicate().await;
+    let green = rig.green.connect(&app2).await.expect("a login");
+    let load = Load {
+        clients: 4,
+        think: Duration::from_millis(30),
+        ..Load::default()
+    };
+    let ledgers = rig.ledgers(&load);
+    let in_it = |table: &str| format!("public.{table}");
+
+    // One of two databases.
+    for database in [&app, &app2] {
+        damage_in(
+            &rig,
+            Side::Green,
+            database,
+            "update tellers set balance = -5 where id = 5",
+        )
+        .await;
+    }
+    refused(&rig, &["resync", "public.tellers", "--rows"], "Several databases have").await;
+    let mended = resync(&rig, &["public.tellers", "--rows", "--database", &app2]).await["rows"].clone();
+    assert!(mended["updated"].as_u64() <= Some(1), "{mended}");
+    resync(&rig, &["public.tellers", "--database", &app]).await;
+
+    // Columns of the standby's own keep their values, or nothing is done.
+    let own = "alter table own add mine text default 'mine'; update own set mine = 'ours' where id < 9;
+               alter table narrow alter k type numeric(10, 1) using k; delete from narrow; insert into narrow values (1.3, 'kept')";
+    let narrowed = "delete from narrow where k = 1.25";
+    damage_in(&rig, Side::Green, &app2, &format!("{narrowed}; {own}")).await;
+    for table in ODD_TABLES {
+        damage_in(&rig, Side::Green, &app2, ODD_DAMAGE).await;
+        let table = in_it(table);
+        resync(&rig, &[&table, "--rows", "--database", &app2]).await;
+        if table != "public.own" {
+            damage_in(&rig, Side::Green, &app2, ODD_DAMAGE).await;
+            resync(&rig, &[&table, "--database", &app2]).await;
+        }
+    }
+    refused(&rig, &["resync", "public.own"], "has the columns").await;
+    let kept = "select count(*) from own where mine = 'ours' and id < 9 or mine = 'mine' and id > 8";
+    assert_eq!(green.query_one(kept, &[]).await.unwrap().get::<_, i64>(0), 20);
+    // What is too fine for the standby's key would be another row there.
+    refused(&rig, &["resync", "public.narrow", "--rows"], "of another type").await;
+
+    // A copy that fails is begun anew.
+    damage_in(
+        &rig,
+        Side::Green,
+        &app2,
+        "alter table counted add constraint mine check (k < 9) not valid",
+    )
+    .await;
+    refused(&rig, &["resync", "public.counted"], "the initial copy failed").await;
+    refused(&rig, &["resync", "public.counted", "--rows"], "has not come to its end").await;
+    let more =
+        "alter table counted drop constraint mine; insert into counted (k, v) values (1, 'in the way'), (-1, 'more')";
+    damage_in(&rig, Side::Green, &app2, more).await;
+    resync(&rig, &["public.counted"]).await;
+
+    // Emptied together with one that it refers to, while no link carries it.
+    let fault = "stop-after=resync:unsubscribed";
+    rig.sidecar.restart(&[("PGFLIP_FAULT", fault)]).expect("pgflip starts");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
+    let asked = rig
+        .sidecar
+        .command(&["resync", "public.children"])
+        .spawn()
+        .expect("the command starts");
+    rig.stopped_itself(fault).await;
+    blue.batch_execute("truncate parents, children; insert into parents values (1)")
+        .await
+        .expect("empty");
+    rig.sidecar.signal(libc::SIGCONT);
+    assert_eq!(code(asked).await, Some(1), "the link can't go on");
+    refused(&rig, &["resync", "public.children"], "has failed").await;
+    damage_in(
+        &rig,
+        Side::Green,
+        &app2,
+        "alter table children drop constraint children_parent_fkey",
+    )
+    .await;
+    resync(&rig, &["public.children"]).await;
+    for ledger in ledgers {
+        let report = ledger.stop().await;
+        assert!(!report.acknowledged.is_empty(), "clients have written");
+    }
+    // A standby whose copies can't pass the fence.
+    damage_in(&rig, Side::Green, &app2, "drop table narrow, own").await;
+    blue.batch_execute("drop table narrow, own").await.expect("gone");
     rig.cutover().await;
+    damage_in(
+        &rig,
+        Side::Blue,
+        &app2,
+        "delete from parts_1; delete from audited where id > 9",
+    )
+    .await;
+    resync(&rig, &["public.audited"]).await;
+    resync(&rig, &["public.parts_1"]).await;
+    rig.rollback().await;
 }

@@ -42,6 +42,9 @@ pub enum CopyError {
         /// Which tables.
         tables: String,
     },
+    /// The link does not carry the table.
+    #[error("subscription {0} does not carry {1} any more: somebody has taken it out")]
+    Out(String, String),
     /// The subscription is gone.
     #[error("subscription {0} has gone away while its tables were copied")]
     Gone(String),
@@ -211,6 +214,9 @@ pub async fn wait_for(
         }
         if links::subscription(&**target, name).await?.is_none() {
             return Err(gone());
+        }
+        if let (Some(only), 0) = (only, now.tables) {
+            return Err(CopyError::Out(name.to_owned(), only.to_string()));
         }
         let (applying, failures) = links::error_counts(target, oid).await?;
         if now.ready > last.ready {

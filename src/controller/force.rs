@@ -17,7 +17,7 @@ use super::links;
 use super::operation::{Operation, Status};
 use super::recovery::{self, Acting, OperatorLock};
 use super::state::{self, Attempt, Expect, Row, State};
-use super::{Direction, finalized, fleet};
+use super::{Direction, finalized, fleet, resync};
 use crate::config::{Config, Server};
 use crate::pg::connect::describe;
 use crate::pg::origin::connect_with_origin;
@@ -366,6 +366,7 @@ async fn one_database(
     let mut on = connect_with_origin(server, database, PURPOSE, config.limits.server_connect_timeout)
         .await
         .map_err(|e| e.to_string())?;
+    resync::end_left_behind(&on).await;
     on.batch_execute("set lock_timeout = '5s'")
         .await
         .map_err(|e| describe(&e))?;

@@ -347,6 +347,14 @@ impl Controller {
                 running.task.abort();
                 Some(running.operation)
             }
+            // Whoever has to leave a dead side does not wait for a table to be copied from there.
+            Some(running)
+                if matches!(&request, Request::Flip(FlipRequest { force: Some(_), .. }))
+                    && running.operation.view().kind == Kind::Resync =>
+            {
+                running.task.abort();
+                Some(running.operation)
+            }
             Some(running) => {
                 let view = running.operation.view();
                 inner.running = Some(running);
@@ -411,7 +419,10 @@ impl Controller {
             let (status, result) = match task.await {
                 Ok(ended) => ended,
                 Err(error) if error.is_cancelled() => ended(Err(preflight::Failure::new(
-                    "It was ended by `pgflip replication stop`.",
+                    match kind {
+                        Kind::Resync => "It was ended by `pgflip replication stop`, or by a forced flip.",
+                        _ => "It was ended by `pgflip replication stop`.",
+                    },
                     "Clients go on where they were.",
                     "To copy after all: `pgflip replication start`.",
                 ))),

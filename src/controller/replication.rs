@@ -1373,6 +1373,7 @@ async fn links_down(
         }
         Err(error) => return Err(error.to_string()),
     };
+    resync::end_left_behind(&plain).await;
     let row = state::read(&*plain).await.map_err(|e| e.to_string())?;
     let active = row.as_ref().is_some_and(|row| row.state == State::Active);
     let expect = match (&row, epoch) {

@@ -12,7 +12,6 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::ToSql;
 
 use super::{Run, WRITES, note};
 use crate::controller::links::{self, PUBLICATION, TableName, list, marker_table, tables_published};
@@ -22,7 +21,7 @@ use crate::controller::{copy, fence, replication};
 use crate::fault;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
-use crate::pg::{Client, Ident, Side};
+use crate::pg::{Client, Ident, Literal, Side};
 
 /// How long writers of the active side's table may have to wait behind this one, each time it tries for its lock.
 const WRITERS_MAX: Duration = Duration::from_millis(100);
@@ -43,6 +42,9 @@ pub(super) struct Statements {
     pub unsubscribe: String,
     pub empty: String,
     pub put_in: String,
+    /// Where a copy has no origin (13).
+    pub disarm: String,
+    pub arm: String,
     pub subscribe: String,
     pub analyze: String,
 }
@@ -67,6 +69,8 @@ impl Statements {
             put_in: format!(
                 "lock table only {table} in share row exclusive mode; alter publication {publication} add table only {table}"
             ),
+            disarm: format!("alter table only {table} disable trigger {}", fence::TRIGGER),
+            arm: format!("alter table only {table} enable always trigger {}", fence::TRIGGER),
             subscribe: refresh(true),
             analyze: format!("analyze {table}"),
         }
@@ -74,11 +78,140 @@ impl Statements {
 }
 
 /// Whether tables other than itself refer to it.
-pub(super) async fn referenced(on: &tokio_postgres::Client, table: &TableName) -> Result<bool, tokio_postgres::Error> {
+async fn referenced(on: &tokio_postgres::Client, table: &TableName) -> Result<bool, tokio_postgres::Error> {
     let statement =
         "select exists (select from pg_catalog.pg_constraint c where c.contype = 'f' and c.conrelid <> c.confrelid
                       and c.confrelid = ($1::pg_catalog.text)::pg_catalog.regclass)";
     Ok(on.query_one(statement, &[&table.to_string()]).await?.get(0))
+}
+
+/// How far the copy of a table has come, and what belongs to it.
+pub(super) struct Stage {
+    /// It has begun.
+    pub known: bool,
+    /// What the active side publishes.
+    pub published: BTreeSet<TableName>,
+    /// All that is left to do is to wait for PostgreSQL's copy.
+    pub emptied: bool,
+    pub statements: Statements,
+    /// By other tables.
+    pub referenced: bool,
+    pub copy_has_origin: bool,
+}
+
+impl Stage {
+    pub(super) async fn read(
+        run: &Run,
+        source: &Client,
+        target: &Client,
+        subscription: u32,
+        table: &TableName,
+    ) -> Result<Stage, Failure> {
+        let sql = |doing: &'static str| move |error: tokio_postgres::Error| run.halfway(table, doing, &error);
+        let link = |error: links::LinkError| run.halfway_as(table, error);
+        let notes = note::read(&**source).await.map_err(link)?;
+        let note = notes.iter().find(|note| note.table == *table);
+        let published = tables_published(&**source).await.map_err(link)?;
+        let published: BTreeSet<TableName> = published.into_iter().map(|(_, name)| name).collect();
+        let carried = links::subscription_tables(&**target, subscription)
+            .await
+            .map_err(link)?;
+        let is_carried = carried.iter().any(|(name, _)| name == table);
+        let referenced = referenced(target, table)
+            .await
+            .map_err(sql("reading the foreign keys"))?;
+        let features = Features::read(&**target)
+            .await
+            .map_err(sql("reading the server's version"))?;
+        Ok(Stage {
+            known: note.is_some(),
+            // Without a copy that has begun, nobody knows what has been put there since it was emptied.
+            emptied: note.is_some_and(|note| note.emptied) && is_carried && published.contains(table),
+            published,
+            statements: Statements::new(table, &run.link(), referenced),
+            referenced,
+            copy_has_origin: features.copy_has_origin(),
+        })
+    }
+}
+
+/// What one that was ended has left to the server, such as a long DELETE, would go on there with the standby's row locked, and
+/// whoever wants to change that side would wait for it. (From 14 on the server sees within a second that nobody waits for it any
+/// more, unless its client's machine has vanished.)
+pub(super) async fn end_left_behind(on: &tokio_postgres::Client) -> Result<(), tokio_postgres::Error> {
+    let statement = include_str!("../../pg/sql/resync_left.sql");
+    on.query(statement, &[&format!("pgflip: {}", WRITES.0)]).await.map(drop)
+}
+
+/// What would be done.
+pub(super) struct Shown {
+    pub statements: Vec<String>,
+    pub locks: Vec<String>,
+}
+
+/// For `--dry-run`, from wherever it was left. Refused for what [`prepare`] refuses.
+pub(super) async fn shown(run: &Run, table: &TableName) -> Result<Shown, Failure> {
+    let (source, standby) = (run.source, run.target());
+    let (on_source, on_target) = (run.on_source().await?, run.reads_target().await?);
+    let subscription = subscribed(run, &on_target, table).await?;
+    let stage = Stage::read(run, &on_source, &on_target, subscription, table).await?;
+    if !stage.emptied {
+        nothing_else_is_missing(run, &on_target, subscription, &stage.published, table).await?;
+    }
+    let of = stage.statements;
+    let (mut statements, mut locks) = (Vec::new(), Vec::new());
+    if !stage.emptied {
+        let take_out = stage.published.contains(table).then_some((source, of.take_out));
+        let ended = "pg_terminate_backend(…) of the link's apply worker, which is started again".to_owned();
+        let empty = format!("set local session_replication_role = 'replica'; {}", of.empty);
+        statements.extend(take_out);
+        statements.extend([
+            (standby, of.unsubscribe),
+            (standby, ended),
+            (standby, empty),
+            (source, of.put_in),
+        ]);
+        locks.push(format!(
+            "{source}: of {table}, SHARE ROW EXCLUSIVE for a moment: it waits for transactions that write to the table, and others \
+             that want to wait behind it for a tenth of a second at each try"
+        ));
+        locks.push(match stage.referenced {
+            true => format!(
+                "{standby}: SHARE ROW EXCLUSIVE of {table} until its rows are deleted; other tables refer to it, so that it can't \
+                 be truncated"
+            ),
+            false => format!("{standby}: ACCESS EXCLUSIVE of {table}, for a moment"),
+        });
+    }
+    if !stage.copy_has_origin {
+        statements.push((standby, of.disarm));
+        locks.push(format!("{standby}: SHARE ROW EXCLUSIVE of {table}, for a moment"));
+    }
+    statements.push((standby, of.subscribe));
+    if !stage.copy_has_origin {
+        statements.push((standby, of.arm));
+    }
+    statements.push((standby, of.analyze));
+    let shown = |(side, statement): (Side, String)| format!("{side}: {statement}");
+    Ok(Shown {
+        statements: statements.into_iter().map(shown).collect(),
+        locks,
+    })
+}
+
+/// The link's subscription. Without one that is on nothing can be copied.
+async fn subscribed(run: &Run, target: &Client, table: &TableName) -> Result<u32, Failure> {
+    let name = run.link();
+    let there = links::subscription(&**target, &name).await;
+    let there = there.map_err(|error| run.halfway_as(table, error))?;
+    match there.filter(|subscription| subscription.enabled) {
+        Some(subscription) => Ok(subscription.oid),
+        None => Err(Failure::new(
+            format!("Subscription {name} on {} is not there, or is off.", run.target()),
+            "Nothing was changed. Without it nothing can be copied.",
+            "`pgflip check` says what is wrong with it; `pgflip replication start` makes what is missing.",
+        )),
+    }
 }
 
 /// Everything, from wherever it was left.
@@ -106,57 +239,40 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
     let sql = |doing: &'static str| move |error: tokio_postgres::Error| run.halfway(table, doing, &error);
     let link = |error: links::LinkError| run.halfway_as(table, error);
     let name = run.link();
-    let subscription = links::subscription(&*target, &name).await.map_err(link)?;
-    let Some(subscription) = subscription.filter(|subscription| subscription.enabled) else {
-        return Err(Failure::new(
-            format!("Subscription {name} on {} is not there, or is off.", run.target()),
-            "Nothing was changed. Without it nothing can be copied.",
-            "`pgflip check` says what is wrong with it; `pgflip replication start` makes what is missing.",
-        ));
-    };
-    // What one that has died left to the server (a long DELETE) would go on, with the standby's row locked.
-    let left = "select pg_catalog.pg_terminate_backend(a.pid) from pg_catalog.pg_stat_activity a
-                 where a.application_name = $1 and a.datname = pg_catalog.current_database() and a.usename = current_user
-                   and a.pid <> pg_catalog.pg_backend_pid()";
-    let name_of_writers = format!("pgflip: {}", WRITES.0);
-    target
-        .query(left, &[&name_of_writers])
+    let subscription = subscribed(run, &target, table).await?;
+    end_left_behind(&target)
         .await
         .map_err(sql("ending what an earlier one has left"))?;
-    let known = note::read(&*source).await.map_err(link)?;
-    let carried = links::subscription_tables(&*target, subscription.oid)
-        .await
-        .map_err(link)?;
-    let is_carried = carried.iter().any(|(name, _)| name == table);
-    // Without a copy that has begun, nobody knows what has been put there since it was emptied.
-    let emptied = is_carried && known.iter().any(|note| note.table == *table && note.emptied);
-    let referenced = referenced(&target, table)
-        .await
-        .map_err(sql("reading the foreign keys"))?;
-    let statements = Statements::new(table, &name, referenced);
+    let Stage {
+        known,
+        published,
+        emptied,
+        statements,
+        referenced,
+        copy_has_origin,
+    } = Stage::read(run, &source, &target, subscription, table).await?;
     if !emptied {
-        let published = tables_published(&*source).await.map_err(link)?;
-        let published: BTreeSet<TableName> = published.into_iter().map(|(_, name)| name).collect();
-        nothing_else_is_missing(run, &target, subscription.oid, &published, table).await?;
+        nothing_else_is_missing(run, &target, subscription, &published, table).await?;
 
         run.started("take_out", format!("{table}: out of the link"));
-        let take_out = match published.contains(table) {
-            true => format!("{}; {}", statements.take_out, note::begun(table, run.epoch)),
-            false => note::begun(table, run.epoch),
-        };
         let on_source = (run.source, run.active());
-        let parts = [Part::Run(take_out)];
+        let old = source
+            .query_one(note::OLD, &[])
+            .await
+            .map_err(sql("reading the notes' table"))?;
+        let renew = old.get::<_, bool>(0).then(|| note::RENEW.to_owned());
+        let take_out = published.contains(table).then(|| statements.take_out.clone());
+        let take_out = take_out.into_iter().chain([note::begun(table, run.epoch)]);
+        let parts: Vec<Part> = renew.into_iter().chain(take_out).map(Part::Run).collect();
         change(run, &mut source, on_source, table, &parts, WRITERS_MAX)
             .await
-            .map_err(|failure| match known.is_empty() {
-                true => run.failed(failure.what.trim_end_matches('.')),
-                false => failure,
+            .map_err(|failure| match known {
+                false => run.failed(failure.what.trim_end_matches('.')),
+                true => failure,
             })?;
         reached("out");
         refresh(run, &target, table, &statements.unsubscribe).await?;
-        let carried = links::subscription_tables(&*target, subscription.oid)
-            .await
-            .map_err(link)?;
+        let carried = links::subscription_tables(&*target, subscription).await.map_err(link)?;
         if carried.iter().any(|(name, _)| name == table) {
             return Err(run.halfway_as(table, format!("{} still subscribes to {table}", run.target())));
         }
@@ -176,8 +292,7 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
             )),
             // Whoever has slept since may find it taken in again, and copied.
             Part::Require {
-                so: OUT_OF_LINK,
-                of: vec![name.clone(), table.to_string()],
+                so: out_of_link(&name, table),
                 otherwise: "the table is in the link again: somebody else has gone on with it",
             },
             Part::Run(statements.empty.clone()),
@@ -191,8 +306,7 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
         let parts = [
             Part::Run(statements.put_in.clone()),
             Part::Require {
-                so: NOT_EMPTIED,
-                of: vec![table.schema.clone(), table.name.clone()],
+                so: note::is_not_emptied(table),
                 otherwise: "what was noted of the table is another thing by now: somebody else has gone on with it",
             },
             Part::Run(note::emptied(table)),
@@ -200,14 +314,11 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
         change(run, &mut source, on_source, table, &parts, WRITERS_MAX).await?;
         reached("in");
     }
-    let features = Features::read(&*target)
-        .await
-        .map_err(sql("reading the server's version"))?;
-    if !features.copy_has_origin() {
+    if !copy_has_origin {
         // Its copy could not pass the fence. It is armed again behind it.
-        let disable = format!("alter table only {table} disable trigger {}", fence::TRIGGER);
         let on_target = (run.target(), run.standby());
-        change(run, &mut target, on_target, table, &[Part::Run(disable)], READERS_MAX).await?;
+        let parts = [Part::Run(statements.disarm)];
+        change(run, &mut target, on_target, table, &parts, READERS_MAX).await?;
     }
     refresh(run, &target, table, &statements.subscribe).await?;
     run.done("put_in", format!("{} copies {table}", run.target()), Value::Null);
@@ -265,6 +376,20 @@ pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure
             let parts = [Part::Run(note::not_emptied(table))];
             change(run, &mut source, (run.source, run.active()), table, &parts, WRITERS_MAX).await?;
         }
+        if let copy::CopyError::Applying { .. } = error {
+            let standby = run.target();
+            let failure = run.halfway_as(table, format!("{error}; {standby}'s log says why"));
+            return Err(Failure {
+                next: format!(
+                    "If it is a TRUNCATE of a table that {table} refers to (\"cannot truncate a table referenced in a foreign key \
+                     constraint\"): drop that foreign key on {standby}, and make it again once the table is equal. As a superuser, in that \
+                     session before it: SELECT pg_replication_origin_create('ddl'); SELECT \
+                     pg_replication_origin_session_setup('ddl'); and after it: SELECT pg_replication_origin_session_reset(); SELECT \
+                     pg_replication_origin_drop('ddl'); Then run the same command again. Otherwise mend what it says, and run it again."
+                ),
+                ..failure
+            });
+        }
         return Err(run.halfway_as(table, format!("{error}; {}'s log says why", run.target())));
     }
     run.done("copy", format!("{table} is in step"), Value::Null);
@@ -317,19 +442,22 @@ enum Part {
     /// It has to be so, or somebody else has gone on meanwhile.
     Require {
         /// Answers true.
-        so: &'static str,
-        /// Its parameters.
-        of: Vec<String>,
+        so: String,
         /// What is so otherwise.
         otherwise: &'static str,
     },
 }
 
-const OUT_OF_LINK: &str = "select not exists (select from pg_catalog.pg_subscription_rel r
-      join pg_catalog.pg_subscription s on s.oid = r.srsubid
-     where s.subname = $1 and r.srrelid = ($2::pg_catalog.text)::pg_catalog.regclass
-       and s.subdbid = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()))";
-const NOT_EMPTIED: &str = "select exists (select from pgflip.resync where schema = $1 and name = $2 and not emptied)";
+fn out_of_link(subscription: &str, table: &TableName) -> String {
+    let (subscription, table) = (Literal(subscription), table.to_string());
+    format!(
+        "select not exists (select from pg_catalog.pg_subscription_rel r
+           join pg_catalog.pg_subscription s on s.oid = r.srsubid
+          where s.subname = {subscription} and r.srrelid = {}::pg_catalog.regclass
+            and s.subdbid = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database()))",
+        Literal(&table)
+    )
+}
 
 /// Why a transaction was not committed.
 enum Not {
@@ -405,9 +533,8 @@ async fn once(
     for part in parts {
         match part {
             Part::Run(statements) => txn.batch_execute(statements).await?,
-            Part::Require { so, of, otherwise } => {
-                let of: Vec<&(dyn ToSql + Sync)> = of.iter().map(|one| one as &(dyn ToSql + Sync)).collect();
-                if !txn.query_one(*so, &of).await?.get::<_, bool>(0) {
+            Part::Require { so, otherwise } => {
+                if !txn.query_one(so.as_str(), &[]).await?.get::<_, bool>(0) {
                     return Err(Not::So(otherwise));
                 }
             }

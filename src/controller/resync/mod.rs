@@ -6,7 +6,7 @@
 //!
 //! It is an operation of which a flip does not begin while it is under way, and which a flip does not end: what it would leave, a
 //! table that is half copied or rows that differ, is just what nobody may flip to. Whatever has to go on without it ends it with
-//! `replication stop`, or kills pgflip: rows are written a few at a time, each with a transaction of its own, and the copy goes on
+//! `replication stop`, a forced flip, or kills pgflip: rows are written a few at a time, each with a transaction of its own, and the copy goes on
 //! from what the databases say ([`note`]), which also keeps flips of other sidecars away.
 
 mod again;
@@ -94,7 +94,13 @@ impl Run {
     async fn on_target(&self) -> Result<Client, Failure> {
         let server = self.config.server(self.target());
         let client = connect_with_origin(server, &self.database, WRITES, self.limit()).await;
-        client.map_err(|error| self.failed(error))
+        let client = client.map_err(|error| self.failed(error))?;
+        // Should pgflip end, whatever it has asked for last ends there too.
+        let told = client
+            .batch_execute(include_str!("../../pg/sql/resync_session.sql"))
+            .await;
+        told.map_err(|error| self.failed(describe(&error)))?;
+        Ok(client)
     }
     fn started(&self, step: &str, message: impl Into<String>) {
         self.op.event(step, "started", message, Value::Null);
@@ -171,6 +177,14 @@ pub async fn run(config: Arc<Config>, op: Operation, request: Request, acting: A
     result["verification"] = verified;
     result["seconds"] = json!(began.elapsed().as_secs_f64());
     Ok(result)
+}
+
+/// Ends what was left to a server by one that has ended: before whoever changes that side without regard to it.
+pub(super) async fn end_left_behind(on: &Client) {
+    // Without it the other has to wait, and no more than that.
+    if let Err(error) = again::end_left_behind(on).await {
+        tracing::warn!(error = %describe(&error), "what a resync may have left to the server could not be ended");
+    }
 }
 
 /// What an earlier one has left half copied in a database, taken to its end; or, without a link, forgotten. For `replication
@@ -335,6 +349,17 @@ async fn check(run: &Run, table: &TableName, rows: bool) -> Result<Option<Table>
     if !rows && let Some(why) = only_in_part(run, &source, table, &planned).await? {
         return Err(refused(why, "Have its rows mended: the same command with --rows."));
     }
+    if rows && let Some(column) = planned.method.key().iter().find(|column| !written_alike(&column.kinds)) {
+        let [here, there] = &column.kinds;
+        return Err(refused(
+            format!(
+                "{}, of the key of {table}, is {here} on {}, and of another type on {standby}: {there}. What is one row here may be \
+                 none there, or another one.",
+                column.name, run.source
+            ),
+            "Make them the same first, or have all of it copied anew: the same command without --rows.",
+        ));
+    }
     if rows && planned.method == Method::Multiset {
         return Err(refused(
             format!(
@@ -344,6 +369,13 @@ async fn check(run: &Run, table: &TableName, rows: bool) -> Result<Option<Table>
         ));
     }
     Ok(Some(planned))
+}
+
+/// Whether every value that both types have is the same text in both, and none becomes another one in the other.
+fn written_alike([here, there]: &[String; 2]) -> bool {
+    let is_integer = |kind: &str| ["smallint", "integer", "bigint"].contains(&kind);
+    let is_text = |kind: &str| kind == "text" || kind.starts_with("character varying");
+    here == there || is_integer(here) && is_integer(there) || is_text(here) && is_text(there)
 }
 
 /// What a link does not carry of a table would not be copied either; nor would it be known when the table is published again.
@@ -405,43 +437,12 @@ async fn dry(run: &Run, table: &TableName, rows: bool, planned: Option<Table>) -
         ]);
         return Ok(result);
     }
-    let target = run.reads_target().await?;
-    let referenced = again::referenced(&target, table)
-        .await
-        .map_err(|error| run.failed(describe(&error)))?;
-    let statements = again::Statements::new(table, &run.link(), referenced);
     result["way"] = json!("copy");
     result["rows_about"] = json!(planned.as_ref().map(|planned| planned.rows.round()));
     result["bytes"] = json!(planned.as_ref().map(|planned| planned.bytes));
-    result["statements"] = json!(
-        [
-            (source, statements.take_out),
-            (standby, statements.unsubscribe),
-            (
-                standby,
-                "pg_terminate_backend(…) of the link's apply worker, which is started again".to_owned(),
-            ),
-            (
-                standby,
-                format!("set local session_replication_role = 'replica'; {}", statements.empty),
-            ),
-            (source, statements.put_in),
-            (standby, statements.subscribe),
-            (standby, statements.analyze),
-        ]
-        .map(|(side, statement)| format!("{side}: {statement}"))
-    );
-    result["locks"] = json!([
-        format!(
-            "{source}: of {table}, SHARE ROW EXCLUSIVE for a moment: it waits for transactions that write to the table, and others \
-             that want to wait behind it for a tenth of a second at each try"
-        ),
-        match referenced {
-            true =>
-                format!("{standby}: ROW EXCLUSIVE of {table}; other tables refer to it, so that it can't be truncated"),
-            false => format!("{standby}: ACCESS EXCLUSIVE of {table}, for a moment"),
-        },
-    ]);
+    let again::Shown { statements, locks } = again::shown(run, table).await?;
+    result["statements"] = json!(statements);
+    result["locks"] = json!(locks);
     Ok(result)
 }
 
@@ -461,4 +462,23 @@ async fn compared(run: &Run, table: &TableName) -> Result<Value, Failure> {
     };
     let place = Arc::new(Mutex::new(Some(verify::Broken::new(run.source, request))));
     verify::run(Arc::new(config), &run.op, place).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::written_alike;
+
+    #[test]
+    fn a_key_is_found_by_its_text_only_where_no_cast_makes_another_of_it() {
+        let alike = |here: &str, there: &str| written_alike(&[here.to_owned(), there.to_owned()]);
+        assert!(alike("integer", "bigint") && alike("text", "character varying(3)") && alike("uuid", "uuid"));
+        for (here, there) in [
+            ("numeric(10,2)", "numeric(10,1)"),
+            ("timestamp(6) without time zone", "timestamp(0) without time zone"),
+            ("character(3)", "text"),
+            ("double precision", "real"),
+        ] {
+            assert!(!alike(here, there), "{here}, {there}");
+        }
+    }
 }

@@ -11,10 +11,10 @@ use crate::controller::links::{LinkError, TableName};
 use crate::controller::preflight::Finding;
 use crate::pg::{Literal, Side};
 
-/// A table whose copy has begun.
+/// A table whose copy has begun. However it is called: it is known by its OID.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// Which.
+    /// Which, by its name of today.
     pub table: TableName,
     /// The standby's is empty, and the active side publishes it again: it has only to be copied. Not so: it is to be taken out
     /// of the link and emptied, whether that has been done already or not.
@@ -43,34 +43,62 @@ pub async fn read<C: GenericClient>(active: &C) -> Result<Vec<Note>, LinkError> 
     }
 }
 
-/// It has been taken out of the publication.
+/// Whether the notes are those of an earlier pgflip, which knew tables by their names only.
+pub(super) const OLD: &str = "select not exists (select from pg_catalog.pg_attribute a
+      where a.attrelid = pg_catalog.to_regclass('pgflip.resync') and a.attname = 'relid')";
+/// Makes them those of this one.
+pub(super) const RENEW: &str = "alter table pgflip.resync add column relid oid, drop constraint if exists resync_pkey";
+
+/// It has been taken out of the publication. Nobody else writes notes meanwhile: the operator's lock is held.
 pub(super) fn begun(table: &TableName, epoch: u64) -> String {
     let TableName { schema, name } = table;
     format!(
-        "insert into pgflip.resync (schema, name, epoch) values ({}, {}, {epoch}) \
-         on conflict (schema, name) do update set epoch = excluded.epoch, emptied = false, at = clock_timestamp()",
+        "{}; insert into pgflip.resync (schema, name, epoch, relid) values ({}, {}, {epoch}, {})",
+        ended(table),
         Literal(schema),
-        Literal(name)
+        Literal(name),
+        oid(table)
     )
 }
 
 /// The standby's is empty, and it is published again.
 pub(super) fn emptied(table: &TableName) -> String {
-    format!("update pgflip.resync set emptied = true where {}", is(table))
+    format!("update pgflip.resync r set emptied = true where {}", is(table))
 }
 
 /// What is there now has to go before it can be copied.
 pub(super) fn not_emptied(table: &TableName) -> String {
-    format!("update pgflip.resync set emptied = false where {}", is(table))
+    format!("update pgflip.resync r set emptied = false where {}", is(table))
 }
 
 /// It is in step again.
 pub(super) fn ended(table: &TableName) -> String {
-    format!("delete from pgflip.resync where {}", is(table))
+    format!("delete from pgflip.resync r where {}", is(table))
 }
 
-fn is(TableName { schema, name }: &TableName) -> String {
-    format!("schema = {} and name = {}", Literal(schema), Literal(name))
+/// A question: whether it is noted, and not emptied.
+pub(super) fn is_not_emptied(table: &TableName) -> String {
+    format!(
+        "select exists (select from pgflip.resync r where not r.emptied and {})",
+        is(table)
+    )
+}
+
+fn oid(table: &TableName) -> String {
+    let name = table.to_string();
+    format!("pg_catalog.to_regclass({})::pg_catalog.oid", Literal(&name))
+}
+
+/// As `resync_notes.sql` knows it.
+fn is(table: &TableName) -> String {
+    let relid = "(pg_catalog.to_jsonb(r) ->> 'relid')::pg_catalog.oid";
+    let TableName { schema, name } = table;
+    format!(
+        "({relid} = {} or r.schema = {} and r.name = {} and not exists (select from pg_catalog.pg_class g where g.oid = {relid}))",
+        oid(table),
+        Literal(schema),
+        Literal(name)
+    )
 }
 
 /// What it means for whoever wants to flip.

@@ -47,6 +47,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 const TRIES: u32 = 20;
 /// Rows that could not be mended, of which it is said why.
 const TOLD: usize = 20;
+/// Rows that wait for others to make room, at most: their keys are held in memory.
+const LATER_MAX: usize = 100_000;
 
 /// What was done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -281,7 +283,7 @@ async fn all(run: &Run, table: &Table) -> Result<Mended, VerifyError> {
         writer: &open.writes_target,
         attempt: state::bigint(attempt),
         mended: Mended::default(),
-        later: Vec::new(),
+        later: BTreeSet::new(),
         last: false,
     };
     walk(run, &readers, &sessions, &mut mender).await?;
@@ -292,7 +294,8 @@ async fn all(run: &Run, table: &Table) -> Result<Mended, VerifyError> {
 fn failure(run: &Run, table: &Table, error: &VerifyError) -> Failure {
     Failure::new(
         format!("{}: {error}.", table.name),
-        "Rows that were mended by then stay mended, the others are as they were. Clients are not affected.",
+        "Rows that were mended by then stay mended, the others are as they were; one that had to make room for another may be \
+         missing until it is run again. Clients are not affected.",
         match error {
             VerifyError::Marker(_) => format!(
                 "What {} commits has to arrive on {}: `pgflip lag`. If the link itself is stopped by a row of this table, have the \
@@ -386,12 +389,21 @@ async fn walk(
 
 /// What became of some rows.
 enum Once {
-    /// The source has these, and now the target has them as well.
-    Wrote(BTreeSet<Key>),
-    /// The target refuses them.
-    Refused(tokio_postgres::Error),
+    /// The source has these, and now the target has them as well, or it is known that it refuses them.
+    Dealt(BTreeSet<Key>),
+    /// The target refuses one of them.
+    Refused,
     /// It may go better a moment later.
     Later,
+}
+
+/// What a transaction has written.
+#[derive(Default)]
+struct Wrote {
+    inserted: u64,
+    updated: u64,
+    /// The target does not take these.
+    refused: Vec<(Key, tokio_postgres::Error)>,
 }
 
 /// Takes rows that differ, and mends them.
@@ -403,8 +415,8 @@ struct Mender<'a> {
     writer: &'a Client,
     mended: Mended,
     /// Another row of the target's is in their way, which may yet be mended itself.
-    later: Vec<Key>,
-    /// By now it is.
+    later: BTreeSet<Key>,
+    /// By now it is, and these have made room.
     last: bool,
     /// The highest one that the target's row knew of when this began.
     attempt: i64,
@@ -418,11 +430,11 @@ impl Take for Mender<'_> {
         // First, because they may be in the others' way.
         for some in keys(extra).chunks(1_000) {
             for key in self.delete(some.to_vec()).await? {
-                self.one(&key, self.written.anew).await?;
+                self.one(&key).await?;
             }
         }
         for some in keys(other).chunks(self.together()) {
-            self.some(some, self.written.anew).await?;
+            self.some(some).await?;
             again::reached("rows");
         }
         Ok(())
@@ -444,67 +456,107 @@ impl Mender<'_> {
     }
 
     /// Together those that nobody has locked, the others one by one.
-    async fn some(&mut self, keys: &[Key], anew: bool) -> Result<(), VerifyError> {
-        let wrote = match self.once(keys, false, anew).await? {
-            Once::Wrote(wrote) => wrote,
-            Once::Refused(_) | Once::Later => BTreeSet::new(),
-        };
-        for key in keys.iter().filter(|key| !wrote.contains(*key)) {
-            self.one(key, anew).await?;
+    async fn some(&mut self, keys: &[Key]) -> Result<(), VerifyError> {
+        let mut dealt = BTreeSet::new();
+        for each in [false, true] {
+            match self.once(keys, false, each).await? {
+                // Not for the sake of one: the others are written all the same.
+                Once::Refused => continue,
+                Once::Dealt(with) => dealt = with,
+                Once::Later => {}
+            }
+            break;
+        }
+        for key in keys.iter().filter(|key| !dealt.contains(*key)) {
+            self.one(key).await?;
         }
         Ok(())
     }
 
-    async fn one(&mut self, key: &Key, anew: bool) -> Result<(), VerifyError> {
+    async fn one(&mut self, key: &Key) -> Result<(), VerifyError> {
         for attempt in 0..TRIES {
             sleep(Duration::from_millis(10 * u64::from(attempt))).await;
-            match self.once(std::slice::from_ref(key), true, anew).await? {
-                Once::Wrote(wrote) if !wrote.is_empty() => return Ok(()),
-                Once::Wrote(_) => {
+            match self.once(std::slice::from_ref(key), true, true).await? {
+                Once::Dealt(with) if !with.is_empty() => return Ok(()),
+                Once::Dealt(_) => {
                     if self.delete(vec![key.clone()]).await?.is_empty() {
                         return Ok(());
                     }
                 }
-                Once::Refused(error) => {
-                    let in_the_way = [SqlState::UNIQUE_VIOLATION, SqlState::EXCLUSION_VIOLATION];
-                    match error.code() {
-                        Some(code) if in_the_way.contains(code) && !self.last => self.later.push(key.clone()),
-                        _ => self.refused(key, &error),
-                    }
-                    return Ok(());
-                }
-                Once::Later => {}
+                Once::Refused | Once::Later => {}
             }
         }
         self.mended.unsettled += 1;
         Ok(())
     }
 
-    /// What was in each other's way: deleted and inserted, all of it together.
+    /// What was in each other's way: as long as each of them has what is another's, none can be written. So first they go.
     async fn at_last(&mut self) -> Result<(), VerifyError> {
         self.last = true;
-        for some in std::mem::take(&mut self.later).chunks(self.together() * 10) {
-            self.some(some, !self.written.keeps).await?;
+        let later: Vec<Key> = self.later.iter().cloned().collect();
+        if self.written.keeps {
+            // Then it is hoped that each waits only for one behind it.
+            self.later.clear();
+        } else {
+            for some in later.chunks(TOGETHER) {
+                self.make_room(some).await?;
+                again::reached("room");
+            }
+        }
+        for some in later.rchunks(self.together()) {
+            self.some(some).await?;
         }
         Ok(())
     }
 
-    fn refused(&mut self, key: &Key, error: &tokio_postgres::Error) {
+    /// Nothing has to be locked for it: each of them is written again, as it is then.
+    async fn make_room(&self, keys: &[Key]) -> Result<(), VerifyError> {
+        let statement = self.written.delete();
+        for attempt in 0..TRIES {
+            sleep(Duration::from_millis(10 * u64::from(attempt))).await;
+            let gone = async {
+                for key in keys {
+                    let parameters = Written::text(key.iter());
+                    self.writer.execute_typed(&statement, &parameters).await?;
+                }
+                Ok(())
+            };
+            match self.in_transaction(gone).await {
+                Err(error) if error.is_of_the_moment() => {}
+                done => return done,
+            }
+        }
+        // Then they may still be in the way of others, and it is said of which.
+        Ok(())
+    }
+
+    /// The target does not take it.
+    fn refuse(&mut self, key: Key, error: &tokio_postgres::Error) {
+        let in_the_way = [SqlState::UNIQUE_VIOLATION, SqlState::EXCLUSION_VIOLATION];
+        let is_in_the_way = error.code().is_some_and(|code| in_the_way.contains(code));
+        if is_in_the_way && !self.last && self.later.len() < LATER_MAX {
+            self.later.insert(key);
+            return;
+        }
         self.mended.refused += 1;
         if self.mended.why.len() < TOLD {
+            let mut why = describe(error);
+            if self.last && self.later.contains(&key) {
+                why += "; it had to make room for others, and is missing now";
+            }
             let names = self.written.key.iter().map(|column| column.name.clone());
             let key: Map<String, Value> = names.zip(key.iter().map(|value| json!(value))).collect();
-            self.mended.why.push(json!({ "key": key, "why": describe(error) }));
+            self.mended.why.push(json!({ "key": key, "why": why }));
         }
     }
 
-    /// Locks rows on the source and writes them on the target.
-    async fn once(&mut self, keys: &[Key], wait: bool, anew: bool) -> Result<Once, VerifyError> {
+    /// Locks rows on the source and writes them on the target. `each`: for itself, so that one that is refused is left out.
+    async fn once(&mut self, keys: &[Key], wait: bool, each: bool) -> Result<Once, VerifyError> {
         // First the target has to be near: nobody waits for a link that is behind.
         self.sessions.round_trip(LAG_MAX).await?;
         let source = self.readers[0].client();
         source.batch_execute(&begin()).await?;
-        let done = self.locked(source, keys, wait, anew).await;
+        let done = self.locked(source, keys, wait, each).await;
         source.batch_execute("rollback").await?;
         match done {
             Err(error) if error.is_of_the_moment() => Ok(Once::Later),
@@ -517,7 +569,7 @@ impl Mender<'_> {
         source: &tokio_postgres::Client,
         keys: &[Key],
         wait: bool,
-        anew: bool,
+        each: bool,
     ) -> Result<Once, VerifyError> {
         let parts = self.written.key.len();
         let columns: Vec<Vec<&String>> = (0..parts).map(|n| keys.iter().map(|key| &key[n]).collect()).collect();
@@ -542,63 +594,54 @@ impl Mender<'_> {
             }
         }
         if rows.is_empty() {
-            return Ok(Once::Wrote(BTreeSet::new()));
+            return Ok(Once::Dealt(BTreeSet::new()));
         }
         self.sessions.round_trip(LOCKED_MAX).await?;
-        let (wrote, inserted, updated) = match self.write(source, &rows, anew).await {
-            Ok((inserted, updated)) => (rows.into_keys().collect(), inserted, updated),
+        again::reached("locked");
+        let Wrote {
+            inserted,
+            updated,
+            refused,
+        } = match self.write(source, &rows, each).await {
+            Ok(wrote) => wrote,
             // What it holds itself: constraints, and texts that a type there does not know (an enum's value).
-            Err(VerifyError::Sql(error)) if is_of_data(&error) => return Ok(Once::Refused(error)),
+            Err(VerifyError::Sql(error)) if is_of_data(&error) && !each => return Ok(Once::Refused),
             Err(error) => return Err(error),
         };
         self.mended.inserted += inserted;
         self.mended.updated += updated;
-        Ok(Once::Wrote(wrote))
+        for (key, error) in refused {
+            self.refuse(key, &error);
+        }
+        Ok(Once::Dealt(rows.into_keys().collect()))
     }
 
-    /// One transaction. How many were inserted, and updated.
+    /// One transaction.
     async fn write(
         &self,
         source: &tokio_postgres::Client,
         rows: &BTreeMap<Key, Values>,
-        anew: bool,
-    ) -> Result<(u64, u64), VerifyError> {
-        let (mut inserted, mut updated) = (0, 0);
+        each: bool,
+    ) -> Result<Wrote, VerifyError> {
+        let mut wrote = Wrote::default();
         let written = async {
-            let mut missing: Vec<&Values> = Vec::new();
             for (key, values) in rows {
-                let statement = if anew {
-                    self.written.delete()
-                } else {
-                    self.written.update()
-                };
-                let mut parameters = Vec::new();
-                let set: Vec<Option<AsText<'_>>> = match anew {
-                    true => Vec::new(),
-                    false => self
-                        .written
-                        .set
-                        .iter()
-                        .map(|n| values[*n].as_deref().map(AsText))
-                        .collect(),
-                };
-                parameters.extend(set.iter().map(|value| (value as &(dyn ToSql + Sync), Type::UNKNOWN)));
-                parameters.extend(Written::text(key.iter()));
-                let there = self.writer.execute_typed(&statement, &parameters).await?;
-                updated += there;
-                inserted += u64::from(there == 0);
-                if anew || there == 0 {
-                    missing.push(values);
+                if each {
+                    self.writer.batch_execute("savepoint one").await?;
                 }
-            }
-            let insert = self.written.insert();
-            for values in missing {
-                let values: Vec<Option<AsText<'_>>> = values.iter().map(|value| value.as_deref().map(AsText)).collect();
-                let parameters: Vec<(&(dyn ToSql + Sync), Type)> = values
-                    .iter()
-                    .map(|value| (value as &(dyn ToSql + Sync), Type::UNKNOWN))
-                    .collect();
-                self.writer.execute_typed(&insert, &parameters).await?;
+                match self.write_one(key, values).await {
+                    // One that has made room was there.
+                    Ok(was_there) if was_there || self.last && self.later.contains(key) => wrote.updated += 1,
+                    Ok(_) => wrote.inserted += 1,
+                    Err(error) if each && is_of_data(&error) => {
+                        self.writer.batch_execute("rollback to savepoint one").await?;
+                        wrote.refused.push((key.clone(), error));
+                    }
+                    Err(error) => return Err(error),
+                }
+                if each {
+                    self.writer.batch_execute("release savepoint one").await?;
+                }
             }
             // The rows are locked here by now: whatever happens to them later is applied behind this. So they have to be locked
             // there still.
@@ -606,7 +649,33 @@ impl Mender<'_> {
             Ok(())
         };
         self.in_transaction(written).await?;
-        Ok((inserted, updated))
+        Ok(wrote)
+    }
+
+    /// Whether it was there.
+    async fn write_one(&self, key: &Key, values: &Values) -> Result<bool, tokio_postgres::Error> {
+        let as_text = |n: usize| values[n].as_deref().map(AsText);
+        let Written { anew, set, .. } = self.written;
+        let (statement, set) = match anew {
+            true => (self.written.delete(), Vec::new()),
+            false => {
+                let set: Vec<_> = set.iter().map(|n| as_text(*n)).collect();
+                (self.written.update(), set)
+            }
+        };
+        let mut parameters: Vec<(&(dyn ToSql + Sync), Type)> = Vec::new();
+        parameters.extend(set.iter().map(|value| (value as &(dyn ToSql + Sync), Type::UNKNOWN)));
+        parameters.extend(Written::text(key.iter()));
+        let was_there = self.writer.execute_typed(&statement, &parameters).await? > 0;
+        if *anew || !was_there {
+            let values: Vec<_> = (0..values.len()).map(as_text).collect();
+            let parameters: Vec<(&(dyn ToSql + Sync), Type)> = values
+                .iter()
+                .map(|value| (value as &(dyn ToSql + Sync), Type::UNKNOWN))
+                .collect();
+            self.writer.execute_typed(&self.written.insert(), &parameters).await?;
+        }
+        Ok(was_there)
     }
 
     /// Deletes those of which it is proven that only the target has them. Returns those that the source has, and those of which

@@ -182,12 +182,14 @@ create table if not exists pgflip.finalized (
 -- the standby has of them is not to be relied on.
 create table if not exists pgflip.resync (
     schema  text    not null,
-    name    text    not null,
+    name    text    not null,                          -- when it began
     epoch   bigint  not null,
     emptied boolean not null default false,            -- the standby's is empty, and published again: the copy may begin
     at      timestamptz not null default clock_timestamp(),
-    primary key (schema, name)
+    relid   oid                                        -- it may be renamed meanwhile
 );
+-- Made by an earlier pgflip.
+alter table pgflip.resync add column if not exists relid oid, drop constraint if exists resync_pkey;
 
 -- The verification that was begun last and has not come to its end, in the active side's carrier: where it stands (n = 0), and what it
 -- has found of each table. For whoever goes on with it (`verify --resume`) when the process that kept it has ended.

@@ -1,8 +1,12 @@
--- Active side: the tables that are being copied to the standby anew and have not come to the end of it, oldest first. What an
--- earlier epoch has left, and tables that are gone, don't count. Servers 13 and later.
-select r.schema, r.name, r.emptied
+-- Active side: the tables that are being copied to the standby anew and have not come to the end of it, oldest first, as they are
+-- called now. One that is gone counts as the one that has its name. What an earlier epoch has left, and tables that are gone, don't
+-- count. An earlier pgflip's have no OIDs (`relid`). Servers 13 and later.
+select n.nspname as schema, c.relname as name, r.emptied
 from pgflip.resync r
 join pgflip.state s on s.epoch = r.epoch
-where exists (select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-              where n.nspname = r.schema and c.relname = r.name and c.relkind = 'r')
+cross join lateral (select (pg_catalog.to_jsonb(r) ->> 'relid')::pg_catalog.oid as relid) o
+join pg_catalog.pg_class c on c.relkind = 'r'
+join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+where c.oid = o.relid
+   or (n.nspname = r.schema and c.relname = r.name and not exists (select from pg_catalog.pg_class g where g.oid = o.relid))
 order by r.at
