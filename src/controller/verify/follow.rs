@@ -1195,8 +1195,8 @@ impl AtRest {
     /// Compares the tables without a key as they would be in the window: whoever writes a row there has all of it read. One that does not
     /// fit is in the way if it is written at all; else it is only if somebody does until then.
     async fn try_wholes(&mut self) -> Result<(), NotEqual> {
-        let unknown = |why: Why| NotEqual::Unknown(why);
         let trail = self.trail.clone();
+        let unknown = |why: Why| NotEqual::Unknown(format!("database {}: {why}", trail.name));
         let mut tables: Vec<(bool, u64, usize)> = {
             let known = trail.known.lock();
             let tables = trail.tables.iter().enumerate();
@@ -1221,8 +1221,8 @@ impl AtRest {
                 }
                 Err(_) => {
                     return Err(NotEqual::TooLarge(format!(
-                        "database {}: {table} is written to, has no key, and would have to be read as a whole while clients wait: that \
-                         and its like take longer than {:.2} s, a quarter of flip.window_timeout",
+                        "database {}: {table} is written to, has no key, and would have to be read as a whole while clients wait: that, \
+                         with smaller ones like it, takes longer than {:.2} s, a quarter of flip.window_timeout",
                         trail.name,
                         self.budget.as_secs_f64()
                     )));
@@ -1425,13 +1425,11 @@ fn limited(error: &tokio_postgres::Error, limit: &str, means: &str) -> Option<Wh
     reached.then(|| format!("{means}: raise {limit} there ({})", describe(error)))
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "as map_err has it")]
 fn reading_failed(error: tokio_postgres::Error) -> Why {
     let means = "a transaction's changes are larger than the active side lets pgflip's role keep on its disk while they are read";
     limited(&error, "temp_file_limit", means).unwrap_or_else(|| why("reading the changes")(error))
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "as map_err has it")]
 fn slot_failed(error: tokio_postgres::Error) -> Why {
     let means = "the active side has no room for one more replication slot";
     limited(&error, "max_replication_slots", means).unwrap_or_else(|| why("making the slot")(error))
