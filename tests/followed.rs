@@ -75,11 +75,11 @@ async fn on_blue(rig: &Rig, statements: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_changes_is_compared_as_it_is_applied_and_a_flip_can_be_made_to_depend_on_it() {
-    let mut rig = rig().await;
+    let rig = rig().await;
     what_changes(&rig).await;
     // The last of it was a difference.
     on_blue(&rig, "truncate bare").await;
-    flips_that_have_to_be_verified(&mut rig).await;
+    flips_that_have_to_be_verified(&rig).await;
     flips_that_have_to_be_counted(&rig).await;
 }
 
@@ -95,6 +95,26 @@ async fn what_changes(rig: &Rig) {
         result["next"].as_str().unwrap().contains("pgflip verify --follow"),
         "{result}"
     );
+
+    // As long as its slot waits for who has written and does not end, it can be broken off, and the slot does not come.
+    let mut open = rig.admin(Side::Blue).await;
+    let writing = open.transaction().await.expect("a transaction");
+    writing
+        .batch_execute("update hot set n = 0 where id = 50")
+        .await
+        .expect("a write");
+    let asked = asked_to(rig.sidecar.command(&["verify", "--follow"]));
+    let until_made = Instant::now() + LIMIT;
+    while slots(rig, Side::Blue).await == 0 {
+        assert!(Instant::now() < until_made, "its slot is being made");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let said = rig.run(&["verify", "--pause"]).await;
+    assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+    let said = asked.await.expect("the command ends");
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    no_slot(rig, Side::Blue, "broken off").await;
+    writing.rollback().await.expect("the end of it");
 
     let writers = Writers::start(rig);
     follow(rig).await;
@@ -138,12 +158,31 @@ async fn what_changes(rig: &Rig) {
         status["differences"] == 0
     })
     .await;
-    // A row in a table without a key: all of it is compared.
-    on_green(
-        rig,
-        "delete from bare where ctid = (select min(ctid) from bare where a = 50)",
-    )
+    // A row in a table without a key: all of it is compared, and again until it is mended, even if nobody writes to it any more.
+    let gone = "delete from bare where ctid = (select min(ctid) from bare where a = 50)";
+    on_green(rig, gone).await;
+    on_blue(rig, "insert into bare values (-1, 'one more')").await;
+    let status = all_compared(rig, Side::Blue).await;
+    assert_eq!(status["differences"], 1, "{status}");
+    on_green(rig, "insert into bare values (50, 'row 0')").await;
+    until(rig, "it is seen that it was mended", |status| {
+        status["differences"] == 0
+    })
     .await;
+    // Rows of a table with a key that was compared as a whole are differences like others.
+    on_green(rig, "delete from worded where part = 4 and k < 'Straße 2'").await;
+    on_blue(rig, "vacuum full worded").await;
+    let status = until(rig, "all of it was compared", |status| {
+        status["differences"].as_u64() > Some(0) && status["pending_tables"] == 0
+    })
+    .await;
+    let many = status["differences"].clone();
+    on_blue(rig, "update worded set v = 'touched' where part = 4 and k < 'Straße 2'").await;
+    let status = all_compared(rig, Side::Blue).await;
+    assert_eq!(status["differences"], many, "none is counted twice: {status}");
+    on_blue(rig, "delete from worded where part = 4 and k < 'Straße 2'").await;
+    until(rig, "they have gone", |status| status["differences"] == 0).await;
+    on_green(rig, gone).await;
     on_blue(rig, "insert into bare values (-1, 'one more')").await;
     let status = all_compared(rig, Side::Blue).await;
     assert_eq!(status["differences"], 1, "{status}");
@@ -190,11 +229,13 @@ async fn whatever_makes_the_proof_doubtful_ends_it_and_no_slot_is_left() {
     assert_eq!(slots(&rig, Side::Green).await, 2);
     rig.sidecar.kill();
     no_slot(&rig, Side::Green, "after a kill").await;
-    rig.sidecar.restart(&[]).expect("pgflip starts again");
+    let held = [("PGFLIP_FAULT", "stop-after=cutover:drain")];
+    rig.sidecar.restart(&held).expect("pgflip starts again");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
     assert_eq!(rig.serving().await, Side::Green);
     assert_eq!(rig.status().await["verification"], Value::Null);
     rig.rollback().await;
+    differs_in_the_window(&rig).await;
 
     // Another pgflip's, which has the slot from then on.
     follow(&rig).await;
@@ -226,19 +267,14 @@ async fn flip(rig: &Rig, command: &str, guarantee: &str, more: &[&str]) -> (Opti
     (said.code, result)
 }
 
-async fn flips_that_have_to_be_verified(rig: &mut Rig) {
-    // A row that is written while clients are held, past the proxy, and was deleted on the other side before.
-    let held = [("PGFLIP_FAULT", "stop-after=cutover:hold")];
-    rig.sidecar.restart(&held).expect("pgflip starts again");
-    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
-    rig.serving().await;
-    let writers = Writers::start(rig);
+/// A row that is written while clients are held, past the proxy, and was deleted on the other side before. The flip unwinds, and the
+/// other database is followed as before.
+async fn differs_in_the_window(rig: &Rig) {
     follow(rig).await;
-    on_green(rig, "delete from keyed where id = 25001").await;
-    let asked = rig.sidecar.command(&["cutover", "--guarantee", "verified"]);
-    let asked = asked_to(asked);
-    rig.stopped_itself("stop-after=cutover:hold").await;
-    on_blue(rig, "update keyed set x = 'late' where id = 25001").await;
+    on_green(rig, "delete from accounts where id = 1").await;
+    let asked = asked_to(rig.sidecar.command(&["cutover", "--guarantee", "verified"]));
+    rig.stopped_itself("stop-after=cutover:drain").await;
+    on_blue(rig, "update accounts set balance = balance where id = 1").await;
     rig.sidecar.signal(libc::SIGCONT);
     let said = asked.await.expect("the command ends");
     let result: Value = serde_json::from_slice(said.stdout.split(|byte| *byte == b'\n').rev().nth(1).unwrap()).unwrap();
@@ -251,24 +287,30 @@ async fn flips_that_have_to_be_verified(rig: &mut Rig) {
         result["why"]
             .as_str()
             .unwrap()
-            .contains("1 rows of \"public\".\"keyed\" differ"),
+            .contains("1 rows of \"public\".\"accounts_"),
         "{result}"
     );
     assert_eq!(rig.serving().await, Side::Blue);
-    until(rig, "it is a difference", |status| status["differences"] == 1).await;
+    let status = until(rig, "it is a difference", |status| status["differences"] == 1).await;
+    assert_eq!(
+        (&status["state"], slots(rig, Side::Blue).await),
+        (&Value::from("following"), 2)
+    );
     let (code, result) = flip(rig, "cutover", "verified", &[]).await;
     assert_eq!(
         (code, &result["findings"][0]["code"]),
         (Some(4), &Value::from("different")),
         "{result}"
     );
-    on_green(
-        rig,
-        "insert into keyed select 25001, decode(md5('25001'), 'hex'), 1.00, '', 'late', 'y25001', 0,
-         '{\"a\": 1, \"b\": 2}', 'c'",
-    )
-    .await;
+    on_green(rig, "insert into accounts values (1, 1, 0)").await;
     until(rig, "it was mended", |status| status["differences"] == 0).await;
+    assert_eq!(all_compared(rig, Side::Blue).await["state"], "following");
+}
+
+async fn flips_that_have_to_be_verified(rig: &Rig) {
+    follow(rig).await;
+    does_not_fit(rig).await;
+    let writers = Writers::start(rig);
 
     // A rehearsal says what it would add, and leaves the proof as it is.
     let (code, result) = flip(rig, "cutover", "verified", &["--rehearse"]).await;
@@ -292,18 +334,81 @@ async fn flips_that_have_to_be_verified(rig: &mut Rig) {
     assert_eq!(certificate["guarantee"], "verified", "{result}");
     for key in [
         "tables",
-        "rows",
-        "hash",
+        "full_pass",
+        "hash_algorithm",
         "position",
         "at",
-        "verified_at",
         "keys_compared",
     ] {
         assert!(!certificate[key].is_null(), "{key}: {certificate}");
     }
+    for key in ["operation", "at", "rows"] {
+        assert!(!certificate["full_pass"][key].is_null(), "{key}: {certificate}");
+    }
+    // Whoever has to complete a flip can't know it: it is there before the pivot. A rehearsal leaves none.
+    let statement =
+        "select event, detail -> 'certificate' from pgflip.history where detail ? 'certificate' order by id";
+    let rows = rig
+        .admin(Side::Green)
+        .await
+        .query(statement, &[])
+        .await
+        .expect("the history");
+    let told: Vec<(String, Value)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let expected = ["certified", "flipped"].map(|event| (event.to_owned(), certificate.clone()));
+    assert_eq!(told, expected);
     eprintln!("certificate: {certificate}");
     assert_eq!(rig.status().await["last_flip"]["certificate"], *certificate);
     assert!(writers.stop().await > 100);
+}
+
+/// What takes too long is known before anybody is held, and leaves no statement behind: here a table without a key that is locked, on
+/// the standby, as if it were large.
+async fn does_not_fit(rig: &Rig) {
+    let mut admin = rig.admin(Side::Green).await;
+    let lock = "lock table bare in access exclusive mode";
+    // Nobody has written to it.
+    let locked = admin.transaction().await.expect("a transaction");
+    locked.batch_execute(lock).await.expect("a lock");
+    let (code, result) = flip(rig, "cutover", "verified", &["--rehearse"]).await;
+    assert_eq!(
+        (code, &result["outcome"]),
+        (Some(0), &Value::from("rehearsed")),
+        "{result}"
+    );
+    locked.rollback().await.expect("the end of it");
+
+    on_blue(rig, "insert into bare values (-2, 'written to')").await;
+    all_compared(rig, Side::Blue).await;
+    let locked = admin.transaction().await.expect("a transaction");
+    locked.batch_execute(lock).await.expect("a lock");
+    for (guarantee, why, next) in [
+        ("counts", "counting all tables takes longer", "another --guarantee"),
+        ("verified", "\"bare\" is written to, has no key", "primary key"),
+    ] {
+        let (code, result) = flip(rig, "cutover", guarantee, &[]).await;
+        assert_eq!(
+            (code, &result["failed_step"]),
+            (Some(3), &Value::from("settle")),
+            "{result}"
+        );
+        let text = |key: &str| result[key].as_str().unwrap_or_default();
+        assert!(text("why").contains(why) && text("next").contains(next), "{result}");
+        assert!(text("means").contains("No client was touched"), "{result}");
+    }
+    let statement = "select count(*) from pg_locks l join pg_stat_activity a using (pid)
+                     where not l.granted and a.application_name like 'pgflip: %'";
+    let until = Instant::now() + LIMIT;
+    while locked
+        .query_one(statement, &[])
+        .await
+        .expect("the locks")
+        .get::<_, i64>(0)
+        > 0
+    {
+        assert!(Instant::now() < until, "a statement is left");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
 }
 
 /// As many rows on both sides, or not.

@@ -32,7 +32,8 @@ async fn killed_after(rig: &mut Rig, ledgers: &[Ledger], source: Side, step: &st
     let fault = format!("kill-after={direction}:{step}");
     rig.sidecar.restart(&[("PGFLIP_FAULT", &fault)]).expect("pgflip starts");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
-    let asked = rig.sidecar.command(&[direction]).spawn().expect("the command starts");
+    let command = [direction, "--guarantee", "counts"];
+    let asked = rig.sidecar.command(&command).spawn().expect("the command starts");
     rig.killed_itself(&fault).await;
     rig.sidecar.restart(&[]).expect("pgflip starts again");
     rig.sidecar.ready(LIMIT).await.expect("pgflip is ready again");
@@ -89,6 +90,15 @@ async fn from_the_pivot_on(blue: u32, green: u32, databases: usize) {
     for step in [PIVOT].into_iter().chain(FORWARD.iter().map(|step| step.name())) {
         for source in Side::BOTH {
             killed_after(&mut rig, &ledgers, source, step, source.other()).await;
+            if step == PIVOT {
+                // Who has completed it tells what it had proven.
+                let statement =
+                    "select detail -> 'certificate' ->> 'guarantee' from pgflip.history where event = 'flipped'
+                                 order by id desc limit 1";
+                let row = rig.admin(source.other()).await.query_one(statement, &[]).await;
+                let guarantee: Option<String> = row.expect("the history").get(0);
+                assert_eq!(guarantee.as_deref(), Some("counts"), "from {source}");
+            }
         }
     }
     nothing_is_missing(&rig, ledgers).await;

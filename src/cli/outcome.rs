@@ -133,7 +133,7 @@ pub fn flip(result: &Value) -> Vec<String> {
         }
         _ => lines.push(format!("{direction}: {}", text("outcome").replace('_', " "))),
     }
-    lines.extend(certificate(&result["certificate"]));
+    lines.extend(certificate_line(&result["certificate"]));
     // A forced flip says what was lost.
     lines.extend(trouble(result));
     lines
@@ -155,32 +155,33 @@ fn held(result: &Value) -> Option<String> {
 }
 
 /// What was proven while clients waited, and what that took. None if nothing was asked for.
-fn certificate(certificate: &Value) -> Option<String> {
+fn certificate_line(certificate: &Value) -> Option<String> {
     let number = |key: &str| {
-        certificate[key]
-            .as_u64()
+        certificate
+            .pointer(key)
+            .and_then(Value::as_u64)
             .map_or("unknown".to_owned(), |n| n.to_string())
     };
-    let text = |key: &str| clean(certificate[key].as_str().unwrap_or("unknown"));
+    let text = |key: &str| clean(certificate.pointer(key).and_then(Value::as_str).unwrap_or("unknown"));
     let took = certificate["ms"]
         .as_f64()
         .map_or("unknown".to_owned(), |ms| format!("{ms:.1} ms"));
     match certificate["guarantee"].as_str()? {
         "counts" => Some(format!(
             "counted: {} tables with {} rows, as many on both sides at {}; that took {took} of the window",
-            number("tables"),
-            number("rows"),
-            text("position")
+            number("/tables"),
+            number("/rows"),
+            text("/position")
         )),
         _ => Some(format!(
             "verified: {} tables equal at {} (full pass at {}, {} rows); {} keys and {} tables as a whole compared in the window, \
              which took {took}",
-            number("tables"),
-            text("position"),
-            text("verified_at"),
-            number("rows"),
-            number("keys_compared"),
-            number("tables_compared")
+            number("/tables"),
+            text("/position"),
+            text("/full_pass/at"),
+            number("/full_pass/rows"),
+            number("/keys_compared"),
+            number("/tables_compared")
         )),
     }
 }
@@ -279,6 +280,27 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_certificate_says_what_was_proven_when() {
+        let told = |certificate: Value| certificate_line(&certificate);
+        assert_eq!(told(Value::Null), None);
+        let counted = json!({"guarantee": "counts", "tables": 3, "rows": 40, "position": "0/1A", "ms": 2.0});
+        assert!(
+            told(counted).is_some_and(|line| line.contains("3 tables with 40 rows, as many on both sides at 0/1A"))
+        );
+        let verified = json!({"guarantee": "verified", "tables": 3, "position": "0/1A", "ms": 2.0, "keys_compared": 5,
+            "tables_compared": 1, "full_pass": {"at": "2026-01-01T00:00:00Z", "rows": 40}});
+        let line = told(verified).expect("a line");
+        for part in [
+            "at 0/1A",
+            "full pass at 2026-01-01T00:00:00Z, 40 rows",
+            "5 keys and 1 tables",
+            "2.0 ms",
+        ] {
+            assert!(line.contains(part), "{part:?} is not in {line}");
+        }
+    }
 
     #[test]
     fn every_end_of_a_flip_says_for_how_long_clients_were_held() {

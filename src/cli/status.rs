@@ -88,13 +88,18 @@ pub fn screen(status: &Value) -> Vec<String> {
             _ => format!("replication  {}", text(&status["replication"])),
         },
     });
-    // Where no link is meant to be there is no lag, known or not.
-    if !is_not_started(status) && status["replication"] != "none" && status["given_up"].is_null() {
+    // Where no link is meant to be there is no lag, known or not, and nothing to verify.
+    let linked = !is_not_started(status) && status["replication"] != "none" && status["given_up"].is_null();
+    if linked {
         lines.extend(list(&status["lag"]).iter().map(|link| format!("  {}", lag::line(link))));
     }
     if status["verification"].is_object() {
         let told = verify::followed(&status["verification"]);
         lines.extend(told.into_iter().map(|line| format!("verified     {line}")));
+    } else if linked && status["finalize"].is_null() {
+        lines.push(
+            "verified     no: nothing is followed since this pgflip was started (pgflip verify --follow)".to_owned(),
+        );
     }
     let count = |key: &str| {
         status["sessions"][key]
@@ -297,6 +302,7 @@ mod tests {
             "Postgres 17.10",
             "120 bytes, 0.004 s",
             "3 on blue",
+            "verified     no: nothing is followed",
             "unwound at step drain",
             "session 7",
             "Next: end it",

@@ -112,8 +112,18 @@ pub fn followed(verification: &Value) -> Vec<String> {
             pending(),
             differences()
         )],
-        Some("beginning") => vec![format!("not yet: all is being compared; {}", pending())],
-        Some("ended") => vec![format!("no longer: {}", text("why"))],
+        Some("beginning") => {
+            let differences = match verification["differences"].as_u64() {
+                Some(0) => String::new(),
+                _ => format!(", {}", differences()),
+            };
+            vec![format!("not yet: all is being compared; {}{differences}", pending())]
+        }
+        Some("ended") => {
+            let since = verification["ended_at"].as_str();
+            let since = since.map_or(String::new(), |at| format!(" (ended at {})", clean(at)));
+            vec![format!("no longer: {}{since}", text("why"))]
+        }
         _ => vec!["unknown: it is not known where clients are".to_owned()],
     }
 }
@@ -257,6 +267,12 @@ mod tests {
             let told = one(json!({ "state": state, "why": "a flip" }));
             assert!(!told.contains("up to") && !told.contains("no differences"), "{told}");
         }
-        assert!(one(json!({ "state": "ended", "why": "a flip" })).contains("a flip"));
+        let ended = json!({ "state": "ended", "why": "a flip", "ended_at": "2026-01-01T00:00:00Z" });
+        assert_eq!(one(ended), "no longer: a flip (ended at 2026-01-01T00:00:00Z)");
+        let found = one(json!({ "state": "beginning", "differences": 2 }));
+        assert!(
+            found.starts_with("not yet") && found.contains("2 differences"),
+            "{found}"
+        );
     }
 }

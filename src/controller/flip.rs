@@ -158,6 +158,12 @@ impl From<MarkerError> for Stop {
     }
 }
 
+impl From<guarantee::Broken> for Stop {
+    fn from(broken: guarantee::Broken) -> Stop {
+        Stop::no_go(broken.what, broken.next)
+    }
+}
+
 impl From<LinkError> for Stop {
     fn from(error: LinkError) -> Stop {
         match error {
@@ -681,12 +687,14 @@ impl Flip {
         match step {
             Reversible::Preflight => Duration::from_secs(60),
             // These two keep their own time, and say more than "too late".
-            Reversible::Settle => flip.settle_timeout + ROUND_TRIP_MAX + Duration::from_secs(10),
+            Reversible::Settle => {
+                flip.settle_timeout * 2 + flip.window_timeout + ROUND_TRIP_MAX + Duration::from_secs(60)
+            }
             Reversible::Arm => flip.arm_timeout + flip.settle_timeout + ROUND_TRIP_MAX + Duration::from_secs(30),
             Reversible::Prepare => flip.settle_timeout + Duration::from_secs(60),
             Reversible::Hold => spare,
-            // To drain, to end stragglers, and to drain again.
-            Reversible::Drain => flip.drain_timeout * 3 + spare * 2,
+            // To drain, to end stragglers, and to drain again. And a quarter of the window to compare what was written meanwhile.
+            Reversible::Drain => flip.drain_timeout * 3 + flip.window_timeout / 2 + spare * 2,
             Reversible::Fence
             | Reversible::OldXids
             | Reversible::Tables
@@ -708,12 +716,16 @@ impl Flip {
     async fn apply(&mut self, step: Reversible) -> Result<(), Stop> {
         match step {
             Reversible::Preflight => self.preflight().await,
-            Reversible::Settle => self.settle().await,
+            Reversible::Settle => {
+                self.settle().await?;
+                self.guarantee_ahead().await
+            }
             Reversible::Arm => self.arm().await,
             Reversible::Prepare => {
                 self.prepare().await?;
-                self.guarantee_ahead().await?;
-                self.still_close_behind().await?;
+                let deadline = Instant::now() + self.config.flip.settle_timeout;
+                self.still_close_behind(deadline).await?;
+                self.ahead.close(deadline).await?;
                 self.warn_of_open_transactions().await;
                 Ok(())
             }
@@ -723,7 +735,10 @@ impl Flip {
                 self.gate.hold();
                 Ok(())
             }
-            Reversible::Drain => self.drain().await,
+            Reversible::Drain => {
+                self.drain().await?;
+                Ok(self.ahead.rest().await?)
+            }
             Reversible::Fence => {
                 self.window_since = Some(Instant::now());
                 self.fence().await
@@ -735,7 +750,7 @@ impl Flip {
             Reversible::Links => self.links().await,
             Reversible::Verify => {
                 self.guarantee_holds().await?;
-                self.rows().await
+                tokio::try_join!(self.certify(), self.rows()).map(drop)
             }
             Reversible::Committing => self.committing().await,
         }
@@ -873,8 +888,7 @@ impl Flip {
     }
 
     /// Arming and preparing take their time, in which the link may have fallen behind again: clients would be held for it.
-    async fn still_close_behind(&self) -> Result<(), Stop> {
-        let deadline = Instant::now() + self.config.flip.settle_timeout;
+    async fn still_close_behind(&self, deadline: Instant) -> Result<(), Stop> {
         self.until_settled("prepare", deadline, |database| self.not_close(database).boxed())
             .await
     }
@@ -1397,23 +1411,34 @@ impl Flip {
         }
     }
 
-    /// What the guarantee needs in the window; and that it will fit there.
+    /// What the guarantee needs in the window; and that it will fit there. Before anything is armed.
     async fn guarantee_ahead(&mut self) -> Result<(), Stop> {
         let deadline = Instant::now() + self.config.flip.settle_timeout;
         let (config, source) = (&self.config, self.source);
-        let ahead = Ahead::new(config, self.guarantee, self.following.as_ref(), source, deadline).await;
-        self.ahead = ahead.map_err(|broken| Stop::no_go(broken.what, broken.next))?;
+        self.ahead = Ahead::new(config, self.guarantee, self.following.as_ref(), source, deadline).await?;
+        for what in self.ahead.depends_on() {
+            self.operation.event("settle", "info", what, Value::Null);
+        }
         Ok(())
     }
 
     async fn guarantee_holds(&mut self) -> Result<(), Stop> {
-        let holds = self.ahead.hold(&self.databases[0].source).await;
-        self.certificate = holds.map_err(|broken| Stop::no_go(broken.what, broken.next))?;
+        self.certificate = self.ahead.hold(&self.databases[0].source).await?;
         Ok(())
     }
 
+    /// Recovery can't know it any more: the new side's history has it before the pivot.
+    async fn certify(&self) -> Result<(), Stop> {
+        if self.certificate.is_null() || self.rehearse {
+            return Ok(());
+        }
+        let (target, attempt) = (&*self.databases[0].target, self.attempt);
+        let certified = json!({ "from": self.source, "to": self.target, "certificate": self.certificate });
+        Ok(state::history(target, attempt.epoch + 1, attempt.id, "certified", certified).await?)
+    }
+
     /// Only the carrier's rows are compared and set at the pivot: what the other databases' rows say is read here.
-    async fn rows(&mut self) -> Result<(), Stop> {
+    async fn rows(&self) -> Result<(), Stop> {
         let attempt = self.attempt;
         try_join_all(self.databases.iter().map(|database| async move {
             let (here, there) = tokio::try_join!(state::read(&*database.source), state::read(&*database.target))?;

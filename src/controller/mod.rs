@@ -606,7 +606,11 @@ impl Controller {
             before.gone().await;
         }
         let source = self.known_to_the_gate(source).await;
-        let following = Follow::begin(self.config(), self.gate.clone(), operation, source).await?;
+        // Its slot waits for transactions that are open.
+        let following = tokio::select! {
+            begun = Follow::begin(self.config(), self.gate.clone(), operation, source) => begun?,
+            () = operation.aborted() => return Ok(verify::paused(&place)),
+        };
         self.inner.lock().following = Some(following.clone());
         let unproven = Unproven(following.clone());
         let mut result = self.verify_once(operation, place).await?;

@@ -518,7 +518,13 @@ pub async fn forward_on(config: &Config, source: Side, attempt: Attempt) {
 
 /// Notes it in the history; failing to is no reason to stop.
 pub async fn note(on: &Client, attempt: Attempt, event: &str, because: &str) {
-    let detail = serde_json::json!({ "because": because });
+    let mut detail = serde_json::json!({ "because": because });
+    // What a flip has proven that had to, it has noted before its pivot.
+    if event == "flipped"
+        && let Ok(Some(certificate)) = state::certificate(&**on, attempt).await
+    {
+        detail["certificate"] = certificate;
+    }
     if let Err(error) = state::history(&**on, attempt.epoch, attempt.id, event, detail).await {
         tracing::debug!(%error, "the history could not be written");
     }

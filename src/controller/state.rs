@@ -250,6 +250,18 @@ pub async fn history<C: GenericClient>(
     Ok(())
 }
 
+/// What the attempt that has led to this epoch had proven before its pivot, for people.
+pub async fn certificate<C: GenericClient>(
+    on: &C,
+    Attempt { epoch, id }: Attempt,
+) -> Result<Option<serde_json::Value>, StateError> {
+    let statement =
+        "select detail -> 'certificate' from pgflip.history where (epoch, attempt, event) = ($1, $2, 'certified')
+                     order by id desc limit 1";
+    let row = on.query_opt(statement, &[&bigint(epoch), &bigint(id)]).await?;
+    Ok(row.and_then(|row| row.get(0)))
+}
+
 /// One attempt: from which epoch, and its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Attempt {

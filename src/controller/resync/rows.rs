@@ -273,6 +273,7 @@ async fn all(run: &Run, table: &Table) -> Result<Mended, VerifyError> {
         side: run.source,
         lag_max: LAG_MAX,
         patience: Patience::default(),
+        gate: None,
     };
     let [source, target] = &readers;
     let mut mender = Mender {

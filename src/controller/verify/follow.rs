@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -19,18 +20,21 @@ use futures_util::TryStreamExt as _;
 use futures_util::future::{select_all, try_join_all};
 use jiff::Timestamp;
 use parking_lot::Mutex;
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::Statement;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
-use super::hash::Seeds;
+use super::hash::{Seeds, Sum};
 use super::pending::{Pending, Turn};
-use super::plan::{self, Table};
+use super::plan::{self, Method, Table};
 use super::read::{Key, Piece, Reader};
+use super::report::Report;
 use super::settle::{self, Patience, Sessions, Settled};
-use super::table::{Database, Pair};
+use super::table::{Database, Pair, Unattended};
 use super::{Broken, LAG_MAX, Place, Request, VerifyError, hash};
 use crate::config::Config;
 use crate::controller::links::{self, TableName};
@@ -48,8 +52,11 @@ const PURPOSE: Purpose = Purpose("follow");
 const EVERY: Duration = Duration::from_millis(250);
 /// Of its time, reading rests so many times as much as it reads: each call decodes what the last few seconds have written.
 const RESTS: u32 = 3;
-/// Changes that are read at once, or one transaction more than that. The server keeps them on its disk meanwhile.
+/// Changes that are read at once, or one transaction more than that: as many as have so many bytes. The server keeps them on its
+/// disk meanwhile, in full.
 const CHANGES: i32 = 50_000;
+const CHANGES_LEAST: i32 = 100;
+const CHANGES_BYTES: i64 = 64 << 20;
 /// Bytes of a change that are looked at: of 1,600 columns with the longest names, twice.
 const CHANGE_MAX: i32 = 256 << 10;
 /// How long one reading may take: one that lasts longer is no reading that keeps up.
@@ -63,6 +70,8 @@ const WORKERS: usize = 3;
 const KEYS: usize = 1_000;
 /// And when both sides are at rest, in a flip's window: more are waited for before it.
 const KEYS_AT_REST: usize = 2_000;
+/// Of those that come until the fence: more would not fit the window.
+const KEYS_IN_WINDOW: usize = 20_000;
 /// Looks in vain before a row is locked on the source, for as long as a marker takes.
 const LOOKS: u32 = 5;
 /// Rows that are locked in one turn, one after the other.
@@ -139,6 +148,7 @@ impl Follow {
     }
 
     async fn drive(self: Arc<Follow>, trails: Vec<Arc<Trail>>) {
+        let _gone = Gone(self.clone());
         let mut stop = self.stop.subscribe();
         let why = tokio::select! {
             asked = stop.wait_for(Option::is_some) => asked.ok().and_then(|asked| asked.clone()).unwrap_or_default(),
@@ -160,7 +170,6 @@ impl Follow {
                 );
             }
         }
-        self.gone.send_replace(true);
     }
 
     /// From now on nothing is verified.
@@ -220,12 +229,17 @@ impl Follow {
     }
 
     /// For a flip, before it holds anybody: waits until there is little left to compare, so that it takes `budget` at most.
-    pub async fn at_rest(&self, deadline: Instant, budget: Duration) -> Result<Vec<AtRest>, Why> {
+    pub async fn at_rest(&self, deadline: Instant, budget: Duration) -> Result<Vec<AtRest>, NotEqual> {
         let trails = self.inner.lock().trails.clone();
         if trails.is_empty() {
-            return Err("what was verified is followed no longer".to_owned());
+            return Err(NotEqual::Ended("what was verified is followed no longer".to_owned()));
         }
-        try_join_all(trails.into_iter().map(|trail| AtRest::new(trail, deadline, budget))).await
+        let ready = try_join_all(trails.into_iter().map(|trail| AtRest::new(trail, deadline, budget)));
+        // To read what has changed takes its time as well.
+        timeout_at(deadline + 2 * budget, ready).await.unwrap_or_else(|_| {
+            let what = "what has changed could not be read, or compared, in time".to_owned();
+            Err(NotEqual::TooMuch(what))
+        })
     }
 
     /// How it stands. `now`: where clients are; if that is somewhere else, nothing is verified.
@@ -248,17 +262,33 @@ impl Follow {
             let here = known.pending.compared_to().min(known.shaped_to);
             compared_to = Some(compared_to.map_or(here, |so_far| so_far.min(here)));
         }
-        let here = now.is_some_and(|now| (now.side, now.epoch) == (self.source, self.epoch));
+        let here = now.map(|now| (now.side, now.epoch) == (self.source, self.epoch));
         let state = match (&full, here) {
-            (_, false) => "unknown",
-            (None, true) => "beginning",
-            (Some(_), true) => "following",
+            (_, None) => "unknown",
+            // Who reads changes has not noticed yet.
+            (_, Some(false)) => "ended",
+            (None, Some(true)) => "beginning",
+            (Some(_), Some(true)) => "following",
         };
+        let why = now
+            .filter(|_| state == "ended")
+            .map(|now| format!("a flip: clients are on {}, at epoch {}", now.side, now.epoch));
         json!({
+            "why": why,
             "state": state, "source": self.source, "epoch": self.epoch,
             "verified_to": compared_to.filter(|_| state == "following"), "compared_to": compared_to,
             "pending": keys, "pending_tables": wholes, "differences": differences, "full": full,
         })
+    }
+}
+
+/// However that comes, nobody waits for it for ever.
+struct Gone(Arc<Follow>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.ended_because("pgflip has a defect, or ends");
+        self.0.gone.send_replace(true);
     }
 }
 
@@ -281,24 +311,26 @@ fn begun_not(why: &str, database: &str, source: Side) -> Failure {
     )
 }
 
-/// Sees to it that the slot goes, if that session still has it: by now it may be another pgflip's.
+/// Sees to it that the session ends that has the slot, or is about to make it: the slot goes with it.
 async fn end_slot(config: &Config, source: Side, database: &str, pid: i32) -> Result<(), Why> {
     let limit = config.limits.server_connect_timeout;
     let client = connect(config.server(source), database, PURPOSE, limit).await;
     let client = client.map_err(|error| error.to_string())?;
-    let (name, until) = (links::verify_slot_name(database), Instant::now() + GONE_MAX);
+    let until = Instant::now() + GONE_MAX;
     loop {
-        let slot = links::slot(&*client, &name).await.map_err(|error| error.to_string())?;
-        if slot.is_none_or(|slot| slot.active_pid != Some(pid)) {
+        // Until it is not there any more: by then that number may be anybody's.
+        let ended = client
+            .query_opt(
+                include_str!("../../pg/sql/verify_end.sql"),
+                &[&pid, &format!("pgflip: {}", PURPOSE.0)],
+            )
+            .await;
+        if ended.map_err(why("ending the session of the slot"))?.is_none() {
             return Ok(());
         }
         if Instant::now() >= until {
             return Err(format!("session {pid} is still there"));
         }
-        let ended = client
-            .execute("select pg_catalog.pg_terminate_backend($1)", &[&pid])
-            .await;
-        ended.map_err(why("ending the session of the slot"))?;
         sleep(IDLE).await;
     }
 }
@@ -322,15 +354,19 @@ struct Trail {
     looks: Client,
     writes: Client,
     watches: Client,
+    /// A flip that has to be verified is near: it is followed while clients are held, too.
+    wanted: AtomicBool,
     known: Mutex<Known>,
 }
 
 struct Reading {
     /// Has the slot: an error of its would end it.
     client: Client,
-    /// A reading was broken off, or failed: what it has taken from the slot was not marked.
-    broken_off: bool,
+    /// Why a reading has failed: what it had taken from the slot was not marked.
+    failed: Option<Why>,
     changes: Statement,
+    /// That are read next.
+    at_once: i32,
     relations: HashMap<u32, Followed>,
     shapes: [BTreeMap<TableName, Shape>; 2],
     /// What had been read when they were looked at.
@@ -386,6 +422,13 @@ async fn shapes(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, S
     Ok(rows.iter().map(shape).collect())
 }
 
+fn too_many<T>(differing: &BTreeMap<(usize, Key), T>) -> Result<(), Why> {
+    match differing.len() {
+        many if many > DIFFERING_MAX => Err(format!("more than {DIFFERING_MAX} rows differ")),
+        _ => Ok(()),
+    }
+}
+
 /// What has happened to tables beside writes: those that were emptied or written anew, by their names.
 fn reshaped(
     before: &BTreeMap<TableName, Shape>,
@@ -416,7 +459,7 @@ impl Trail {
         name: &str,
     ) -> Result<Trail, Why> {
         let failed = |error: VerifyError| error.to_string();
-        let (request, place) = (everything(), Place::default());
+        let (request, place) = (everything(0), Place::default());
         let database = Database {
             config,
             operation,
@@ -437,6 +480,12 @@ impl Trail {
             database.session(source.other())
         )
         .map_err(failed)?;
+        for client in [&looks, &writes, &watches] {
+            client
+                .batch_execute(hash::PINNED)
+                .await
+                .map_err(why("preparing the sessions"))?;
+        }
         still_active(&writes, epoch).await?;
         let client = slot_session(config, source, name).await?;
         let slot_pid = make_slot(&client, &writes, operation, config, (source, name)).await?;
@@ -473,8 +522,9 @@ impl Trail {
             tables,
             reading: tokio::sync::Mutex::new(Reading {
                 client,
-                broken_off: false,
+                failed: None,
                 changes,
+                at_once: CHANGES,
                 relations: HashMap::new(),
                 shapes: [here, there],
                 looked_to: at,
@@ -485,11 +535,12 @@ impl Trail {
             looks,
             writes,
             watches,
+            wanted: AtomicBool::new(false),
         })
     }
 
     /// Until it can't any more.
-    async fn follow(&self) -> Why {
+    async fn follow(self: &Arc<Self>) -> Why {
         let why = tokio::select! {
             why = self.reads() => why,
             why = self.compares() => why,
@@ -498,22 +549,32 @@ impl Trail {
         format!("database {}: {why}", self.name)
     }
 
-    /// Nobody who is held waits for this, and in a flip the servers have other things to do.
+    /// Nobody who is held waits for this, and in a flip the servers have other things to do: but for a flip that has to be verified,
+    /// until nobody writes any more.
+    fn stands_still(&self) -> bool {
+        self.gate.held() && !self.wanted.load(Ordering::Relaxed)
+    }
+
     async fn until_released(&self) {
-        while self.gate.held() {
+        while self.stands_still() {
+            sleep(IDLE).await;
+        }
+    }
+
+    async fn until_held(&self) {
+        while !self.stands_still() {
             sleep(IDLE).await;
         }
     }
 
     // ---- what has changed ----
 
-    async fn reads(&self) -> Result<Infallible, Why> {
+    async fn reads(self: &Arc<Self>) -> Result<Infallible, Why> {
         let mut shape_at = Instant::now();
         loop {
             self.until_released().await;
             let began = Instant::now();
-            let mut reading = self.reading.lock().await;
-            let full = match timeout(READ_MAX, self.read(&mut reading)).await {
+            let full = match timeout(READ_MAX, self.read()).await {
                 Ok(read) => read?,
                 Err(_) => return Err(format!("reading the changes has taken longer than {READ_MAX:?}")),
             };
@@ -521,10 +582,9 @@ impl Trail {
             if Instant::now() >= shape_at {
                 let began = Instant::now();
                 still_active(&self.writes, self.epoch).await?;
-                self.look_at_shapes(&mut reading).await?;
+                self.look_at_shapes().await?;
                 shape_at = Instant::now() + SHAPE_EVERY.max(began.elapsed() * SHAPE_RESTS);
             }
-            drop(reading);
             tracing::debug!(?took, full, "read what has changed");
             if !full {
                 sleep(EVERY.max(took * RESTS)).await;
@@ -532,36 +592,56 @@ impl Trail {
         }
     }
 
-    /// Once. True: there is more.
-    async fn read(&self, reading: &mut Reading) -> Result<bool, Why> {
-        if std::mem::replace(&mut reading.broken_off, true) {
-            return Err("a flip could not read all that has changed, or had no time to".to_owned());
-        }
-        let more = self.read_on(reading).await?;
-        reading.broken_off = false;
-        Ok(more)
+    /// Once, and to its end even if nobody waits for that any more: what was taken from the slot has to be marked. True: there is
+    /// more.
+    async fn read(self: &Arc<Self>) -> Result<bool, Why> {
+        let trail = self.clone();
+        let read = tokio::spawn(async move {
+            let mut reading = trail.reading.lock().await;
+            let unmarked = "what had changed was read, and not noted".to_owned();
+            if let Some(why) = reading.failed.replace(unmarked) {
+                return Err(reading.failed.insert(why).clone());
+            }
+            let read = trail.read_on(&mut reading).await;
+            reading.failed = read.as_ref().err().cloned();
+            read
+        });
+        read.await
+            .unwrap_or_else(|error| Err(format!("pgflip has a defect: {error}")))
     }
 
     async fn read_on(&self, reading: &mut Reading) -> Result<bool, Why> {
         let slot = links::verify_slot_name(&self.name);
-        let parameters: [&(dyn ToSql + Sync); 3] = [&slot, &CHANGES, &CHANGE_MAX];
+        // Before the server makes all of it ready to be read.
+        self.stands(&slot, reading).await?;
+        let parameters: [&(dyn ToSql + Sync); 3] = [&slot, &reading.at_once, &CHANGE_MAX];
         let rows = reading
             .client
             .query_raw(&reading.changes, parameters)
             .await
-            .map_err(why("reading the changes"))?;
+            .map_err(reading_failed)?;
         let mut rows = std::pin::pin!(rows);
-        let (mut commit, mut many) = (None, 0);
-        while let Some(row) = rows.try_next().await.map_err(why("reading the changes"))? {
-            many += 1;
-            let message = output::parse(row.get(0), row.get(1)).map_err(|error| error.to_string())?;
+        let (mut commit, mut many, mut bytes) = (None, 0, 0);
+        while let Some(row) = rows.try_next().await.map_err(reading_failed)? {
+            let length: i32 = row.get(1);
+            (many, bytes) = (many + 1, bytes + i64::from(length));
+            let message = output::parse(row.get(0), length > CHANGE_MAX).map_err(|error| error.to_string())?;
             if let Message::Begin { commit: at } = message {
                 commit = Some(at);
                 continue;
             }
             self.heed(&mut reading.relations, message, commit)?;
         }
-        let found = links::slot(&*reading.client, &slot).await;
+        let full = many >= reading.at_once;
+        reading.at_once = at_once(reading.at_once, many, bytes);
+        let to = self.stands(&slot, reading).await?;
+        self.known.lock().pending.read(to);
+        Ok(full)
+    }
+
+    /// Up to where the slot has been read. It must not have lost WAL, nor keep too much.
+    async fn stands(&self, slot: &str, reading: &Reading) -> Result<Lsn, Why> {
+        let found = links::slot(&*reading.client, slot).await;
         let found = found.map_err(|error| error.to_string())?.ok_or("its slot has gone")?;
         if found.wal_status.as_deref() == Some("lost") {
             return Err("its slot has lost WAL (max_slot_wal_keep_size)".to_owned());
@@ -571,15 +651,14 @@ impl Trail {
             .now_lsn
             .0
             .saturating_sub(found.restart_lsn.map_or(0, |from| from.0));
-        if kept > self.config.verify.follow_wal_max {
-            return Err(format!(
+        match kept > self.config.verify.follow_wal_max {
+            false => Ok(to),
+            true => Err(format!(
                 "{} would have to keep {kept} bytes of WAL for it, more than verify.follow_wal_max; a long transaction, or more \
                  writes than can be compared",
                 self.source
-            ));
+            )),
         }
-        self.known.lock().pending.read(to);
-        Ok(many >= CHANGES)
     }
 
     /// Marks what a message says has changed.
@@ -665,7 +744,8 @@ impl Trail {
         }
     }
 
-    async fn look_at_shapes(&self, reading: &mut Reading) -> Result<(), Why> {
+    async fn look_at_shapes(&self) -> Result<(), Why> {
+        let mut reading = self.reading.lock().await;
         let (to, before) = {
             let known = self.known.lock();
             (known.pending.read_to(), known.shaped_to)
@@ -741,6 +821,8 @@ impl Trail {
             side: self.source,
             lag_max: LAG_MAX,
             patience: Patience::default(),
+            // Nobody who is held, and no fence, waits for a lock of ours.
+            gate: Some(&self.gate),
         }
     }
 
@@ -789,11 +871,6 @@ impl Trail {
             let (mut locked, mut left): (Vec<Key>, Vec<Key>) = left.into_iter().partition(restless);
             left.extend(locked.split_off(locked.len().min(LOCKS)));
             for key in locked {
-                // Nobody who is held, and no fence, waits for a lock of ours.
-                if self.gate.held() {
-                    left.push(key);
-                    continue;
-                }
                 settle::lock(&sessions, ends, key, &mut settled).await?;
             }
             left.append(&mut settled.unsettled);
@@ -825,14 +902,29 @@ impl Trail {
             }
             known.differing.insert((place, key), kind);
         }
-        match known.differing.len() {
-            many if many > DIFFERING_MAX => Err(format!("more than {DIFFERING_MAX} rows differ")),
-            _ => Ok(()),
-        }
+        too_many(&known.differing)
     }
 
-    /// Rows that differ, once more.
+    /// What differs, once more: rows, and tables without a key that nobody writes to.
     async fn look_again(&self) -> Result<(), Why> {
+        let (wholes, read_to): (Vec<usize>, Lsn) = {
+            let Known {
+                pending,
+                differing_wholes,
+                rests,
+                ..
+            } = &*self.known.lock();
+            let now = Instant::now();
+            let again = |place: &&usize| {
+                let rests = rests.get(*place).is_some_and(|(until, _)| now < *until);
+                !rests && pending.wholes().all(|pending| pending != **place)
+            };
+            let wholes = differing_wholes.keys().filter(again).copied().collect();
+            (wholes, pending.read_to())
+        };
+        for place in wholes {
+            self.compare_whole(place, read_to).await?;
+        }
         let mut differing: BTreeMap<usize, Vec<Key>> = BTreeMap::new();
         for (place, key) in self.known.lock().differing.keys() {
             differing.entry(*place).or_default().push(key.clone());
@@ -855,20 +947,31 @@ impl Trail {
         if !self.can_be_seen(table).await? {
             return Ok(false);
         }
-        let compared = self.whole(table).await;
+        let compared = tokio::select! {
+            compared = self.whole(table) => compared,
+            // Its sessions, and their statements, end with it.
+            () = self.until_held() => return Ok(false),
+        };
         let mut known = self.known.lock();
         let took = began.elapsed();
         let until = Instant::now() + (took * WHOLE_RESTS).max(SHAPE_EVERY);
         known.rests.insert(place, (until, took));
         match compared {
-            Ok((_, unsettled)) if unsettled > 0 => Ok(false),
-            Ok((differences, _)) => {
+            Ok(None) => Ok(false),
+            Ok(Some(differences)) => {
                 known.pending.compared_whole(place, read_to);
                 known.differing.retain(|(of, _), _| *of != place);
+                known.differing_wholes.remove(&place);
                 match differences {
-                    0 => known.differing_wholes.remove(&place),
-                    many => known.differing_wholes.insert(place, many),
-                };
+                    Differences::Rows(many, rows) if many == rows.len() as u64 => {
+                        let rows = rows.into_iter().map(|(key, kind)| ((place, key), kind));
+                        known.differing.extend(rows);
+                        too_many(&known.differing)?;
+                    }
+                    Differences::Rows(many, _) => return Err(format!("{many} rows of {} differ", table.name)),
+                    Differences::Copies(0) => {}
+                    Differences::Copies(many) => drop(known.differing_wholes.insert(place, many)),
+                }
                 Ok(true)
             }
             // A flip is under way, or the link does not run: who reads changes finds out whether that ends it.
@@ -878,28 +981,36 @@ impl Trail {
         }
     }
 
-    /// What speaks against holding clients: all that was committed before `now` has to be known, and little be left to compare.
-    fn not_close(&self, now: Lsn, budget: Duration) -> Option<String> {
+    /// What speaks against leaving the rest to the window: all that was committed before `now` has to be known, and little be left
+    /// to compare. `took`: of tables without a key, how long that takes.
+    fn not_close(&self, now: Lsn, keys_max: usize, budget: Duration, took: &Took) -> Option<NotEqual> {
         let known = self.known.lock();
-        let (keys, wholes) = known.pending.count();
-        // One that was never compared as a whole takes nobody knows how long.
-        let time = known
-            .pending
-            .wholes()
-            .map(|place| known.rests.get(&place).map(|(_, took)| *took));
-        let time: Option<Duration> = time.sum();
+        let of = |what: String| format!("database {}: {what}", self.name);
         if known.differences() > 0 {
-            return Some(format!("{} rows differ", known.differences()));
+            return Some(NotEqual::Differ(of(format!("{} rows differ", known.differences()))));
         }
-        match (known.pending.read_to() < now, keys > KEYS_AT_REST, time) {
-            (false, false, Some(time)) if time <= budget => None,
-            (true, ..) => Some("what has changed is not read as fast as it is written".to_owned()),
-            (_, true, _) => Some(format!("{keys} keys that have changed are not compared yet")),
-            _ => Some(format!(
-                "{wholes} tables without a key, or with too many changes, have to be compared as a whole, and that does not fit \
-                 flip.window_timeout"
-            )),
+        if known.pending.read_to() < now {
+            let what = "what has changed is not read as fast as it is written".to_owned();
+            return Some(NotEqual::TooMuch(of(what)));
         }
+        let (keys, _) = known.pending.count();
+        if keys > keys_max {
+            let what = format!("{keys} keys that have changed are not compared yet");
+            return Some(NotEqual::TooMuch(of(what)));
+        }
+        let wholes = known.pending.wholes().map(|place| {
+            let table = &self.tables[place];
+            let keyed = table.method != Method::Multiset;
+            let time = match keyed {
+                false => took.get(&place).copied(),
+                true => known.rests.get(&place).map(|(_, took)| *took),
+            };
+            (table.name.to_string(), keyed, time)
+        });
+        unfit(wholes, budget).map(|(what, keyed)| match keyed {
+            true => NotEqual::TooMuch(of(what)),
+            false => NotEqual::TooLarge(of(what)),
+        })
     }
 
     /// Up to where the source's WAL is on its disk.
@@ -910,10 +1021,13 @@ impl Trail {
         text.parse().map_err(|error: crate::pg::NotAnLsn| error.to_string())
     }
 
-    async fn one_more_pair(&self) -> Result<Pair, Why> {
-        let (operation, request, place) = (Operation::unlogged(Kind::Verify), everything(), Place::default());
-        let pair = self.database(&operation, &request, &place).pair().await;
-        pair.map_err(|error| error.to_string())
+    /// With the pids of its sessions.
+    async fn one_more_pair(&self) -> Result<(Pair, Unattended), Why> {
+        let (operation, request, place) = (Operation::unlogged(Kind::Verify), everything(0), Place::default());
+        let database = self.database(&operation, &request, &place);
+        let pair = database.pair().await.map_err(|error| error.to_string())?;
+        let sessions = Unattended::new(&database, std::slice::from_ref(&pair)).await;
+        Ok((pair, sessions.map_err(|error| error.to_string())?))
     }
 
     fn database<'a>(&'a self, operation: &'a Operation, request: &'a Request, place: &'a Place) -> Database<'a> {
@@ -929,21 +1043,90 @@ impl Trail {
         }
     }
 
-    /// How many rows of a table differ, and how many could not be settled.
-    async fn whole(&self, table: &Table) -> Result<(u64, u64), VerifyError> {
-        let (operation, request) = (Operation::unlogged(Kind::Verify), everything());
+    /// What became of all of a table. `None`: not all of it could be settled.
+    async fn whole(&self, table: &Table) -> Result<Option<Differences>, VerifyError> {
+        let keyed = table.method != Method::Multiset;
+        let operation = Operation::unlogged(Kind::Verify);
+        let request = everything(if keyed { DIFFERING_MAX } else { 0 });
         let broken = Broken::new(self.source, request.clone());
         let place = Arc::new(Mutex::new(Some(broken)));
         let database = self.database(&operation, &request, &place);
-        database.one(table, &self.sessions()).await
+        let reports = database.one(table, &self.sessions()).await?;
+        if reports.iter().any(|report| report.unsettled > 0) {
+            return Ok(None);
+        }
+        let many = reports.iter().map(Report::differences).sum();
+        Ok(Some(match keyed {
+            true => Differences::Rows(many, reports.iter().flat_map(|report| listed(table, report)).collect()),
+            false => Differences::Copies(many),
+        }))
     }
 }
 
-/// One database, made ready for a flip: what has not been compared is, when both sides are at rest.
+/// Which of these tables, that have to be compared as a whole, don't fit together, and whether all of those have a key: then they come
+/// to be compared as others are. Of each: its name, whether it has a key, and how long that takes, if it is known.
+fn unfit(wholes: impl Iterator<Item = (String, bool, Option<Duration>)>, budget: Duration) -> Option<(String, bool)> {
+    let (mut time, mut names, mut all_keyed) = (Duration::ZERO, Vec::new(), true);
+    for (name, keyed, one) in wholes {
+        match one {
+            Some(one) if time + one <= budget => time += one,
+            _ => {
+                names.push(name);
+                all_keyed &= keyed;
+            }
+        }
+    }
+    let why = match all_keyed {
+        true => "too many rows have changed, or it was emptied or written anew, so that all of it has to be compared",
+        false => "it was written to, has no key, and takes too long to be read as a whole while clients wait",
+    };
+    (!names.is_empty()).then(|| (format!("{}: {why}", links::list(&names)), all_keyed))
+}
+
+/// What differs in all of a table.
+enum Differences {
+    /// So many rows, and these are they, as far as they are listed.
+    Rows(u64, Vec<(Key, settle::Kind)>),
+    /// Without a key: so many copies of rows too many or too few.
+    Copies(u64),
+}
+
+/// The rows that a report lists.
+fn listed(table: &Table, report: &Report) -> Vec<(Key, settle::Kind)> {
+    let row = |line: &Value| {
+        let key = table.method.key().iter();
+        let key = key.map(|column| Some(line["key"][&column.name].as_str()?.to_owned()));
+        Some((
+            key.collect::<Option<Key>>()?,
+            settle::Kind::deserialize(&line["kind"]).ok()?,
+        ))
+    };
+    let report = json!(report);
+    let lines = report["differences"]["listed"].as_array();
+    lines.into_iter().flatten().filter_map(row).collect()
+}
+
+/// Of tables without a key, by their places: how long it takes to compare all of one.
+type Took = BTreeMap<usize, Duration>;
+
+/// One database, made ready for a flip: it is followed until nobody writes any more, and what has not been compared by then is, when
+/// both sides are at rest.
 pub struct AtRest {
     trail: Arc<Trail>,
     /// Nobody else's, so that nothing is in the way.
     pair: Pair,
+    sessions: Vec<(Side, i32)>,
+    /// Those that fit the window.
+    took: Took,
+    /// A table without a key that does not, and that nobody has written to.
+    unfit: Option<String>,
+    budget: Duration,
+}
+
+impl Drop for AtRest {
+    fn drop(&mut self) {
+        self.trail.wanted.store(false, Ordering::Relaxed);
+    }
 }
 
 /// What was compared at rest.
@@ -954,26 +1137,35 @@ pub struct Compared {
     pub wholes: usize,
 }
 
-/// Why the two sides can't be said to be equal.
+/// Why the two sides can't be said to be equal, or could not be in a flip's window.
+#[derive(Debug)]
 pub enum NotEqual {
     /// They are not.
     Differ(Why),
+    /// More is written than can be compared meanwhile.
+    TooMuch(Why),
+    /// A table without a key would have to be read as a whole.
+    TooLarge(Why),
     /// It was not found out.
     Unknown(Why),
+    /// It is followed no longer.
+    Ended(Why),
 }
 
 impl AtRest {
-    async fn new(trail: Arc<Trail>, deadline: Instant, budget: Duration) -> Result<AtRest, Why> {
-        let pair = trail.one_more_pair().await?;
-        let now = trail.flushed().await?;
-        loop {
-            let in_the_way = trail.not_close(now, budget);
-            match in_the_way {
-                None => break,
-                Some(what) if Instant::now() >= deadline => return Err(format!("database {}: {what}", trail.name)),
-                Some(_) => sleep(IDLE).await,
-            }
-        }
+    async fn new(trail: Arc<Trail>, deadline: Instant, budget: Duration) -> Result<AtRest, NotEqual> {
+        let unknown = |why: Why| NotEqual::Unknown(format!("database {}: {why}", trail.name));
+        let (pair, mut sessions) = trail.one_more_pair().await.map_err(unknown)?;
+        let mut ready = AtRest {
+            trail: trail.clone(),
+            pair,
+            sessions: std::mem::take(&mut sessions.sessions),
+            took: Took::new(),
+            unfit: None,
+            budget,
+        };
+        ready.try_wholes().await?;
+        ready.close(deadline).await?;
         // Decoding begins at the last but one of the places where the server has noted which transactions are open. Before 16 it does
         // that by itself alone, every 15 s, and not everybody may have it do so.
         for _ in 0..2 {
@@ -983,42 +1175,133 @@ impl AtRest {
                 .await;
         }
         for _ in 0..2 {
-            trail.read(&mut *trail.reading.lock().await).await?;
+            trail.read().await.map_err(unknown)?;
         }
         // As the one in the window will be.
         let began = Instant::now();
-        trail.read(&mut *trail.reading.lock().await).await?;
-        match began.elapsed() {
-            took if took > budget => Err(format!(
+        trail.read().await.map_err(unknown)?;
+        let took = began.elapsed();
+        if took > budget {
+            return Err(NotEqual::TooMuch(format!(
                 "database {}: reading what has changed took {:.2} s, clients not held: more than a quarter of flip.window_timeout",
                 trail.name,
                 took.as_secs_f64()
-            )),
-            _ => Ok(AtRest { trail, pair }),
+            )));
         }
+        trail.wanted.store(true, Ordering::Relaxed);
+        Ok(ready)
     }
 
-    /// When nobody writes on the source and all that was committed there has been applied on the target. If it is broken off,
-    /// following ends.
-    pub async fn compare(&self) -> Result<Compared, NotEqual> {
-        let trail = &*self.trail;
-        let of = |why: Why| format!("database {}: {why}", trail.name);
-        let unknown = |why: Why| NotEqual::Unknown(of(why));
-        {
-            let now = trail.flushed().await.map_err(unknown)?;
-            let mut reading = trail.reading.lock().await;
-            while trail.read(&mut reading).await.map_err(unknown)? {}
-            if trail.known.lock().pending.read_to() < now {
-                return Err(unknown("not all that has changed could be read".to_owned()));
+    /// Compares the tables without a key as they would be in the window: whoever writes a row there has all of it read. One that does not
+    /// fit is in the way if it is written at all; else it is only if somebody does until then.
+    async fn try_wholes(&mut self) -> Result<(), NotEqual> {
+        let trail = self.trail.clone();
+        let unknown = |why: Why| NotEqual::Unknown(format!("database {}: {why}", trail.name));
+        let mut tables: Vec<(bool, u64, usize)> = {
+            let known = trail.known.lock();
+            let tables = trail.tables.iter().enumerate();
+            let without_key = tables.filter(|(_, table)| table.method == Method::Multiset);
+            without_key
+                .map(|(place, table)| (!known.pending.was_whole(place), table.bytes, place))
+                .collect()
+        };
+        tables.sort_unstable();
+        let mut left = self.budget;
+        for (never, _, place) in tables {
+            let began = Instant::now();
+            let table = &trail.tables[place].name;
+            match timeout(left, self.sums(place)).await {
+                Ok(sums) => drop(sums.map_err(unknown)?),
+                Err(_) if never => {
+                    self.unfit = Some(table.to_string());
+                    // These are busy until their statements are cancelled.
+                    let (pair, mut sessions) = trail.one_more_pair().await.map_err(unknown)?;
+                    (self.pair, self.sessions) = (pair, std::mem::take(&mut sessions.sessions));
+                    break;
+                }
+                Err(_) => {
+                    return Err(NotEqual::TooLarge(format!(
+                        "database {}: {table} is written to, has no key, and would have to be read as a whole while clients wait: that, \
+                         with smaller ones like it, takes longer than {:.2} s, a quarter of flip.window_timeout",
+                        trail.name,
+                        self.budget.as_secs_f64()
+                    )));
+                }
             }
-            trail.look_at_shapes(&mut reading).await.map_err(unknown)?;
+            let took = began.elapsed();
+            left = left.saturating_sub(took);
+            self.took.insert(place, took);
+        }
+        Ok(())
+    }
+
+    /// What the flip depends on that nobody can see to but those who write.
+    pub fn depends_on(&self) -> Option<String> {
+        let table = self.unfit.as_ref()?;
+        Some(format!(
+            "database {}: {table} has no key, and it and those that are larger don't fit the window: nobody has written to them since \
+             they are followed; if somebody does before the new side is active, the flip is unwound",
+            self.trail.name
+        ))
+    }
+
+    /// Waits until little is left to compare.
+    pub async fn close(&self, deadline: Instant) -> Result<(), NotEqual> {
+        let now = self.flushed().await?;
+        while let Some(what) = self.trail.not_close(now, KEYS_AT_REST, self.budget, &self.took) {
+            if Instant::now() >= deadline {
+                return Err(what);
+            }
+            sleep(IDLE).await;
+        }
+        Ok(())
+    }
+
+    /// When all clients are held, and the source is not fenced yet: goes on following until little is left, for as long as comparing
+    /// that may take in the window; then it stands still.
+    pub async fn rest(&self) -> Result<(), NotEqual> {
+        let until = Instant::now() + self.budget;
+        let now = self.flushed().await?;
+        loop {
+            match timeout_at(until, self.trail.read()).await {
+                Ok(Ok(false)) | Err(_) => {}
+                Ok(Ok(true)) => continue,
+                Ok(Err(why)) => return Err(self.unknown(why)),
+            }
+            match self.trail.not_close(now, KEYS_AT_REST, self.budget, &self.took) {
+                None => break,
+                Some(what @ NotEqual::Differ(_)) => return Err(what),
+                Some(what) if Instant::now() >= until => return Err(what),
+                Some(_) => sleep(IDLE).await,
+            }
+        }
+        self.trail.wanted.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn unknown(&self, why: Why) -> NotEqual {
+        NotEqual::Unknown(format!("database {}: {why}", self.trail.name))
+    }
+
+    async fn flushed(&self) -> Result<Lsn, NotEqual> {
+        self.trail.flushed().await.map_err(|why| self.unknown(why))
+    }
+
+    /// When nobody writes on the source and all that was committed there has been applied on the target.
+    pub async fn compare(&self) -> Result<Compared, NotEqual> {
+        let trail = &self.trail;
+        let of = |why: Why| format!("database {}: {why}", trail.name);
+        let unknown = |why: Why| self.unknown(why);
+        let now = self.flushed().await?;
+        while trail.read().await.map_err(unknown)? {}
+        trail.look_at_shapes().await.map_err(unknown)?;
+        // Who goes around pgflip may have written until the fence.
+        if let Some(what) = trail.not_close(now, KEYS_IN_WINDOW, self.budget, &self.took) {
+            return Err(what);
         }
         let (left, read_to) = {
             let known = trail.known.lock();
-            match known.differences() {
-                0 => (known.pending.all(), known.pending.read_to()),
-                many => return Err(NotEqual::Differ(of(format!("{many} rows differ")))),
-            }
+            (known.pending.all(), known.pending.read_to())
         };
         let compared = left.iter().map(|(place, keys)| self.differing(*place, keys.as_deref()));
         let compared = try_join_all(compared).await.map_err(unknown)?;
@@ -1059,23 +1342,43 @@ impl AtRest {
         }
     }
 
-    /// What differs, of these keys or of all of a table. Both sides are at rest.
-    async fn differing(&self, place: usize, keys: Option<&[Key]>) -> Result<Differing, Why> {
+    /// Of all of a table. Broken off, it leaves no statement behind.
+    async fn sums(&self, place: usize) -> Result<[Sum; 2], Why> {
+        let mut unattended = self.unattended();
+        let all = Piece::default();
+        let [here, there] = self.readers(place);
+        let (here, there) = tokio::try_join!(here.sum(&all), there.sum(&all)).map_err(why("comparing a table"))?;
+        unattended.sessions.clear();
+        Ok([here, there])
+    }
+
+    fn readers(&self, place: usize) -> [Reader<'_>; 2] {
         let table = &self.trail.tables[place];
-        let readers = [
+        [
             Reader::new(&self.pair.source, table, 0, self.trail.seeds),
             Reader::new(&self.pair.target, table, 1, self.trail.seeds),
-        ];
-        let doing = || why("comparing what has changed");
+        ]
+    }
+
+    fn unattended(&self) -> Unattended {
+        Unattended {
+            config: self.trail.config.clone(),
+            database: self.trail.name.clone(),
+            sessions: self.sessions.clone(),
+        }
+    }
+
+    /// What differs, of these keys or of all of a table. Both sides are at rest.
+    async fn differing(&self, place: usize, keys: Option<&[Key]>) -> Result<Differing, Why> {
         let Some(keys) = keys else {
-            let all = Piece::default();
-            let (here, there) = tokio::try_join!(readers[0].sum(&all), readers[1].sum(&all)).map_err(doing())?;
+            let [here, there] = self.sums(place).await?;
             return Ok(if here == there {
                 Differing::None
             } else {
                 Differing::Some
             });
         };
+        let (mut unattended, readers) = (self.unattended(), self.readers(place));
         let mut rows = Vec::new();
         for some in keys.chunks(KEYS) {
             let (here, there) = tokio::try_join!(readers[0].versions(some, false), readers[1].versions(some, false))
@@ -1085,6 +1388,7 @@ impl AtRest {
                 rows.extend(settle::Difference::new(key.clone(), [mine, theirs]).map(|one| (one.key, one.kind)));
             }
         }
+        unattended.sessions.clear();
         Ok(if rows.is_empty() {
             Differing::None
         } else {
@@ -1100,14 +1404,45 @@ enum Differing {
     Rows(Vec<(Key, settle::Kind)>),
 }
 
-fn everything() -> Request {
+/// How many changes are read next, if `many` had so many bytes and as many were asked for as `now`.
+fn at_once(now: i32, many: i32, bytes: i64) -> i32 {
+    if bytes == 0 {
+        return now;
+    }
+    let fit = i64::from(many) * CHANGES_BYTES / bytes;
+    let fit = i32::try_from(fit).unwrap_or(CHANGES).clamp(CHANGES_LEAST, CHANGES);
+    match fit < now {
+        true => fit,
+        // Of a few small ones nothing is known of those to come.
+        false if many >= now => fit.min(now.saturating_mul(2)),
+        false => now,
+    }
+}
+
+/// 53400 is said of two limits of the server's that an operator can raise.
+fn limited(error: &tokio_postgres::Error, limit: &str, means: &str) -> Option<Why> {
+    let reached = error.code() == Some(&SqlState::CONFIGURATION_LIMIT_EXCEEDED);
+    reached.then(|| format!("{means}: raise {limit} there ({})", describe(error)))
+}
+
+fn reading_failed(error: tokio_postgres::Error) -> Why {
+    let means = "a transaction's changes are larger than the active side lets pgflip's role keep on its disk while they are read";
+    limited(&error, "temp_file_limit", means).unwrap_or_else(|| why("reading the changes")(error))
+}
+
+fn slot_failed(error: tokio_postgres::Error) -> Why {
+    let means = "the active side has no room for one more replication slot";
+    limited(&error, "max_replication_slots", means).unwrap_or_else(|| why("making the slot")(error))
+}
+
+fn everything(listed: usize) -> Request {
     Request {
         kinds: Vec::new(),
         tables: Vec::new(),
         only: None,
         show_values: false,
         max_load: None,
-        listed: 0,
+        listed,
     }
 }
 
@@ -1213,7 +1548,7 @@ async fn make_slot(
     loop {
         tokio::select! {
             made = &mut made => {
-                made.map_err(why("making the slot"))?;
+                made.map_err(slot_failed)?;
                 abandoned.pid = None;
                 return Ok(creator);
             }
@@ -1321,6 +1656,38 @@ mod tests {
         ] {
             assert!(look(&other).unwrap_err().contains("schema has changed"), "{other:?}");
         }
+    }
+
+    #[test]
+    fn tables_that_do_not_fit_the_window_are_named() {
+        let whole = |name: &str, keyed, ms: Option<u64>| (name.to_owned(), keyed, ms.map(Duration::from_millis));
+        let look = |wholes: &[(String, bool, Option<Duration>)]| {
+            let found = unfit(wholes.iter().cloned(), Duration::from_millis(100));
+            found.map(|(what, keyed)| (what.split(':').next().unwrap_or_default().to_owned(), keyed))
+        };
+        let (a, b) = (whole("a", false, Some(60)), whole("b", true, Some(40)));
+        assert_eq!(look(&[a.clone(), b.clone()]), None, "both together");
+        let found = |name: &str, keyed| Some((name.to_owned(), keyed));
+        assert_eq!(look(&[a.clone(), whole("b", true, Some(41))]), found("b", true));
+        assert_eq!(
+            look(&[whole("a", false, None), b]),
+            found("a", false),
+            "nobody knows how long"
+        );
+        assert_eq!(
+            look(&[a, whole("b", false, Some(60)), whole("c", true, None)]),
+            found("b, c", false)
+        );
+    }
+
+    #[test]
+    fn the_wider_changes_are_the_fewer_are_read_at_once() {
+        assert_eq!(at_once(CHANGES, 10, 1_000), CHANGES, "a few small ones");
+        assert_eq!(at_once(CHANGES, 1_000, 1_000 * (256 << 10)), 256);
+        assert_eq!(at_once(CHANGES, 1, 1 << 30), CHANGES_LEAST);
+        assert_eq!(at_once(256, 256, 256 * 100), 512, "more again, step by step");
+        assert_eq!(at_once(256, 10, 1_000), 256, "nothing is known of the next ones");
+        assert_eq!(at_once(CHANGES, 0, 0), CHANGES);
     }
 
     #[test]

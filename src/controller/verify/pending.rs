@@ -53,6 +53,8 @@ struct Table {
     turned: Option<Key>,
     /// Turns that have not ended.
     in_hand: usize,
+    /// It was to be compared as a whole once.
+    was_whole: bool,
 }
 
 impl Table {
@@ -128,6 +130,7 @@ impl Pending {
             mark.again(one.last);
         }
         of.whole = Some(mark);
+        of.was_whole = true;
         of.keys.clear();
         of.turned = None;
         self.bytes -= std::mem::take(&mut of.bytes);
@@ -158,6 +161,11 @@ impl Pending {
     /// The tables that are to be compared as a whole.
     pub fn wholes(&self) -> impl Iterator<Item = usize> {
         (0..self.tables.len()).filter(|place| self.tables[*place].whole.is_some())
+    }
+
+    /// The table was to be compared as a whole once: if it has no key, somebody has written to it.
+    pub fn was_whole(&self, table: usize) -> bool {
+        self.tables[table].was_whole
     }
 
     /// Everything, by tables. `None`: a table as a whole.
@@ -286,6 +294,7 @@ mod tests {
         pending.compared(0, &[key(1)], turn.read_to);
         // What came first was compared, what came behind was not.
         assert_eq!((pending.compared_to(), pending.count()), (Lsn(20), (1, 0)));
+        assert!(!pending.was_whole(0));
         pending.mark_whole(0, Lsn(31));
         pending.read(Lsn(40));
         pending.mark(0, key(2), Lsn(41));
@@ -295,6 +304,7 @@ mod tests {
         assert_eq!(pending.compared_to(), Lsn(40));
         pending.compared_whole(0, Lsn(50));
         assert_eq!((pending.compared_to(), pending.count()), (Lsn(50), (0, 0)));
+        assert!(pending.was_whole(0));
     }
 
     #[test]

@@ -117,6 +117,7 @@ pub async fn show(config: &Config, source: Side, wanted: Wanted) -> Result<Value
         side: source,
         lag_max: LAG_MAX,
         patience: Patience::default(),
+        gate: None,
     };
     let seeds = Seeds::draw();
     let readers = [

@@ -21,6 +21,7 @@ use super::plan::Table;
 use super::read::{Hashes, Key, Reader, Version};
 use crate::controller::marker::{self, MarkerError};
 use crate::pg::{Client, Side};
+use crate::proxy::gate::Gate;
 
 /// Looks at suspects before one is locked.
 const ROUNDS: u32 = 6;
@@ -104,6 +105,8 @@ pub struct Sessions<'a> {
     pub lag_max: Duration,
     /// How long writers of the table at hand are waited for.
     pub patience: Patience,
+    /// While it holds clients, no row is locked.
+    pub gate: Option<&'a Gate>,
 }
 
 impl Sessions<'_> {
@@ -270,6 +273,9 @@ pub async fn lock(
         sleep(Duration::from_millis(10 * u64::from(attempt))).await;
         // First it has to be near: nobody waits for a link that is behind.
         sessions.caught_up().await?;
+        if sessions.gate.is_some_and(Gate::held) {
+            break;
+        }
         // Should pgflip itself stand still meanwhile, the server lets go.
         let begin = format!(
             "begin; set local lock_timeout = {LOCK_TIMEOUT_MS}; \

@@ -162,6 +162,7 @@ impl Database<'_> {
             side: self.source,
             lag_max: LAG_MAX,
             patience: Patience::default(),
+            gate: None,
         };
         let mut pairs = Vec::new();
         for _ in 0..WORKERS {
@@ -457,8 +458,8 @@ impl Database<'_> {
         Ok(())
     }
 
-    /// One table, by itself: how many rows differ, and how many could not be settled.
-    pub async fn one(&self, table: &Table, sessions: &Sessions<'_>) -> Result<(u64, u64), VerifyError> {
+    /// One table, by itself.
+    pub async fn one(&self, table: &Table, sessions: &Sessions<'_>) -> Result<Vec<Report>, VerifyError> {
         let mut progress = Progress {
             database: self,
             began: Instant::now(),
@@ -468,13 +469,13 @@ impl Database<'_> {
             standing: self.look(sessions).await?,
             looked: Instant::now(),
         };
-        self.table(table, &[self.pair().await?], sessions, &mut progress)
-            .await?;
+        let pairs = [self.pair().await?];
+        let mut unattended = Unattended::new(self, &pairs).await?;
+        self.table(table, &pairs, sessions, &mut progress).await?;
+        unattended.sessions.clear();
         let place = self.place.lock().take();
         let reports = place.map(|place| place.reports).unwrap_or_default();
-        Ok(reports.iter().fold((0, 0), |(differ, unsettled), (_, report)| {
-            (differ + report.differences(), unsettled + report.unsettled)
-        }))
+        Ok(reports.into_iter().map(|(_, report)| report).collect())
     }
 
     /// It is too large to be read in one snapshot, and has no order that both sides know.
@@ -647,14 +648,18 @@ impl Work<'_, '_> {
 
 /// Sessions whose statements nobody waits for any more, if the verification is broken off: a server would not notice before the end of
 /// what may be a long scan, and keep its snapshot and its lock on the table until then.
-struct Unattended {
-    config: Arc<Config>,
-    database: String,
-    sessions: Vec<(Side, i32)>,
+pub struct Unattended {
+    /// Where the servers are.
+    pub config: Arc<Config>,
+    /// Their database.
+    pub database: String,
+    /// On which side, and their pids. Those that are attended to the end are taken out.
+    pub sessions: Vec<(Side, i32)>,
 }
 
 impl Unattended {
-    async fn new(database: &Database<'_>, pairs: &[Pair]) -> Result<Unattended, VerifyError> {
+    /// Of these pairs.
+    pub async fn new(database: &Database<'_>, pairs: &[Pair]) -> Result<Unattended, VerifyError> {
         let mut sessions = Vec::new();
         for pair in pairs {
             for (side, client) in [(database.source, &pair.source), (database.source.other(), &pair.target)] {
