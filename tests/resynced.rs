@@ -4,7 +4,9 @@
 use std::time::{Duration, Instant};
 
 use crate::common::{LIMIT, Rig, code, size};
+use pgflip::config::Secret;
 use pgflip::demo::ledger::{Ledger, Load, Shape};
+use pgflip::demo::sidecar::Sidecar;
 use pgflip::pg::Side;
 use serde_json::Value;
 
@@ -350,11 +352,28 @@ async fn what_is_mended_does_not_come_back_where_there_is_no_origin_filter() {
     rig.perfect(ledgers).await;
     // Whoever gives up the active side while a table is half copied is told which.
     killed_at(&mut rig, &["resync", "public.orders"], "emptied").await;
+    // And a long DELETE, which has the standby's row locked, is not waited for.
+    let slow =
+        "create function slow() returns trigger language plpgsql as 'begin perform pg_sleep(60); return old; end';
+                create trigger slow before delete on branches for each row execute function slow();
+                alter table branches enable always trigger slow";
+    damage(&rig, Side::Green, slow).await;
+    let command = ["resync", "public.branches"];
+    let asked = rig.sidecar.command(&command).spawn().expect("the command starts");
+    let green = rig.admin(Side::Green).await;
+    until("the DELETE", async || {
+        let deletes =
+            "select count(*) from pg_stat_activity where query like 'delete from only%' and wait_event = 'PgSleep'";
+        green.query_one(deletes, &[]).await.unwrap().get::<_, i64>(0) == 1
+    })
+    .await;
     rig.blue.kill9();
     let said = rig.run(&["cutover", "--force", "--yes"]).await;
     assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
+    assert_eq!(code(asked).await, Some(1), "the flip has ended it");
     let incomplete = &said.result()["incomplete_tables"];
-    assert_eq!(incomplete, &serde_json::json!(["app: \"public\".\"orders\""]));
+    let tables = ["app: \"public\".\"branches\"", "app: \"public\".\"orders\""];
+    assert_eq!(incomplete, &serde_json::json!(tables));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -499,9 +518,48 @@ async fn killed_at(rig: &mut Rig, arguments: &[&str], step: &str) {
     assert_eq!(rig.serving().await, Side::Blue, "{fault}");
 }
 
+/// From here on pgflip's own role has no more rights than it needs.
+async fn without_superuser(rig: &mut Rig) {
+    let (app, database) = (rig.app().user.clone(), rig.app().database.clone());
+    let verifier =
+        "select format('alter role %I password %L', rolname, rolpassword) from pg_authid where rolname = current_user";
+    let blue = rig.blue.connect("postgres").await.expect("a login");
+    let same: String = blue.query_one(verifier, &[]).await.expect("a verifier").get(0);
+    for side in Side::BOTH {
+        let server = rig.cluster(side).connect("postgres").await.expect("a login");
+        server.batch_execute(&same).await.expect("the same password");
+        let role = "create role modest login createrole createdb replication password 'modest';
+                    grant pg_create_subscription, pg_read_all_stats, pg_signal_backend to modest;
+                    grant set on parameter session_replication_role to modest";
+        server.batch_execute(role).await.expect("a role");
+        let own = match side {
+            Side::Blue => format!(
+                "alter database {database} owner to {app}; grant {app} to modest with admin true, inherit true, set true"
+            ),
+            Side::Green => format!("create database {database} owner modest"),
+        };
+        server.batch_execute(&own).await.expect("its rights");
+        let rights = format!(
+            "grant create on database {database} to modest; grant select on pg_authid to modest;
+             grant execute on function pg_replication_origin_create(text), pg_replication_origin_drop(text),
+               pg_replication_origin_session_setup(text), pg_replication_origin_session_is_setup(),
+               pg_replication_origin_advance(text, pg_lsn), pg_replication_origin_oid(text),
+               pg_show_replication_origin_status() to modest"
+        );
+        rig.admin(side).await.batch_execute(&rights).await.expect("its rights");
+        let port = rig.cluster(side).port();
+        let url = format!("postgresql://modest:modest@127.0.0.1:{port}?sslmode=disable");
+        rig.setup.urls[usize::from(side == Side::Green)] = Secret::new(url);
+    }
+    rig.sidecar = Sidecar::start(rig.setup.clone()).expect("pgflip starts");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_sleeps_in_the_middle_and_wakes_when_another_has_finished_empties_nothing() {
-    let mut rig = rig(16, 18).await;
+    let mut rig = Rig::new(16, 18).small().password("the same").start().await;
+    without_superuser(&mut rig).await;
+    rig.replicate().await;
     let other = rig.another("").await;
     let fault = "stop-after=resync:unsubscribed";
     rig.sidecar.restart(&[("PGFLIP_FAULT", fault)]).expect("pgflip starts");

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use pgflip::config::Secret;
 use pgflip::controller::steps::{FORWARD, PIVOT, REVERSIBLE};
 use pgflip::demo::cluster::{self, Cluster, Options};
 use pgflip::demo::ledger::{App, Ledger, Load, Report, Shape, Verdict};
@@ -62,6 +63,7 @@ pub struct Plan {
     top: String,
     sections: String,
     environment: Vec<(String, String)>,
+    password: Option<Secret>,
 }
 
 impl Plan {
@@ -105,6 +107,11 @@ impl Plan {
         self.top.push('\n');
         self
     }
+    /// The superuser's on both servers, which is another one on each otherwise.
+    pub fn password(mut self, password: &str) -> Plan {
+        self.password = Some(Secret::new(password));
+        self
+    }
     /// PGFLIP_FAULT of the first pgflip.
     pub fn fault(mut self, fault: &str) -> Plan {
         self.environment.push(("PGFLIP_FAULT".to_owned(), fault.to_owned()));
@@ -118,6 +125,7 @@ impl Plan {
         let [blue, green] = std::array::from_fn(|n| {
             // Otherwise a subscription's worker comes back only 5 s after its last start, which is not what is tested.
             let mut options = Options::named(["blue", "green"][n]).setting("wal_retrieve_retry_interval", "200ms");
+            options.password = self.password.clone();
             options.settings.extend(self.settings[n].iter().cloned());
             Cluster::start(&binaries[n], options).expect("a server for tests")
         });
@@ -264,6 +272,7 @@ impl Rig {
             top: String::new(),
             sections: String::new(),
             environment: Vec::new(),
+            password: None,
         }
     }
 
