@@ -11,7 +11,7 @@ use pgflip::controller::operation::{Kind, Operation};
 use pgflip::controller::preflight::{self, Failure};
 use pgflip::controller::recovery::Acting;
 use pgflip::controller::state::Expect;
-use pgflip::controller::{lag, links, marker, replication};
+use pgflip::controller::{lag, links, marker, replication, resync};
 use pgflip::demo::cluster::{self, Cluster, Options};
 use pgflip::pg::origin::connect_with_origin;
 use pgflip::pg::{Purpose, Side, connect};
@@ -409,8 +409,16 @@ async fn there_and_back(blue: u32, green: u32) {
         "{failure}"
     );
     assert_eq!(published, links::tables_published(&blue_app).await.unwrap());
-    green_app.batch_execute("truncate public.by_hand").await.unwrap();
     drop(green_app);
+    let by_hand = resync::Request {
+        table: r#""public"."by_hand""#.to_owned(),
+        database: None,
+        rows: false,
+        dry_run: false,
+    };
+    let op = Operation::new(Kind::Resync);
+    let copied = resync::run(pair.config.clone(), op, by_hand, Acting::default()).await;
+    copied.unwrap_or_else(|failure| panic!("{failure}"));
 
     let done = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::ToSql;
 
 use super::fence;
 use super::links::TableName;
@@ -59,10 +58,8 @@ pub(super) enum Part {
     Run(String),
     /// It has to be so, or somebody else has gone on meanwhile.
     Require {
-        /// Answers true.
-        so: &'static str,
-        /// Its parameters.
-        of: Vec<String>,
+        /// A question that is answered true.
+        so: String,
         /// What is so otherwise.
         otherwise: &'static str,
     },
@@ -140,9 +137,8 @@ async fn once(on: &mut Client, change: &Change<'_>, eased: &str, patience: Durat
     for part in change.parts {
         match part {
             Part::Run(statements) => txn.batch_execute(statements).await?,
-            Part::Require { so, of, otherwise } => {
-                let of: Vec<&(dyn ToSql + Sync)> = of.iter().map(|one| one as &(dyn ToSql + Sync)).collect();
-                if !txn.query_one(*so, &of).await?.get::<_, bool>(0) {
+            Part::Require { so, otherwise } => {
+                if !txn.query_one(so.as_str(), &[]).await?.get::<_, bool>(0) {
                     return Err(Unchanged::Otherwise(otherwise));
                 }
             }
@@ -161,7 +157,7 @@ async fn holders(on: &Client, change: &Change<'_>) -> Vec<String> {
     let Some(oid) = oid else { return Vec::new() };
     let holders = match change.against {
         Against::Writers => fence::holders(on, &[oid]).await,
-        Against::Everybody => match on.query(include_str!("../pg/sql/resync_holders.sql"), &[&oid]).await {
+        Against::Everybody => match on.query(include_str!("../pg/sql/table_holders.sql"), &[&oid]).await {
             Ok(rows) => rows.iter().map(fence::Holder::from).collect(),
             Err(_) => Vec::new(),
         },

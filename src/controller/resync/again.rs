@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres::error::SqlState;
 
 use super::{Run, WRITES, note};
+use crate::controller::brief_lock::{self, Against, Change, Part, Unchanged};
 use crate::controller::links::{self, PUBLICATION, TableName, list, marker_table, tables_published};
 use crate::controller::preflight::Failure;
 use crate::controller::state::{self, Expect, StateError};
@@ -23,14 +23,6 @@ use crate::pg::connect::describe;
 use crate::pg::features::Features;
 use crate::pg::{Client, Ident, Literal, Side};
 
-/// How long writers of the active side's table may have to wait behind this one, each time it tries for its lock.
-const WRITERS_MAX: Duration = Duration::from_millis(100);
-/// The same for whoever reads the standby's.
-const READERS_MAX: Duration = Duration::from_secs(1);
-/// Between two tries, at most.
-const PAUSE_MAX: Duration = Duration::from_secs(2);
-/// How long a lock is tried for.
-const LOCK_MAX: Duration = Duration::from_secs(60);
 /// How long the standby may take to hear from the active side which tables there are.
 const REFRESH_MAX: Duration = Duration::from_secs(60);
 /// How long an apply worker may take to go away once it has been told to.
@@ -64,11 +56,7 @@ impl Statements {
                 true => format!("delete from only {table}"),
                 false => format!("truncate only {table}"),
             },
-            // Who has written to it before has ended, and who writes to it behind this sees it published: a walsender that decodes
-            // one of both with what it knows from the other would leave out rows (up to 17.4, 16.8, 15.12, 14.17, 13.20).
-            put_in: format!(
-                "lock table only {table} in share row exclusive mode; alter publication {publication} add table only {table}"
-            ),
+            put_in: links::publish_statement(table),
             disarm: format!("alter table only {table} disable trigger {}", fence::TRIGGER),
             arm: format!("alter table only {table} enable always trigger {}", fence::TRIGGER),
             subscribe: refresh(true),
@@ -264,7 +252,7 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
         let take_out = published.contains(table).then(|| statements.take_out.clone());
         let take_out = take_out.into_iter().chain([note::begun(table, run.epoch)]);
         let parts: Vec<Part> = renew.into_iter().chain(take_out).map(Part::Run).collect();
-        change(run, &mut source, on_source, table, &parts, WRITERS_MAX)
+        change(run, &mut source, on_source, table, &parts)
             .await
             .map_err(|failure| match known {
                 false => run.failed(failure.what.trim_end_matches('.')),
@@ -298,7 +286,7 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
             Part::Run(statements.empty.clone()),
         ];
         let on_target = (run.target(), run.standby());
-        change(run, &mut target, on_target, table, &parts, READERS_MAX).await?;
+        change(run, &mut target, on_target, table, &parts).await?;
         run.done("empty", format!("{table} is empty on {}", run.target()), Value::Null);
         reached("emptied");
 
@@ -311,14 +299,14 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
             },
             Part::Run(note::emptied(table)),
         ];
-        change(run, &mut source, on_source, table, &parts, WRITERS_MAX).await?;
+        change(run, &mut source, on_source, table, &parts).await?;
         reached("in");
     }
     if !copy_has_origin {
         // Its copy could not pass the fence. It is armed again behind it.
         let on_target = (run.target(), run.standby());
         let parts = [Part::Run(statements.disarm)];
-        change(run, &mut target, on_target, table, &parts, READERS_MAX).await?;
+        change(run, &mut target, on_target, table, &parts).await?;
     }
     refresh(run, &target, table, &statements.subscribe).await?;
     run.done("put_in", format!("{} copies {table}", run.target()), Value::Null);
@@ -374,7 +362,7 @@ pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure
         if let copy::CopyError::Failing { .. } = error {
             // Something is in its way there, perhaps: it is emptied again before the next try.
             let parts = [Part::Run(note::not_emptied(table))];
-            change(run, &mut source, (run.source, run.active()), table, &parts, WRITERS_MAX).await?;
+            change(run, &mut source, (run.source, run.active()), table, &parts).await?;
         }
         if let copy::CopyError::Applying { .. } = error {
             let standby = run.target();
@@ -412,7 +400,7 @@ pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure
         run.op.event("copy", "info", message, Value::Null);
     }
     let parts = [Part::Run(note::ended(table))];
-    change(run, &mut source, (run.source, run.active()), table, &parts, WRITERS_MAX).await?;
+    change(run, &mut source, (run.source, run.active()), table, &parts).await?;
     state::history(&*source, run.epoch, 0, "resync", json!({ "table": table.to_string() }))
         .await
         .map_err(|error| run.halfway_as(table, error))
@@ -430,22 +418,10 @@ pub(super) async fn whatever_was_begun(run: &Run, links: bool) -> Result<(), Fai
             complete(run, table).await?;
         } else {
             let parts = [Part::Run(note::ended(table))];
-            change(run, &mut source, (run.source, run.active()), table, &parts, WRITERS_MAX).await?;
+            change(run, &mut source, (run.source, run.active()), table, &parts).await?;
         }
     }
     Ok(())
-}
-
-/// A part of a transaction.
-enum Part {
-    Run(String),
-    /// It has to be so, or somebody else has gone on meanwhile.
-    Require {
-        /// Answers true.
-        so: String,
-        /// What is so otherwise.
-        otherwise: &'static str,
-    },
 }
 
 fn out_of_link(subscription: &str, table: &TableName) -> String {
@@ -459,111 +435,34 @@ fn out_of_link(subscription: &str, table: &TableName) -> String {
     )
 }
 
-/// Why a transaction was not committed.
-enum Not {
-    Lock,
-    State(StateError),
-    So(&'static str),
-}
-
-impl From<StateError> for Not {
-    fn from(error: StateError) -> Not {
-        match error {
-            StateError::Sql(error) if is_lock(&error) => Not::Lock,
-            error => Not::State(error),
-        }
-    }
-}
-
-impl From<tokio_postgres::Error> for Not {
-    fn from(error: tokio_postgres::Error) -> Not {
-        StateError::from(error).into()
-    }
-}
-
-/// One transaction that needs the table for itself: tried again and again, each time after a longer pause, so that nobody waits
-/// for long behind it.
+/// One transaction that needs the table for itself.
 async fn change(
     run: &Run,
     on: &mut Client,
     (side, expect): (Side, Expect),
     table: &TableName,
     parts: &[Part],
-    lock_timeout: Duration,
 ) -> Result<(), Failure> {
-    let eased = fence::ease(on).await.map_err(|error| run.halfway_as(table, error))?;
-    let (began, mut told, mut pause) = (Instant::now(), Instant::now(), lock_timeout);
-    loop {
-        match once(on, &expect, eased, parts, lock_timeout).await {
-            Ok(()) => return Ok(()),
-            Err(Not::Lock) => {}
-            Err(Not::State(error)) => return Err(run.halfway_as(table, format!("{side}: {error}"))),
-            Err(Not::So(otherwise)) => return Err(run.halfway_as(table, format!("{side}: {otherwise}"))),
-        }
-        let late = began.elapsed() >= LOCK_MAX;
-        if late || told.elapsed() >= Duration::from_secs(1) {
-            told = Instant::now();
-            let message = format!(
-                "{table} is locked on {side}{}",
-                fence::held_by(&holders(run, side, on, table).await)
-            );
-            if late {
-                return Err(run.halfway_as(table, message));
-            }
-            run.op
-                .event("lock", "progress", format!("waits: {message}"), Value::Null);
-        }
-        sleep(pause).await;
-        pause = (2 * pause).min(PAUSE_MAX);
-    }
-}
-
-async fn once(
-    on: &mut Client,
-    expect: &Expect,
-    eased: &str,
-    parts: &[Part],
-    lock_timeout: Duration,
-) -> Result<(), Not> {
-    let txn = on.transaction().await?;
-    let limit = lock_timeout.as_millis();
-    txn.batch_execute(&format!("{eased} set local lock_timeout = {limit}"))
-        .await?;
-    state::lock(&txn, expect).await?;
-    for part in parts {
-        match part {
-            Part::Run(statements) => txn.batch_execute(statements).await?,
-            Part::Require { so, otherwise } => {
-                if !txn.query_one(so.as_str(), &[]).await?.get::<_, bool>(0) {
-                    return Err(Not::So(otherwise));
-                }
-            }
-        }
-    }
-    Ok(txn.commit().await?)
-}
-
-fn is_lock(error: &tokio_postgres::Error) -> bool {
-    let code = error.code();
-    code == Some(&SqlState::LOCK_NOT_AVAILABLE) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
-}
-
-/// Who is in the way, as far as that can be read.
-async fn holders(run: &Run, side: Side, on: &Client, table: &TableName) -> Vec<String> {
-    let oid = "select ($1::pg_catalog.text)::pg_catalog.regclass::pg_catalog.oid";
-    let Ok(row) = on.query_one(oid, &[&table.to_string()]).await else {
-        return Vec::new();
-    };
-    let oid: u32 = row.get(0);
-    // The active side's is locked against writers only, the standby's against everybody.
-    let holders = match side == run.source {
-        true => fence::holders(on, &[oid]).await,
-        false => match on.query(include_str!("../../pg/sql/resync_holders.sql"), &[&oid]).await {
-            Ok(rows) => rows.iter().map(fence::Holder::from).collect(),
-            Err(_) => Vec::new(),
+    let change = Change {
+        table,
+        side,
+        expect,
+        against: match side == run.source {
+            true => Against::Writers,
+            false => Against::Everybody,
         },
+        parts,
     };
-    holders.iter().map(ToString::to_string).collect()
+    let tell = |message| {
+        run.op
+            .event("lock", "progress", format!("waits: {message}"), Value::Null)
+    };
+    brief_lock::change(on, &change, tell)
+        .await
+        .map_err(|error| match error {
+            Unchanged::Locked(message) => run.halfway_as(table, message),
+            error => run.halfway_as(table, format!("{side}: {error}")),
+        })
 }
 
 /// It can't run in a transaction, so the state row is read right before it; what it takes in too late is what is published.

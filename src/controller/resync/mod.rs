@@ -319,7 +319,8 @@ async fn check(run: &Run, table: &TableName, rows: bool) -> Result<Option<Table>
         ));
     }
     let published = tables_published(&*source).await.map_err(link)?;
-    if !published.iter().any(|(_, name)| name == table) {
+    // One that is new takes no other way than all new ones, unless it is full already, which `replication start` refuses.
+    if !published.iter().any(|(_, name)| name == table) && !links::has_rows(&*target, table).await.unwrap_or(false) {
         return Err(refused(
             format!("No link carries {table} yet."),
             "`pgflip replication start` takes in new tables, and copies them.",
