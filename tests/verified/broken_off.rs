@@ -207,11 +207,17 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
         "{resumed:?}"
     );
 
+    // A table that somebody has locked keeps only those waiting who compare it.
+    let locks = rig.admin(Side::Green).await;
+    locks.batch_execute("begin; lock table few").await.expect("a lock");
+    let (code, result) = verify(&rig, &["--table", "public.many"]).await;
+    assert_eq!(code, Some(0), "{result}");
+    locks.batch_execute("rollback").await.expect("no lock");
+
     // One that is killed in the middle of it goes on as well: what it had found is not found again, and not lost.
     on_green(&rig, "update many set v = 'other' where id = 2").await;
     let busy = Busy::start(&rig).await;
     let waiting = Waiting::start(&rig).await;
-    let locks = rig.admin(Side::Green).await;
     locks.batch_execute("begin; lock table few").await.expect("a lock");
     busy.end().await;
     let until = tokio::time::Instant::now() + LIMIT;

@@ -257,7 +257,8 @@ async fn find(config: &Config, source: Side, table: &TableName, wanted: Option<&
     }
 }
 
-/// Whether it can be done. What it takes to find rows; `None`: its copy was broken off.
+/// Whether it can be done. What it takes to find rows; `None`: its copy was broken off, or no link has
+/// ever carried it.
 async fn check(run: &Run, table: &TableName, rows: bool) -> Result<Option<Table>, Failure> {
     let (source, target) = (run.on_source().await?, run.reads_target().await?);
     let link = |error: links::LinkError| run.failed(error);
@@ -319,8 +320,11 @@ async fn check(run: &Run, table: &TableName, rows: bool) -> Result<Option<Table>
         ));
     }
     let published = tables_published(&*source).await.map_err(link)?;
-    // One that is new takes no other way than all new ones, unless it is full already, which `replication start` refuses.
-    if !published.iter().any(|(_, name)| name == table) && !links::has_rows(&*target, table).await.unwrap_or(false) {
+    if !published.iter().any(|(_, name)| name == table) {
+        // One that is new is taken in as all new ones are, unless it is full already, which `replication start` refuses.
+        if links::has_rows(&*target, table).await.unwrap_or(false) {
+            return Ok(None);
+        }
         return Err(refused(
             format!("No link carries {table} yet."),
             "`pgflip replication start` takes in new tables, and copies them.",

@@ -493,8 +493,9 @@ impl Trail {
         let ends = [&*again.source, &*again.target];
         let here = async { Ok::<_, VerifyError>(shapes(&again.source).await?) };
         let there = async { Ok::<_, VerifyError>(shapes(&again.target).await?) };
-        let tables = async { Ok::<_, VerifyError>(plan::tables(ends, source.other(), &[], false).await?) };
-        let (here, there, tables) = tokio::try_join!(here, there, tables).map_err(failed)?;
+        let (here, there) = tokio::try_join!(here, there).map_err(failed)?;
+        let tables = plan::tables(ends, source.other(), &[], false).await;
+        let tables = tables.map_err(|error| failed(error.into()))?;
         let slot = links::slot(&*client, &links::verify_slot_name(name)).await;
         let slot = slot.map_err(|error| error.to_string())?;
         let at = slot

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use tokio_postgres::error::SqlState;
 
 use crate::controller::links::TableName;
 use crate::pg::connect::describe;
@@ -157,10 +158,19 @@ pub enum PlanError {
 
 async fn read(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, Found>, PlanError> {
     let mut tables: BTreeMap<TableName, Found> = BTreeMap::new();
-    for row in client
-        .query(include_str!("../../pg/sql/verify_columns.sql"), &[])
-        .await?
-    {
+    let statement = client.prepare(include_str!("../../pg/sql/verify_columns.sql")).await?;
+    client
+        .batch_execute("begin read only; set local lock_timeout = '1s'")
+        .await?;
+    let measured = client.query(&statement, &[&true]).await;
+    client.batch_execute("rollback").await?;
+    let rows = match measured {
+        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+            client.query(&statement, &[&false]).await?
+        }
+        rows => rows?,
+    };
+    for row in rows {
         let name = TableName {
             schema: row.get("schema"),
             name: row.get("name"),

@@ -1,7 +1,9 @@
 -- The columns of the tables in publication pgflip (its marker left out), one row each, with what comparing them needs. Of the key,
 -- which is the replica identity's if that is an index, and else the primary key: the column's place in it, the operators that its
 -- index compares with, and by which order: '' if all servers have the same one, a collation with its version, or NULL if that is not
--- known. Servers 13 and later: what the locale's column is called depends on the version.
+-- known. Servers 13 and later: what the locale's column is called depends on the version. $1: whether sizes are measured, which waits
+-- for whoever has a table locked against everybody; else they are what they were when the table was vacuumed or analyzed last, and
+-- those of one that never was are as large as can be.
 with collations as (
   select c.oid, c.provider, c.locale,
          case when c.provider = 'c' and c.locale in ('C', 'POSIX') then ''
@@ -34,7 +36,10 @@ select n.nspname as schema,
        c.relname as name,
        c.oid,
        greatest(c.reltuples, 0)::pg_catalog.float8 as rows,
-       coalesce(pg_catalog.pg_table_size(c.oid), 0) as bytes,
+       case when $1 then coalesce(pg_catalog.pg_table_size(c.oid), 0)
+            when c.relpages > 0 then c.relpages * pg_catalog.current_setting('block_size')::pg_catalog.int8
+            else 9223372036854775807
+       end as bytes,
        a.attname as column,
        pg_catalog.format_type(a.atttypid, a.atttypmod) as type,
        a.attgenerated <> '' as generated,
