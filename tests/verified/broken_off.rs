@@ -217,9 +217,13 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     // One that is killed in the middle of it goes on as well: what it had found is not found again, and not lost.
     on_green(&rig, "update many set v = 'other' where id = 2").await;
     let busy = Busy::start(&rig).await;
-    let waiting = Waiting::start(&rig).await;
+    let mut waiting = Waiting::start(&rig).await;
     locks.batch_execute("begin; lock table few").await.expect("a lock");
     busy.end().await;
+    let told = |line: String| {
+        line.contains("on green few is locked by server process") && line.contains("idle in transaction")
+    };
+    while !told(waiting.line().await.expect("it waits")) {}
     let until = tokio::time::Instant::now() + LIMIT;
     let kept = "select count(*) from pgflip.verification where n > 0";
     while blue.query_one(kept, &[]).await.expect("a table").get::<_, i64>(0) == 0 {

@@ -1,6 +1,7 @@
 //! One database's tables, one after another: cut into pieces that several workers compare, as load and lag allow.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use futures_util::future::{join_all, try_join_all};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Mutex;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::compare::{self, LOOKUPS, Looked, Pace, SMALLER};
 use super::condition::Condition;
@@ -25,7 +26,7 @@ use crate::controller::operation::Operation;
 use crate::controller::resync::note;
 use crate::controller::state::{self, State};
 use crate::fault;
-use crate::pg::{Client, Lsn, Purpose, Side, connect};
+use crate::pg::{Client, Lsn, Purpose, Side, borrow, connect};
 use crate::telemetry;
 
 /// Pieces that are compared at once.
@@ -188,14 +189,57 @@ impl Database<'_> {
             .filter(|table| table.bytes > SMALL || self.only.is_some())
             .count();
         let small = tables.split_off(large);
-        for table in tables {
-            self.table(&table, &pairs, &sessions, &mut progress).await?;
-        }
-        for table in self.small(small, &pairs, &sessions, &mut progress).await? {
-            self.table(&table, &pairs, &sessions, &mut progress).await?;
+        let compared = async {
+            for table in tables {
+                self.table(&table, &pairs, &sessions, &mut progress).await?;
+            }
+            for table in self.small(small, &pairs, &sessions, &mut progress).await? {
+                self.table(&table, &pairs, &sessions, &mut progress).await?;
+            }
+            Ok::<_, VerifyError>(())
+        };
+        tokio::select! {
+            compared = compared => compared?,
+            never = self.tell_waits(&unattended.sessions) => match never {},
         }
         unattended.sessions.clear();
         Ok(not_carried)
+    }
+
+    /// Tells for which tables' locks these sessions wait: there is no limit to that, and nothing else is to be seen meanwhile.
+    async fn tell_waits(&self, sessions: &[(Side, i32)]) -> Infallible {
+        let limit = self.config.limits.server_connect_timeout;
+        let mut told = Vec::new();
+        loop {
+            sleep(EVERY).await;
+            let mut waits = Vec::new();
+            for side in Side::BOTH {
+                let of_side = sessions.iter().filter(|(on, _)| *on == side);
+                let pids: Vec<i32> = of_side.map(|(_, pid)| *pid).collect();
+                let asked = async {
+                    let client = borrow(self.config.server(side), self.name, Purpose("verify"), limit).await?;
+                    let rows = client
+                        .query(include_str!("../../pg/sql/verify_waits.sql"), &[&pids])
+                        .await?;
+                    Ok::<_, VerifyError>(rows)
+                };
+                // The comparison itself says what is wrong with a server.
+                if let Ok(Ok(rows)) = timeout(limit, asked).await {
+                    waits.extend(rows.iter().map(|row| format!("on {side} {}", row.get::<_, &str>(0))));
+                }
+            }
+            // They are open for longer each time.
+            let tables: Vec<String> = waits
+                .iter()
+                .map(|wait| wait.split(',').next().unwrap_or(wait).to_owned())
+                .collect();
+            if !waits.is_empty() && tables != told {
+                let message = format!("waits: {}", waits.join("; "));
+                let data = json!({ "database": self.name, "waits_for": waits });
+                self.operation.event("verify", "progress", message, data);
+            }
+            told = tables;
+        }
     }
 
     /// Tables that were compared before this was broken off. Those that are others by now are not, and what was found of them goes.
