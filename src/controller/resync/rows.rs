@@ -789,6 +789,7 @@ mod tests {
             name: name.clone(),
             same: true,
             sorts_by: Some(String::new()),
+            ordered: true,
             kinds: ["integer".into(), "bigint".into()],
             equals: ["operator(pg_catalog.=)".into(), "operator(pg_catalog.=)".into()],
         };
@@ -797,6 +798,7 @@ mod tests {
                 schema: "s".into(),
                 name: "t".into(),
             },
+            made_of: Default::default(),
             oid: 1,
             columns: quoted(columns),
             generated: quoted(generated),

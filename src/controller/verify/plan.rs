@@ -14,6 +14,8 @@ use crate::pg::{Ident, Side};
 #[derive(Clone, Debug, Default)]
 struct Found {
     oid: u32,
+    /// What its rows depend on beside what is written to them: see `verify_shape.sql`.
+    made_of: String,
     rows: f64,
     bytes: u64,
     columns: BTreeMap<String, Column>,
@@ -31,6 +33,8 @@ struct KeyPart {
     place: i32,
     equals: String,
     sorts_by: Option<String>,
+    /// PostgreSQL itself knows its order.
+    ordered: bool,
 }
 
 /// A column of the key.
@@ -46,6 +50,8 @@ pub struct KeyColumn {
     pub same: bool,
     /// What the source sorts it by: see `verify_columns.sql`.
     pub sorts_by: Option<String>,
+    /// Its order is PostgreSQL's own on both, though not the same perhaps.
+    pub ordered: bool,
 }
 
 /// How a table is cut into pieces.
@@ -60,9 +66,16 @@ pub enum Method {
 }
 
 impl Table {
-    /// Another text if it is another table, or has other columns, another key, or one that is sorted otherwise.
+    /// Another text if it is another table, or has other columns, another key, or one that is sorted otherwise, or was written anew.
     pub fn shape(&self) -> String {
-        let of = (&self.name, self.oid, &self.columns, &self.method, &self.apart);
+        let of = (
+            &self.name,
+            self.oid,
+            &self.columns,
+            &self.method,
+            &self.apart,
+            &self.made_of,
+        );
         let digest = Sha256::digest(format!("{of:?}"));
         digest.iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -99,6 +112,8 @@ pub struct Table {
     pub name: TableName,
     /// Its OID on the source.
     pub oid: u32,
+    /// What its rows on the source and on the target depend on beside what is written to them.
+    pub made_of: [String; 2],
     /// Columns that both have, quoted, in the order of their names.
     pub columns: Vec<String>,
     /// Of these, the generated ones: each server computes them by itself.
@@ -107,7 +122,7 @@ pub struct Table {
     pub method: Method,
     /// About how many rows the source has.
     pub rows: f64,
-    /// How many bytes, on disk.
+    /// How many bytes, on the disk of the server where it is larger.
     pub bytes: u64,
     /// What can't be compared, and is named.
     pub apart: Apart,
@@ -170,6 +185,11 @@ async fn read(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, Fou
         }
         rows => rows?,
     };
+    let mut made_of: BTreeMap<u32, String> = BTreeMap::new();
+    for row in client.query(include_str!("../../pg/sql/verify_shape.sql"), &[]).await? {
+        let (file, columns): (u32, String) = (row.get("file"), row.get("columns"));
+        made_of.insert(row.get("oid"), format!("{file} {columns}"));
+    }
     for row in rows {
         let name = TableName {
             schema: row.get("schema"),
@@ -177,6 +197,7 @@ async fn read(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, Fou
         };
         let table = tables.entry(name).or_insert_with(|| Found {
             oid: row.get("oid"),
+            made_of: made_of.remove(&row.get("oid")).unwrap_or_default(),
             rows: row.get("rows"),
             bytes: u64::try_from(row.get::<_, i64>("bytes")).unwrap_or(0),
             columns: BTreeMap::new(),
@@ -191,6 +212,7 @@ async fn read(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, Fou
                     place,
                     equals: row.get("equals"),
                     sorts_by: row.get("sorts_by"),
+                    ordered: row.get("ordered"),
                 }),
             },
         );
@@ -253,8 +275,9 @@ fn pair(name: TableName, here: &Found, there: &Found, source: Side) -> Table {
             .collect(),
         method: method(here, there),
         oid: here.oid,
+        made_of: [here.made_of.clone(), there.made_of.clone()],
         rows: here.rows,
-        bytes: here.bytes,
+        bytes: here.bytes.max(there.bytes),
         apart: Apart {
             only_blue: only(blue, green),
             only_green: only(green, blue),
@@ -298,6 +321,7 @@ fn method(here: &Found, there: &Found) -> Method {
                 equals: [mine_part.equals, theirs_part.equals],
                 same,
                 sorts_by: mine_part.sorts_by,
+                ordered: mine_part.ordered && theirs_part.ordered,
             }
         });
     let columns: Vec<KeyColumn> = columns.collect();
@@ -320,6 +344,7 @@ mod tests {
                 place,
                 equals: "operator(pg_catalog.=)".into(),
                 sorts_by: (sorts_by != "unknown").then(|| sorts_by.to_owned()),
+                ordered: true,
             });
             let (kind, generated) = (kind.to_owned(), false);
             (name.to_owned(), Column { kind, generated, key })

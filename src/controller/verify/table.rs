@@ -396,8 +396,15 @@ impl Database<'_> {
                 let copies = copies(&ends).await?;
                 return Ok(Standing { not_carried, copies });
             };
-            // Workers come back by themselves.
-            if !matches!(finding.code, "link_down" | "worker_missing" | "link_disabled") || Instant::now() >= until {
+            // Workers come back by themselves, and what another pgflip copies anew does not take long as a rule.
+            let comes_back = match finding.code {
+                "link_down" | "worker_missing" | "link_disabled" => true,
+                "copy_unfinished" | "table_not_subscribed" => {
+                    self.place.lock().as_ref().is_some_and(|place| !place.is_new())
+                }
+                _ => false,
+            };
+            if !comes_back || Instant::now() >= until {
                 return Err(VerifyError::Link(finding));
             }
             sleep(EVERY).await;
@@ -436,6 +443,10 @@ impl Database<'_> {
                         place.table = None;
                     }
                     progress.rows = rows;
+                    // A worker may have been left with a row locked.
+                    for pair in pairs {
+                        pair.source.batch_execute("rollback").await?;
+                    }
                     let data = json!({ "database": self.name, "table": table.name.to_string() });
                     self.operation
                         .event("verify", "info", format!("{error}: from its beginning"), data);
@@ -525,8 +536,9 @@ impl Database<'_> {
     /// It is too large to be read in one snapshot, and has no order that both sides know.
     fn by_keys(&self, table: &Table) -> bool {
         let whole = table.bytes <= WHOLE && !fault::skip("whole");
-        // A row of which it is true on the target only would have to be looked for twice.
-        matches!(table.method, Method::Hashes(_)) && !whole && self.only.is_none()
+        let ordered = table.method.key().iter().all(|column| column.ordered);
+        // A row of which `only` is true on the target alone would have to be looked for twice.
+        matches!(table.method, Method::Hashes(_)) && ordered && !whole && self.only.is_none()
     }
 
     /// What there is to compare.

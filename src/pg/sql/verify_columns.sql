@@ -1,9 +1,8 @@
 -- The columns of the tables in publication pgflip (its marker left out), one row each, with what comparing them needs. Of the key,
 -- which is the replica identity's if that is an index, and else the primary key: the column's place in it, the operators that its
--- index compares with, and by which order: '' if all servers have the same one, a collation with its version, or NULL if that is not
+-- index compares with, whether PostgreSQL itself orders its type, and by which order: '' if all servers have the same one, a collation with its version, or NULL if that is not
 -- known. Servers 13 and later: what the locale's column is called depends on the version. $1: whether sizes are measured, which waits
--- for whoever has a table locked against everybody; else they are what they were when the table was vacuumed or analyzed last, and
--- those of one that never was are as large as can be.
+-- for whoever has a table locked against everybody; else every table may be as large as can be.
 with collations as (
   select c.oid, c.provider, c.locale,
          case when c.provider = 'c' and c.locale in ('C', 'POSIX') then ''
@@ -36,18 +35,14 @@ select n.nspname as schema,
        c.relname as name,
        c.oid,
        greatest(c.reltuples, 0)::pg_catalog.float8 as rows,
-       case when $1 then coalesce(pg_catalog.pg_table_size(c.oid), 0)
-            when c.relpages > 0 then c.relpages * pg_catalog.current_setting('block_size')::pg_catalog.int8
-            else 9223372036854775807
-       end as bytes,
+       case when $1 then coalesce(pg_catalog.pg_table_size(c.oid), 0) else 9223372036854775807 end as bytes,
        a.attname as column,
        pg_catalog.format_type(a.atttypid, a.atttypmod) as type,
        a.attgenerated <> '' as generated,
        k.place,
        k.equals,
-       case when b.typname not in ('bool', 'int2', 'int4', 'int8', 'numeric', 'float4', 'float8', 'money', 'text', 'varchar',
-              'bpchar', 'name', 'char', 'bytea', 'date', 'time', 'timetz', 'timestamp', 'timestamptz', 'interval', 'uuid', 'inet',
-              'cidr', 'macaddr', 'macaddr8', 'bit', 'varbit', 'oid', 'pg_lsn', 'xid8') or b.oid >= 16384 then null
+       o.ordered,
+       case when not o.ordered then null
             when a.attcollation = 0 then ''
             when a.attcollation = 'pg_catalog."default"'::pg_catalog.regcollation then (select d.sorts_by from database d)
             else (select l.sorts_by from collations l where l.oid = a.attcollation)
@@ -59,6 +54,11 @@ join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
 join pg_catalog.pg_type t on t.oid = a.atttypid
 join pg_catalog.pg_type b on b.oid = case t.typtype when 'd' then t.typbasetype else t.oid end
+cross join lateral (
+  select b.oid < 16384 and b.typname in ('bool', 'int2', 'int4', 'int8', 'numeric', 'float4', 'float8', 'money', 'text', 'varchar',
+    'bpchar', 'name', 'char', 'bytea', 'date', 'time', 'timetz', 'timestamp', 'timestamptz', 'interval', 'uuid', 'inet',
+    'cidr', 'macaddr', 'macaddr8', 'bit', 'varbit', 'oid', 'pg_lsn', 'xid8') as ordered
+) o
 left join lateral (
   select i.place::pg_catalog.int4, pg_catalog.format('operator(%I.%s)', s.nspname, o.oprname) as equals
   from keys
