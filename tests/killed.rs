@@ -73,12 +73,16 @@ async fn nothing_is_missing(rig: &Rig, ledgers: Vec<Ledger>) {
     }
 }
 
+/// A rollback's steps are a cutover's: each is killed in one of both regimes, or in both with `PGFLIP_KILLS=all`.
 async fn before_the_pivot(blue: u32, green: u32, databases: usize, source: Side) {
     let (mut rig, ledgers) = start(blue, green, databases).await;
+    let mut steps: Vec<_> = REVERSIBLE.iter().collect();
     if source == Side::Green {
         rig.cutover().await;
+        let mut turn = (0..).map(|n| (n + databases) % 2 == 0);
+        steps.retain(|_| turn.next() == Some(true) || std::env::var_os("PGFLIP_KILLS").is_some_and(|all| all == "all"));
     }
-    for step in REVERSIBLE {
+    for step in steps {
         killed_after(&mut rig, &ledgers, source, step.name(), source).await;
     }
     rig.flip_from(source).await;
