@@ -44,9 +44,12 @@ pub const VERIFICATIONS: &str = "pgflip_verifications_total";
 pub const VERIFY_ROWS: &str = "pgflip_verify_rows_total";
 /// Gauge: 1 while a verification is under way.
 pub const VERIFYING: &str = "pgflip_verifying";
-/// Gauges of the last verification that has come to its end; absent until one has: when, whether both sides were equal, how many
-/// tables and rows it compared, how many rows differ, and of how many it could not be found out.
+/// Gauges of the last verification of all tables and rows that has come to its end; absent until one has, and from the next flip on:
+/// when, when it was begun, whether both sides were equal, how many tables and rows it compared, how many rows differ, and of how many it
+/// could not be found out.
 pub const VERIFIED_AT: &str = "pgflip_verified_timestamp_seconds";
+/// See [`VERIFIED_AT`].
+pub const VERIFIED_BEGAN: &str = "pgflip_verified_began_timestamp_seconds";
 /// See [`VERIFIED_AT`].
 pub const VERIFIED_EQUAL: &str = "pgflip_verified_equal";
 /// See [`VERIFIED_AT`].
@@ -144,28 +147,38 @@ pub const METRICS: &[(&str, Kind, &str)] = &[
     (
         VERIFIED_AT,
         Kind::Gauge,
-        "When the last verification came to its end (Unix time). Absent until one has, as are the other pgflip_verified gauges.",
+        "When the last verification of everything came to its end (Unix time). Absent until one has, and after a flip, as are the \
+         other pgflip_verified gauges.",
+    ),
+    (
+        VERIFIED_BEGAN,
+        Kind::Gauge,
+        "When the last verification of everything was begun (Unix time): its rows were read since then, also if it was resumed.",
     ),
     (
         VERIFIED_EQUAL,
         Kind::Gauge,
-        "1 if the last verification found both sides to be equal, else 0.",
+        "1 if the last verification of everything found both sides to be equal, else 0.",
     ),
     (
         VERIFIED_TABLES,
         Kind::Gauge,
-        "Tables that the last verification compared.",
+        "Tables that the last verification of everything compared.",
     ),
-    (VERIFIED_ROWS, Kind::Gauge, "Rows that the last verification compared."),
+    (
+        VERIFIED_ROWS,
+        Kind::Gauge,
+        "Rows that the last verification of everything compared.",
+    ),
     (
         VERIFIED_DIFFERENCES,
         Kind::Gauge,
-        "Rows that differ, as the last verification found.",
+        "Rows that differ, as the last verification of everything found.",
     ),
     (
         VERIFIED_UNSETTLED,
         Kind::Gauge,
-        "Rows of which the last verification could not find out whether they differ.",
+        "Rows of which the last verification of everything could not find out whether they differ.",
     ),
     (
         FOLLOWING,

@@ -527,6 +527,8 @@ async fn live_gauges(admin: &Admin, text: &mut String) {
         telemetry::BYTES,
         &[direction("in", totals.bytes_in), direction("out", totals.bytes_out)],
     );
+    // A side that does not answer is waited for once.
+    let (compared, lag) = tokio::join!(admin.controller.compared(), admin.controller.lag());
     let upstream = admin.gate.upstream();
     put(telemetry::HELD, &plain(f64::from(u8::from(admin.gate.held()))));
     put(telemetry::EPOCH, &plain(upstream.map_or(0.0, |at| at.epoch as f64)));
@@ -539,13 +541,14 @@ async fn live_gauges(admin: &Admin, text: &mut String) {
         running,
         last,
         followed,
-    } = admin.controller.compared().await;
+    } = compared;
     let yes = |yes: bool| plain(f64::from(u8::from(yes)));
     put(telemetry::VERIFYING, &yes(running));
-    if let Some((at, result)) = last {
-        put(telemetry::VERIFIED_AT, &plain(at.as_second() as f64));
+    if let Some(result) = last {
         put(telemetry::VERIFIED_EQUAL, &yes(result["outcome"] == "equal"));
         for (name, key) in [
+            (telemetry::VERIFIED_AT, "at"),
+            (telemetry::VERIFIED_BEGAN, "began"),
             (telemetry::VERIFIED_TABLES, "tables"),
             (telemetry::VERIFIED_ROWS, "rows"),
             (telemetry::VERIFIED_DIFFERENCES, "differences"),
@@ -565,7 +568,6 @@ async fn live_gauges(admin: &Admin, text: &mut String) {
             put(name, &plain(value));
         }
     }
-    let lag = admin.controller.lag().await;
     let labels = |lag: &Value| {
         let text = |key: &str| {
             lag[key]

@@ -38,6 +38,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use futures_util::future::OptionFuture;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -179,8 +180,8 @@ struct Inner {
     verifying: Option<Running>,
     /// Where the last one was broken off.
     verified: verify::Place,
-    /// When the last one came to its end, and what it found, with the number of its tables.
-    last_verified: Option<(Timestamp, Value)>,
+    /// What the last one of everything found that came to its end: see [`Compared::last`], and its `epoch`.
+    last_verified: Option<Value>,
     /// What keeps the last one's proof current, or why nothing does any more.
     following: Option<Arc<Follow>>,
     last_flip: Option<Value>,
@@ -208,8 +209,9 @@ impl Inner {
 pub struct Compared {
     /// One is under way.
     pub running: bool,
-    /// When the last one came to its end: its `outcome`, `tables`, `rows`, `differences` and `unsettled`.
-    pub last: Option<(Timestamp, Value)>,
+    /// The last one of all tables and rows that has come to its end, if no flip has been since: when that was (`at`, Unix time) and when
+    /// it was begun (`began`), its `outcome`, `tables`, `rows`, `differences` and `unsettled`.
+    pub last: Option<Value>,
     /// See [`Follow::told`], with `behind`, bytes. Null: nothing is followed.
     pub followed: Value,
 }
@@ -400,6 +402,10 @@ impl Controller {
         if let (Some(following), Some(why)) = (&inner.following, why) {
             following.end(why);
         }
+        // What is compared next is another standby.
+        if matches!(&request, Request::ReplicationStop | Request::Finalize) {
+            inner.last_verified = None;
+        }
         let operation = Operation::new(kind);
         let (inside, told) = (self.clone(), operation.clone());
         let task = tokio::spawn(async move {
@@ -474,12 +480,13 @@ impl Controller {
                 kept.map_err(|error| refused(format!("The last verification can't be gone on with: {error}.")))?;
             place = Arc::new(Mutex::new(kept));
         }
-        let Some(source) = place.lock().as_ref().map(verify::Broken::source) else {
-            return Err(refused("No verification was broken off.".into()));
+        let active = self.active()?;
+        let why = match &*place.lock() {
+            None => Some("No verification was broken off.".to_owned()),
+            Some(broken) => broken.is_over(active.side, active.epoch),
         };
-        if source != self.active()?.side {
-            let what = format!("The last verification compared {source} with {}.", source.other());
-            return Err(refused(format!("{what} By now {} is active.", source.other())));
+        if let Some(why) = why {
+            return Err(refused(why));
         }
         // What was compared before it was broken off would not be followed.
         self.compare(&place, None)
@@ -530,10 +537,13 @@ impl Controller {
         let operation = Operation::new(Kind::Verify);
         operation.may_be_aborted();
         let (inside, told, stands) = (self.clone(), operation.clone(), place.clone());
+        let of_all = place.lock().as_ref().is_some_and(verify::Broken::of_all);
+        let ending = verify::Ending::default();
+        let ends = ending.clone();
         let task = tokio::spawn(async move {
             match follow {
-                Some(source) => inside.verify_and_follow(&told, stands, source).await,
-                None => inside.verify_once(&told, stands).await,
+                Some(source) => inside.verify_and_follow(&told, stands, source, &ends).await,
+                None => inside.verify_once(&told, stands, &ends).await,
             }
         });
         inner.verified = place.clone();
@@ -562,13 +572,21 @@ impl Controller {
             {
                 let mut inner = controller.inner.lock();
                 let _ended = inner.verifying.take_if(|running| running.operation.id() == id);
-                if result["tables"].is_array() {
-                    let mut found = json!({ "tables": result["tables"].as_array().map(Vec::len) });
-                    for key in ["outcome", "rows", "differences", "unsettled"] {
+                if let (Some(tables), true) = (result["tables"].as_array(), of_all) {
+                    let began = result["began_at"].as_str().and_then(|at| at.parse::<Timestamp>().ok());
+                    let mut found = json!({
+                        "tables": tables.len(), "at": Timestamp::now().as_second(), "began": began.map(Timestamp::as_second),
+                    });
+                    for key in ["outcome", "rows", "differences", "unsettled", "epoch"] {
                         found[key] = result[key].clone();
                     }
-                    inner.last_verified = Some((Timestamp::now(), found));
+                    inner.last_verified = Some(found);
                 }
+            }
+            // So that `--resume` does not find what is over.
+            let ending = ending.lock().take();
+            if let Some(Err(error)) = OptionFuture::from(ending).await {
+                tracing::warn!(%error, "a verification that has ended may still be kept");
             }
             let outcome = result["outcome"].as_str().unwrap_or("failed").to_owned();
             metrics::counter!(telemetry::VERIFICATIONS, "outcome" => outcome).increment(1);
@@ -578,14 +596,19 @@ impl Controller {
     }
 
     /// Compares. What it finds counts against what is followed.
-    async fn verify_once(&self, operation: &Operation, place: verify::Place) -> Result<Value, Failure> {
+    async fn verify_once(
+        &self,
+        operation: &Operation,
+        place: verify::Place,
+        ending: &verify::Ending,
+    ) -> Result<Value, Failure> {
         let _told = Doubt {
             following: self.following(),
             place: place.clone(),
             operation: operation.id(),
         };
         let result = tokio::select! {
-            done = verify::run(self.config(), operation, place.clone()) => done?,
+            done = verify::run(self.config(), operation, place.clone(), ending) => done?,
             () = operation.aborted() => verify::paused(&place),
         };
         if let (Some("different"), Some(following)) = (result["outcome"].as_str(), self.following()) {
@@ -600,6 +623,7 @@ impl Controller {
         operation: &Operation,
         place: verify::Place,
         source: Upstream,
+        ending: &verify::Ending,
     ) -> Result<Value, Failure> {
         if let Some(before) = self.following() {
             before.end("it is begun anew");
@@ -613,7 +637,7 @@ impl Controller {
         };
         self.inner.lock().following = Some(following.clone());
         let unproven = Unproven(following.clone());
-        let mut result = self.verify_once(operation, place).await?;
+        let mut result = self.verify_once(operation, place, ending).await?;
         if result["outcome"] == "equal" {
             following.proven(operation.id(), &result);
         }
@@ -821,7 +845,10 @@ impl Controller {
         let inner = self.inner.lock();
         Compared {
             running: inner.verifying.is_some(),
-            last: inner.last_verified.clone(),
+            last: inner
+                .last_verified
+                .clone()
+                .filter(|last| upstream.is_some_and(|now| last["epoch"] == now.epoch)),
             followed,
         }
     }

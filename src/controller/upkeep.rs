@@ -14,6 +14,7 @@ use super::links;
 use super::recovery::{self, OperatorLock, RecoveryError};
 use super::roles::Keeper;
 use super::state::{self, Expect, State};
+use super::verify;
 use crate::config::Config;
 use crate::pg::origin::connect_with_origin;
 use crate::pg::{Client, Purpose, Side, borrow};
@@ -69,6 +70,12 @@ async fn all(config: &Config, me: &Me, roles: &Mutex<Keeper>, active: Side, epoc
         }
     }
     roles.lock().await.keep(config, active, epoch).await;
+    for side in Side::BOTH {
+        let carrier = client(config, side, config.carrier()).await?;
+        if let Err(error) = verify::forget_earlier(&carrier, epoch).await {
+            tracing::warn!(%side, %error, "a verification of an earlier epoch is still kept");
+        }
+    }
     drop(lock);
     Ok(())
 }

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::ChildStdout;
 use tokio::time::timeout;
 
-use super::{found, on_green, verify};
+use super::{by_hand, found, on_green, verify};
 use crate::common::{LIMIT, Rig};
 use pgflip::pg::Side;
 
@@ -153,12 +153,23 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     ] {
         assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
     }
+    assert!(
+        metrics.contains("\npgflip_verified_began_timestamp_seconds "),
+        "{metrics}"
+    );
     // Whoever follows it, or comes when it is over, is told the same.
     let watched = rig.run(&["watch"]).await;
     assert_eq!(
         (watched.code, &watched.result()["outcome"]),
         (Some(1), &"different".into()),
         "{watched:?}"
+    );
+    // That one table is equal says nothing of all others.
+    assert_eq!(verify(&rig, &["--table", "public.few"]).await.0, Some(0));
+    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
+    assert!(
+        metrics.as_str().expect("text").contains("\npgflip_verified_equal 0\n"),
+        "{metrics}"
     );
     let (missing, extra, different, listed) = found(&result, "many");
     assert_eq!(
@@ -235,6 +246,14 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     assert_ne!(waiting.end().await.0, Some(0));
     locks.batch_execute("rollback").await.expect("no lock");
     on_green(&rig, "update many set v = md5('1') where id = 2").await;
+    // What resync compares takes nobody's place; and of two that were begun at once, by an earlier pgflip, the newest counts.
+    assert_eq!(rig.run(&["resync", "public.few", "--rows"]).await.code, Some(0));
+    blue.batch_execute(
+        "insert into pgflip.verification (id, n, epoch, place, at)
+         select id # 1, 0, epoch, place, 'epoch' from pgflip.verification where n = 0",
+    )
+    .await
+    .expect("another one");
     let resumed = rig.run(&["verify", "--resume"]).await;
     let result = resumed.result();
     assert!(
@@ -276,6 +295,9 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     // A flip ends it, and it is not gone on with behind that.
     let busy = Busy::start(&rig).await;
     let waiting = Waiting::start(&rig).await;
+    blue.batch_execute("insert into pgflip.verification (id, n, epoch, place) values (1, 0, 0, '')")
+        .await
+        .expect("an earlier one");
     rig.cutover().await;
     let (code, said) = waiting.end().await;
     assert!(code == Some(1) && said.contains("A flip has begun"), "{said}");
@@ -284,6 +306,11 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     assert!(
         format!("{}{}", said.out, said.err).contains("green is active"),
         "{said:?}"
+    );
+    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
+    assert!(
+        !metrics.as_str().expect("text").contains("pgflip_verified_"),
+        "{metrics}"
     );
     // The other way round it is the same.
     let (code, result) = verify(&rig, &["--follow"]).await;
@@ -302,4 +329,40 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
         assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
     }
     assert!(metrics.contains("\npgflip_follow_behind_bytes "), "{metrics}");
+
+    // Another one that finds differences ends that at once, also while what is kept of it can't be deleted.
+    let green = rig.admin(Side::Green).await;
+    green
+        .batch_execute("begin; lock table pgflip.verification")
+        .await
+        .expect("a lock");
+    by_hand(&rig, Side::Blue, "delete from few where id = 1").await;
+    let other = tokio::process::Command::from(rig.sidecar.command(&["verify"]))
+        .kill_on_drop(true)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("a command");
+    let deletes = "select exists (select from pg_stat_activity where wait_event_type = 'Lock'
+        and query like '%verification $1 is not kept any more%')";
+    let watches = rig.admin(Side::Green).await;
+    until(async || watches.query_one(deletes, &[]).await.expect("an answer").get(0)).await;
+    let ended = &rig.status().await["verification"];
+    assert!(
+        ended["state"] == "ended" && ended.to_string().contains("has found differences"),
+        "{ended}"
+    );
+    green.batch_execute("rollback").await.expect("no lock");
+    assert_eq!(other.wait_with_output().await.expect("its end").status.code(), Some(1));
+
+    // Of what was kept before the flip nothing is left.
+    let kept = "select not exists (select from pgflip.verification)";
+    until(async || blue.query_one(kept, &[]).await.expect("an answer").get(0)).await;
+}
+
+async fn until(mut true_now: impl AsyncFnMut() -> bool) {
+    let limit = tokio::time::Instant::now() + LIMIT;
+    while !true_now().await {
+        assert!(tokio::time::Instant::now() < limit, "it comes to that");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }

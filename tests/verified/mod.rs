@@ -131,7 +131,12 @@ fn found(result: &Value, table: &str) -> (u64, u64, u64, Vec<String>) {
 
 /// On the fenced standby, as what replication itself writes.
 pub async fn on_green(rig: &Rig, statements: &str) {
-    let client = rig.admin(Side::Green).await;
+    by_hand(rig, Side::Green, statements).await;
+}
+
+/// The same, whichever is standby.
+pub async fn by_hand(rig: &Rig, side: Side, statements: &str) {
+    let client = rig.admin(side).await;
     for statement in [
         "select pg_replication_origin_create('by_hand')",
         "select pg_replication_origin_session_setup('by_hand')",

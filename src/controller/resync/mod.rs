@@ -466,7 +466,8 @@ async fn compared(run: &Run, table: &TableName) -> Result<Value, Failure> {
         ..(*run.config).clone()
     };
     let place = Arc::new(Mutex::new(Some(verify::Broken::new(run.source, request))));
-    verify::run(Arc::new(config), &run.op, place).await
+    // It is none of the operator's: one that was broken off before stays what `verify --resume` goes on with.
+    verify::compare(Arc::new(config), &run.op, &place).await
 }
 
 #[cfg(test)]

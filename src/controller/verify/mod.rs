@@ -31,6 +31,7 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::error::SqlState;
 
@@ -222,9 +223,24 @@ impl Broken {
         }
     }
 
-    /// Which side was compared with the other.
-    pub fn source(&self) -> Side {
-        self.source
+    /// It is to say something of everything, not of some tables or rows.
+    pub fn of_all(&self) -> bool {
+        self.request.tables.is_empty() && self.request.only.is_none()
+    }
+
+    /// Why it can't be gone on with now that this side is active, at this epoch. `None`: it can.
+    pub fn is_over(&self, active: Side, epoch: u64) -> Option<String> {
+        let compared = format!(
+            "The last verification compared {} with {}",
+            self.source,
+            self.source.other()
+        );
+        match self.epoch {
+            _ if active != self.source => Some(format!("{compared}. By now {active} is active.")),
+            // The gate may not have heard of a later one yet.
+            Some(then) if then < epoch => Some(format!("{compared} at epoch {then}, and there have been flips since.")),
+            _ => None,
+        }
     }
 
     fn is_new(&self) -> bool {
@@ -256,37 +272,53 @@ impl Broken {
     }
 }
 
+pub(super) use kept::forget_earlier;
 pub use kept::{NotKept, find as broken_off};
 
 /// Where a verification stands, for whoever goes on with it.
 pub type Place = Arc<Mutex<Option<Broken>>>;
 
-/// Compares everything from `place` on, and tells `operation`'s followers of it. The link from the source has to run. If it is
-/// broken off, `place` says how far it has come.
-pub async fn run(config: Arc<Config>, operation: &Operation, place: Place) -> Result<Value, Failure> {
+/// What is being deleted still of a verification that has come to its end, if anything is: nobody's result waits for that.
+pub type Ending = Arc<Mutex<Option<JoinHandle<()>>>>;
+
+/// As [`compare`], and keeps where it stands, so that it can be gone on with when this process has ended.
+pub async fn run(config: Arc<Config>, operation: &Operation, place: Place, ending: &Ending) -> Result<Value, Failure> {
     let Some((source, id)) = place.lock().as_ref().map(|place| (place.source, place.id)) else {
         return compare(config, operation, &place).await;
     };
-    let writing = tokio::sync::Mutex::new(());
-    let mut keeping = std::pin::pin!(kept::keep(&config, source, &place, &writing));
+    let writing = Arc::new(tokio::sync::Mutex::new(()));
+    let (kept, stands, turn) = (config.clone(), place.clone(), writing.clone());
+    let mut keeping = Box::pin(async move { kept::keep(&kept, source, &stands, &turn).await });
     let done = tokio::select! {
         done = compare(config.clone(), operation, &place) => done,
         never = &mut keeping => match never {},
     };
-    // What it is about to write must not come behind what ends it.
-    tokio::select! {
-        never = &mut keeping => match never {},
-        _ended = writing.lock() => {}
-    }
     // There is nothing to go on with where nothing was compared.
     place.lock().take_if(|place| done.is_err() && place.is_new());
-    if place.lock().is_none() {
-        kept::forget(&config, source, id, done.is_ok()).await;
+    let over = place.lock().is_none();
+    let others = done.is_ok();
+    let end = async move {
+        // What it is about to write must not come behind what ends it.
+        tokio::select! {
+            never = &mut keeping => match never {},
+            _ended = writing.lock() => {}
+        }
+        drop(keeping);
+        if over {
+            kept::forget(&config, source, id, others).await;
+        }
+    };
+    match &done {
+        // A flip or a pause that comes now must not take away what was found: it is not waited for.
+        Ok(_) => *ending.lock() = Some(tokio::spawn(end)),
+        Err(_) => end.await,
     }
     done
 }
 
-async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> Result<Value, Failure> {
+/// Compares everything from `place` on, and tells `operation`'s followers of it. The link from the source has to run. If it is
+/// broken off, `place` says how far it has come.
+pub async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> Result<Value, Failure> {
     let began = Instant::now();
     let Some(broken) = place.lock().clone() else {
         return Err(Failure::new(
@@ -348,15 +380,26 @@ async fn compare(config: Arc<Config>, operation: &Operation, place: &Place) -> R
         ));
     }
     let mut apart = Vec::new();
+    // The table that it was at comes first, or another one would take its place.
+    let begun = place
+        .lock()
+        .as_ref()
+        .and_then(|place| place.table.as_ref())
+        .map(|at| at.database().to_owned());
+    work.sort_by_key(|(database, _)| begun.as_deref() != Some(database.name));
     for (database, tables) in work {
         let not_carried = database.compare(tables).await.map_err(failed)?;
         let not_carried = if wanted.is_empty() { not_carried } else { Vec::new() };
         apart.push(contents(&database, &not_carried).await.map_err(failed)?);
     }
-    let reports = place.lock().take().map(|place| place.reports).unwrap_or_default();
+    let (reports, epoch) = match place.lock().take() {
+        Some(place) => (place.reports, place.epoch),
+        None => (Vec::new(), None),
+    };
     let reports: Vec<Report> = reports.into_iter().map(|(_, report)| report).collect();
     let mut summary = summary(source, request.only.as_deref(), &reports, apart, began.elapsed());
     summary["began_at"] = json!(began_at);
+    summary["epoch"] = json!(epoch);
     Ok(summary)
 }
 
@@ -487,6 +530,27 @@ async fn contents(database: &Database<'_>, not_carried: &[TableName]) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_verification_is_not_gone_on_with_behind_a_flip_nor_behind_one_and_back() {
+        let mut broken = Broken::new(
+            Side::Blue,
+            Request {
+                tables: Vec::new(),
+                only: None,
+                show_values: false,
+                max_load: None,
+                listed: LISTED,
+                kinds: Vec::new(),
+            },
+        );
+        assert_eq!(broken.is_over(Side::Blue, 9), None, "nothing was compared yet");
+        broken.epoch = Some(3);
+        assert_eq!(broken.is_over(Side::Blue, 3), None);
+        let over = |side, epoch| broken.is_over(side, epoch).unwrap_or_default();
+        assert!(over(Side::Green, 4).contains("green is active"));
+        assert!(over(Side::Blue, 5).contains("epoch 3"));
+    }
 
     #[test]
     fn names_of_tables_are_read_as_postgres_reads_them() {

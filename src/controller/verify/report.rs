@@ -3,12 +3,12 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::VerifyError;
 use super::compare::{Batch, Take};
 use super::hash::Sum;
 use super::plan::{Apart, Table};
 use super::read::Reader;
 use super::settle::{Difference, Kind};
+use super::{LISTED_MAX, VerifyError};
 use crate::pg::{Lsn, Side};
 
 /// What was found in a table so far.
@@ -42,6 +42,12 @@ impl Found {
     /// Something does, or may.
     pub fn differs(&self) -> bool {
         self.missing + self.extra + self.different + self.unsettled > 0
+    }
+
+    /// Says nothing that can't be, of keys of so many columns. `None`: it is not known how many.
+    pub fn is_sound(&self, columns: Option<usize>) -> bool {
+        let fits = |difference: &Difference| columns.is_none_or(|columns| difference.key.len() == columns);
+        self.most <= LISTED_MAX && self.listed.len() <= self.most && self.listed.iter().all(fits)
     }
 
     /// Of the target.

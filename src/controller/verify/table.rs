@@ -101,6 +101,23 @@ impl Checkpoint {
     pub fn name(&self) -> &str {
         &self.table
     }
+
+    /// And its database.
+    pub fn database(&self) -> &str {
+        &self.database
+    }
+
+    /// Says nothing that can't be.
+    pub fn is_sound(&self) -> bool {
+        let bounds = |range: &'_ Range| [range.piece.after.clone(), range.piece.upto.clone()];
+        let mut keys = self.left.iter().flat_map(bounds).flatten().map(|key| key.len());
+        let columns = keys.next();
+        self.left
+            .iter()
+            .all(|range| range.piece.of.is_none_or(|of| of <= 1) && range.smaller.is_none_or(|by| by <= 1))
+            && keys.all(|length| Some(length) == columns)
+            && self.found.is_sound(columns)
+    }
 }
 
 /// One database's verification.
@@ -173,7 +190,15 @@ impl Database<'_> {
         let standing = self.look(&sessions).await?;
         let done = self.done(&tables, &standing);
         tables.retain(|table| !done.contains(&table.name.to_string()));
-        tables.sort_by(|a, b| (b.bytes, &a.name).cmp(&(a.bytes, &b.name)));
+        // The one that it was at when it was broken off comes first, however small it is by now: another one would take its place.
+        let at = self
+            .place
+            .lock()
+            .as_ref()
+            .and_then(|place| place.table.as_ref())
+            .map(|at| (at.database.clone(), at.table.clone()));
+        let first = |table: &Table| at == Some((self.name.to_owned(), table.name.to_string()));
+        tables.sort_by(|a, b| (first(b), b.bytes, &a.name).cmp(&(first(a), a.bytes, &b.name)));
         let mut progress = Progress {
             database: self,
             began: Instant::now(),
@@ -186,7 +211,7 @@ impl Database<'_> {
         let not_carried = progress.standing.not_carried.clone();
         let large = tables
             .iter()
-            .filter(|table| table.bytes > SMALL || self.only.is_some())
+            .filter(|table| table.bytes > SMALL || self.only.is_some() || first(table))
             .count();
         let small = tables.split_off(large);
         let compared = async {
