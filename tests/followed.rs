@@ -113,6 +113,8 @@ async fn what_changes(rig: &Rig) {
     assert_eq!(said.code, Some(0), "{}{}", said.out, said.err);
     let said = asked.await.expect("the command ends");
     assert_eq!(said.status.code(), Some(1), "{said:?}");
+    let heard = [said.stdout, said.stderr].map(|heard| String::from_utf8_lossy(&heard).into_owned());
+    assert!(heard.concat().contains("Nothing is followed"), "{heard:?}");
     no_slot(rig, Side::Blue, "broken off").await;
     writing.rollback().await.expect("the end of it");
 

@@ -52,6 +52,8 @@ const PURPOSE: Purpose = Purpose("follow");
 const EVERY: Duration = Duration::from_millis(250);
 /// Of its time, reading rests so many times as much as it reads: each call decodes what the last few seconds have written.
 const RESTS: u32 = 3;
+/// But no longer than that: the server would take who has the slot for gone ([`SILENT_MAX_MS`]).
+const REST_MAX: Duration = Duration::from_secs(30);
 /// Changes that are read at once, or one transaction more than that: as many as have so many bytes. The server keeps them on its
 /// disk meanwhile, in full.
 const CHANGES: i32 = 50_000;
@@ -128,10 +130,16 @@ impl Follow {
         Upstream { side, epoch }: Upstream,
     ) -> Result<Arc<Follow>, Failure> {
         let mut trails = Vec::new();
+        let mut given_up = GivenUp(Some(operation));
         for database in &config.databases {
             let trail = Trail::open(&config, &gate, operation, (side, epoch), database).await;
-            trails.push(Arc::new(trail.map_err(|error| begun_not(&error, database, side))?));
+            let trail = trail.map_err(|error| {
+                given_up.0 = None;
+                begun_not(&error, database, side)
+            })?;
+            trails.push(Arc::new(trail));
         }
+        given_up.0 = None;
         let follow = Arc::new(Follow {
             source: side,
             epoch,
@@ -303,10 +311,22 @@ impl Drop for Unproven {
     }
 }
 
+/// Tells whoever breaks it off, or resumes what is left of it, that following has not begun.
+struct GivenUp<'a>(Option<&'a Operation>);
+
+impl Drop for GivenUp<'_> {
+    fn drop(&mut self) {
+        let Some(operation) = self.0 else { return };
+        let words = "Nothing is followed: this was broken off before its slot was made, and what was followed before it is not either. \
+                     `pgflip verify --follow` begins anew; `pgflip verify --resume` compares, and follows nothing.";
+        operation.event("follow", "info", words, Value::Null);
+    }
+}
+
 fn begun_not(why: &str, database: &str, source: Side) -> Failure {
     Failure::new(
         format!("Changes of database {database} on {source} can't be followed: {why}."),
-        "Nothing was compared and nothing was changed; no slot is left.",
+        "Nothing was compared and nothing was changed; no slot is left. What was followed before is not any longer.",
         "Mend that, and run `pgflip verify --follow` again; `pgflip verify` compares without following.",
     )
 }
@@ -388,6 +408,52 @@ struct Known {
 impl Known {
     fn differences(&self) -> u64 {
         self.differing.len() as u64 + self.differing_wholes.values().sum::<u64>()
+    }
+
+    fn differ(&self) -> Option<Why> {
+        let many = self.differences();
+        (many > 0).then(|| format!("{many} rows differ"))
+    }
+
+    /// Takes in what was found when both sides were at rest, of what was `left` by then: that is so, whatever was found of it
+    /// before. Which tables differ, and in how many rows if that is known.
+    fn at_rest(
+        &mut self,
+        left: Vec<(usize, Option<Vec<Key>>)>,
+        found: Vec<Differing>,
+        read_to: Lsn,
+    ) -> Vec<(usize, Option<usize>)> {
+        let mut differ = Vec::new();
+        for ((place, keys), found) in left.into_iter().zip(found) {
+            match keys {
+                Some(keys) => {
+                    self.pending.compared(place, &keys, read_to);
+                    for key in keys {
+                        self.differing.remove(&(place, key));
+                    }
+                }
+                None => {
+                    self.pending.compared_whole(place, read_to);
+                    self.differing.retain(|(of, _), _| *of != place);
+                    self.differing_wholes.remove(&place);
+                }
+            }
+            match found {
+                Differing::None => {}
+                Differing::Some => {
+                    // How many, the next comparison tells.
+                    self.pending.mark_whole(place, read_to);
+                    self.differing_wholes.insert(place, 1);
+                    differ.push((place, None));
+                }
+                Differing::Rows(rows) => {
+                    differ.push((place, Some(rows.len())));
+                    let rows = rows.into_iter().map(|(key, kind)| ((place, key), kind));
+                    self.differing.extend(rows);
+                }
+            }
+        }
+        differ
     }
 }
 
@@ -588,7 +654,7 @@ impl Trail {
             }
             tracing::debug!(?took, full, "read what has changed");
             if !full {
-                sleep(EVERY.max(took * RESTS)).await;
+                sleep(rest_after(took)).await;
             }
         }
     }
@@ -984,11 +1050,10 @@ impl Trail {
 
     /// What speaks against leaving the rest to the window: all that was committed before `now` has to be known, and little be left
     /// to compare. `took`: of tables without a key, how long that takes.
-    fn not_close(&self, now: Lsn, keys_max: usize, budget: Duration, took: &Took) -> Option<NotEqual> {
-        let known = self.known.lock();
+    fn not_close(&self, known: &Known, now: Lsn, keys_max: usize, budget: Duration, took: &Took) -> Option<NotEqual> {
         let of = |what: String| format!("database {}: {what}", self.name);
-        if known.differences() > 0 {
-            return Some(NotEqual::Differ(of(format!("{} rows differ", known.differences()))));
+        if let Some(differ) = known.differ() {
+            return Some(NotEqual::Differ(of(differ)));
         }
         if known.pending.read_to() < now {
             let what = "what has changed is not read as fast as it is written".to_owned();
@@ -1215,7 +1280,7 @@ impl AtRest {
                 Ok(sums) => drop(sums.map_err(unknown)?),
                 Err(_) if never => {
                     self.unfit = Some(table.to_string());
-                    // These are busy until their statements are cancelled.
+                    // These are being ended, with their statements.
                     let (pair, mut sessions) = trail.one_more_pair().await.map_err(unknown)?;
                     (self.pair, self.sessions) = (pair, std::mem::take(&mut sessions.sessions));
                     break;
@@ -1249,13 +1314,23 @@ impl AtRest {
     /// Waits until little is left to compare.
     pub async fn close(&self, deadline: Instant) -> Result<(), NotEqual> {
         let now = self.flushed().await?;
-        while let Some(what) = self.trail.not_close(now, KEYS_AT_REST, self.budget, &self.took) {
-            if Instant::now() >= deadline {
-                return Err(what);
+        loop {
+            // Who reads changes may be resting.
+            if self.trail.known.lock().pending.read_to() < now {
+                let read = timeout_at(deadline, self.trail.read()).await;
+                read.unwrap_or(Ok(false)).map_err(|why| self.unknown(why))?;
             }
-            sleep(IDLE).await;
+            match self.not_close(now) {
+                None => return Ok(()),
+                Some(what) if Instant::now() >= deadline => return Err(what),
+                Some(_) => sleep(IDLE).await,
+            }
         }
-        Ok(())
+    }
+
+    fn not_close(&self, now: Lsn) -> Option<NotEqual> {
+        let known = self.trail.known.lock();
+        self.trail.not_close(&known, now, KEYS_AT_REST, self.budget, &self.took)
     }
 
     /// When all clients are held, and the source is not fenced yet: goes on following until little is left, for as long as comparing
@@ -1269,7 +1344,7 @@ impl AtRest {
                 Ok(Ok(true)) => continue,
                 Ok(Err(why)) => return Err(self.unknown(why)),
             }
-            match self.trail.not_close(now, KEYS_AT_REST, self.budget, &self.took) {
+            match self.not_close(now) {
                 None => break,
                 Some(what @ NotEqual::Differ(_)) => return Err(what),
                 Some(what) if Instant::now() >= until => return Err(what),
@@ -1296,50 +1371,38 @@ impl AtRest {
         let now = self.flushed().await?;
         while trail.read().await.map_err(unknown)? {}
         trail.look_at_shapes().await.map_err(unknown)?;
-        // Who goes around pgflip may have written until the fence.
-        if let Some(what) = trail.not_close(now, KEYS_IN_WINDOW, self.budget, &self.took) {
-            return Err(what);
-        }
         let (left, read_to) = {
+            // Of one moment: the turn of a worker's that had begun before may end in between.
             let known = trail.known.lock();
+            // Who goes around pgflip may have written until the fence.
+            if let Some(what) = trail.not_close(&known, now, KEYS_IN_WINDOW, self.budget, &self.took) {
+                return Err(what);
+            }
             (known.pending.all(), known.pending.read_to())
         };
         let compared = left.iter().map(|(place, keys)| self.differing(*place, keys.as_deref()));
         let compared = try_join_all(compared).await.map_err(unknown)?;
-        let (mut keys, mut wholes, mut differ) = (0, 0, Vec::new());
-        {
-            let mut known = trail.known.lock();
-            for ((place, some), differing) in left.into_iter().zip(compared) {
-                match some {
-                    Some(some) => {
-                        keys += some.len();
-                        known.pending.compared(place, &some, read_to);
-                    }
-                    None => {
-                        wholes += 1;
-                        known.pending.compared_whole(place, read_to);
-                    }
-                }
-                match differing {
-                    Differing::None => {}
-                    Differing::Some => {
-                        // How many, the next comparison tells.
-                        known.pending.mark_whole(place, read_to);
-                        known.differing_wholes.insert(place, 1);
-                        differ.push(format!("{} is not the same", trail.tables[place].name));
-                    }
-                    Differing::Rows(rows) => {
-                        differ.push(format!("{} rows of {} differ", rows.len(), trail.tables[place].name));
-                        known
-                            .differing
-                            .extend(rows.into_iter().map(|(key, kind)| ((place, key), kind)));
-                    }
-                }
-            }
+        let of_keys = left.iter().filter_map(|(_, keys)| keys.as_ref());
+        let (keys, wholes) = (
+            of_keys.map(Vec::len).sum(),
+            left.iter().filter(|(_, keys)| keys.is_none()).count(),
+        );
+        let mut known = trail.known.lock();
+        let differ: Vec<String> = known
+            .at_rest(left, compared, read_to)
+            .into_iter()
+            .map(|(place, rows)| match (&trail.tables[place].name, rows) {
+                (table, Some(many)) => format!("{many} rows of {table} differ"),
+                (table, None) => format!("{table} is not the same"),
+            })
+            .collect();
+        if !differ.is_empty() {
+            return Err(NotEqual::Differ(of(links::list(&differ))));
         }
-        match differ.is_empty() {
-            true => Ok(Compared { keys, wholes }),
-            false => Err(NotEqual::Differ(of(links::list(&differ)))),
+        match known.differ() {
+            // By a worker, meanwhile.
+            Some(differ) => Err(NotEqual::Differ(of(differ))),
+            None => Ok(Compared { keys, wholes }),
         }
     }
 
@@ -1403,6 +1466,11 @@ enum Differing {
     /// It is not known which rows.
     Some,
     Rows(Vec<(Key, settle::Kind)>),
+}
+
+/// How long reading rests after one that took so long.
+fn rest_after(took: Duration) -> Duration {
+    (took * RESTS).clamp(EVERY, REST_MAX)
 }
 
 /// How many changes are read next, if `many` had so many bytes and as many were asked for as `now`.
@@ -1679,6 +1747,51 @@ mod tests {
             look(&[a, whole("b", false, Some(60)), whole("c", true, None)]),
             found("b, c", false)
         );
+    }
+
+    fn known(tables: usize) -> Known {
+        Known {
+            pending: Pending::new(tables, Lsn(10)),
+            shaped_to: Lsn(10),
+            differing: BTreeMap::new(),
+            differing_wholes: BTreeMap::new(),
+            rests: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_found_at_rest_is_what_counts_of_the_rows_that_were_left_and_of_no_others() {
+        let key = |key: &str| vec![key.to_owned()];
+        let mut known = known(3);
+        known.pending.mark(0, key("a"), Lsn(20));
+        known.pending.mark(0, key("b"), Lsn(20));
+        known.pending.mark_whole(1, Lsn(20));
+        known.pending.read(Lsn(30));
+        let left = known.pending.all();
+        // A worker comes to the end of its turn meanwhile.
+        known.differing.insert((0, key("a")), settle::Kind::Missing);
+        known.differing_wholes.insert(1, 7);
+        let found = || vec![Differing::None, Differing::None];
+        assert_eq!(known.at_rest(left.clone(), found(), Lsn(30)), []);
+        assert_eq!((known.differ(), known.pending.count()), (None, (0, 0)));
+
+        known.differing.insert((0, key("c")), settle::Kind::Missing);
+        known.differing_wholes.insert(2, 2);
+        assert_eq!(known.at_rest(left.clone(), found(), Lsn(30)), []);
+        assert_eq!(known.differ(), Some("3 rows differ".to_owned()), "of others");
+
+        known.differing.clear();
+        known.differing_wholes.clear();
+        let found = vec![Differing::Rows(vec![(key("b"), settle::Kind::Extra)]), Differing::Some];
+        assert_eq!(known.at_rest(left, found, Lsn(30)), [(0, Some(1)), (1, None)]);
+        assert_eq!((known.differences(), known.pending.count()), (2, (0, 1)));
+    }
+
+    #[test]
+    fn who_has_the_slot_never_rests_for_so_long_that_the_server_takes_it_for_gone() {
+        assert_eq!(rest_after(Duration::ZERO), EVERY);
+        assert_eq!(rest_after(Duration::from_secs(2)), Duration::from_secs(6));
+        assert!(rest_after(READ_MAX) < Duration::from_millis(SILENT_MAX_MS) / 2);
     }
 
     #[test]

@@ -728,7 +728,8 @@ impl Work<'_, '_> {
 }
 
 /// Sessions whose statements nobody waits for any more, if the verification is broken off: a server would not notice before the end of
-/// what may be a long scan, and keep its snapshot and its lock on the table until then.
+/// what may be a long scan, and keep its snapshot and its lock on the table until then. They are ended, not only cancelled: behind
+/// the statement at hand there may be others. So nobody may use them again.
 pub struct Unattended {
     /// Where the servers are.
     pub config: Arc<Config>,
@@ -773,13 +774,14 @@ impl Drop for Unattended {
                 let limit = config.limits.server_connect_timeout;
                 let ended = async {
                     let client = connect(config.server(side), &database, Purpose("cancel"), limit).await?;
+                    let names = ["pgflip: verify", "pgflip: guarantee"].as_slice();
                     client
-                        .execute(include_str!("../../pg/sql/verify_cancel.sql"), &[&pids])
+                        .execute(include_str!("../../pg/sql/verify_unattended.sql"), &[&pids, &names])
                         .await?;
                     Ok::<_, VerifyError>(())
                 };
                 if let Err(error) = ended.await {
-                    tracing::warn!(%side, "statements of a verification that was broken off could not be cancelled: {error}");
+                    tracing::warn!(%side, "sessions of a verification that was broken off could not be ended: {error}");
                 }
             }
         });
