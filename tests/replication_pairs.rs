@@ -409,16 +409,31 @@ async fn there_and_back(blue: u32, green: u32) {
         "{failure}"
     );
     assert_eq!(published, links::tables_published(&blue_app).await.unwrap());
-    drop(green_app);
-    let by_hand = resync::Request {
-        table: r#""public"."by_hand""#.to_owned(),
-        database: None,
-        rows: false,
-        dry_run: false,
+    let copied = async |table: &str| {
+        let request = resync::Request {
+            table: format!(r#""public"."{table}""#),
+            database: None,
+            rows: false,
+            dry_run: false,
+        };
+        let op = Operation::new(Kind::Resync);
+        resync::run(pair.config.clone(), op, request, Acting::default()).await
     };
-    let op = Operation::new(Kind::Resync);
-    let copied = resync::run(pair.config.clone(), op, by_hand, Acting::default()).await;
-    copied.unwrap_or_else(|failure| panic!("{failure}"));
+    // One whose UPDATEs would fail once it is published is not published.
+    let keyless = "create table public.keyless (x text); insert into public.keyless values ('a')";
+    for on in [&blue_app, &*green_app] {
+        on.batch_execute(keyless).await.unwrap();
+    }
+    let failure = copied("keyless").await.unwrap_err();
+    let codes: Vec<&str> = failure.findings.iter().map(|finding| finding.code).collect();
+    assert_eq!(codes, ["no_replica_identity"], "{failure}");
+    assert_eq!(published, links::tables_published(&blue_app).await.unwrap());
+    blue_app.execute("update keyless set x = 'b'", &[]).await.unwrap();
+    for on in [&blue_app, &*green_app] {
+        on.batch_execute("drop table public.keyless").await.unwrap();
+    }
+    drop(green_app);
+    copied("by_hand").await.unwrap_or_else(|failure| panic!("{failure}"));
 
     let done = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();

@@ -426,7 +426,13 @@ async fn killed_halfway_it_goes_on_when_it_is_run_again_and_nothing_is_lost() {
             assert!(said.out.contains("resync_unfinished"), "{step}: {}", said.out);
         }
         match step {
-            "out" => drop(rig.replicate().await),
+            "out" => {
+                // Another one that is published and not carried goes first: all others would wait for it.
+                killed_at(&mut rig, &["resync", "public.orders"], "in").await;
+                let because = "pgflip resync '\"public\".\"orders\"'";
+                refused(&rig, arguments, &because.replace('"', "\\\"")).await;
+                rig.replicate().await;
+            }
             "in" => {
                 // What comes there after it was emptied is found.
                 damage(&rig, Side::Green, "insert into ledger select * from ledger limit 3").await;
@@ -462,7 +468,7 @@ async fn killed_halfway_it_goes_on_when_it_is_run_again_and_nothing_is_lost() {
     }
     // An earlier pgflip's notes know names only; and whoever is renamed is not forgotten.
     let blue = rig.admin(Side::Blue).await;
-    let older = "alter table pgflip.resync drop relid, add primary key (schema, name)";
+    let older = "alter table pgflip.resync drop relid, drop token, add primary key (schema, name)";
     blue.batch_execute(older).await.expect("an older table of notes");
     killed_at(&mut rig, &["resync", "public.orders"], "in").await;
     let rename = "alter table orders rename to renamed; create table orders (id int primary key)";
@@ -586,6 +592,44 @@ async fn whoever_sleeps_in_the_middle_and_wakes_when_another_has_finished_emptie
     let green = rig.admin(Side::Green).await;
     let tellers = "select count(*) from tellers";
     assert_eq!(green.query_one(tellers, &[]).await.unwrap().get::<_, i64>(0), 100);
+
+    // Nor does he take another's note for his own.
+    let fault = "stop-after=resync:emptied";
+    rig.sidecar.restart(&[("PGFLIP_FAULT", fault)]).expect("pgflip starts");
+    rig.sidecar.ready(LIMIT).await.expect("pgflip is ready");
+    let asked = rig.sidecar.command(&command).spawn().expect("the command starts");
+    rig.stopped_itself(fault).await;
+    let said = rig.others[other].run(&command).await.expect("the other one");
+    assert_eq!(said.result()["outcome"], "equal", "{}{}", said.out, said.err);
+    let blue = rig.admin(Side::Blue).await;
+    let third = "alter publication pgflip drop table only tellers;
+                 insert into pgflip.resync (schema, name, epoch, relid, token)
+                 select 'public', 'tellers', epoch, 'tellers'::regclass, 'a third one' from pgflip.state";
+    blue.batch_execute(third).await.expect("a third one begins");
+    rig.sidecar.signal(libc::SIGCONT);
+    assert_eq!(code(asked).await, Some(1), "it is told that it came too late");
+    let begun = "select not emptied and not exists (select from pg_publication_tables where tablename = 'tellers') from pgflip.resync";
+    assert!(blue.query_one(begun, &[]).await.unwrap().get::<_, bool>(0));
+    let said = rig.others[other].run(&command).await.expect("somebody goes on with it");
+    assert_eq!(said.result()["outcome"], "equal", "{}{}", said.out, said.err);
+
+    // A table whose lock is not to be had is left as it is.
+    let writer = rig.client().await;
+    let write = "begin; update tellers set balance = balance where id = 1";
+    writer.batch_execute(write).await.expect("a transaction");
+    let command = ["resync", "public.tellers"];
+    let asked = rig.sidecar.command(&command).spawn().expect("the command starts");
+    until("a try for the lock", async || {
+        let tries = "select exists (select from pg_stat_activity where query like 'lock table only%' and wait_event_type = 'Lock')";
+        blue.query_one(tries, &[]).await.unwrap().get(0)
+    })
+    .await;
+    let left = "select exists (select from pg_publication_tables where tablename = 'tellers')
+                   and not exists (select from pgflip.resync)";
+    assert!(blue.query_one(left, &[]).await.unwrap().get::<_, bool>(0));
+    assert_eq!(green.query_one(tellers, &[]).await.unwrap().get::<_, i64>(0), 100);
+    writer.batch_execute("commit").await.expect("it ends");
+    assert_eq!(code(asked).await, Some(0));
 
     // Rows that it has locked are locked for some seconds, and what is written then is not undone.
     damage(&rig, Side::Green, "update tellers set balance = -1 where id = 3").await;
@@ -764,5 +808,11 @@ async fn tables_with_everything_that_may_be_in_the_way_are_mended_in_the_databas
     .await;
     resync(&rig, &["public.audited"]).await;
     resync(&rig, &["public.parts_1"]).await;
+    // One that fails there is found out as well, though the server counts no failures.
+    let constraint = "alter table counted add constraint mine check (k < 9) not valid";
+    damage_in(&rig, Side::Blue, &app2, constraint).await;
+    refused(&rig, &["resync", "public.counted"], "the initial copy failed").await;
+    damage_in(&rig, Side::Blue, &app2, "alter table counted drop constraint mine").await;
+    resync(&rig, &["public.counted"]).await;
     rig.rollback().await;
 }

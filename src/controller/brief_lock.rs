@@ -16,6 +16,11 @@ use crate::pg::{Client, Side};
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// How long a lock is tried for.
 const TRIED_MAX: Duration = Duration::from_secs(60);
+/// Where pgflip may not have deadlocks looked for at once, each so many tries one lasts until the server does that: it is then
+/// that autovacuum gives way. Some five of them in all.
+const LONG_EVERY: u32 = 6;
+/// Unless that takes longer than this.
+const LONG_MAX: Duration = Duration::from_secs(3);
 /// How often it is told for whom is waited.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
@@ -103,8 +108,16 @@ pub(super) async fn change(on: &mut Client, change: &Change<'_>, tell: impl Fn(S
         fence::FenceError::Sql(error) => error.into(),
         other => Unchanged::Locked(other.to_string()),
     })?;
+    let long = match eased {
+        "" => until_autovacuum_ends(on).await?,
+        _ => None,
+    };
     let (began, mut told, mut pause) = (Instant::now(), Instant::now(), patience);
-    loop {
+    for turn in 1_u32.. {
+        let patience = match long {
+            Some(long) if turn.is_multiple_of(LONG_EVERY) => patience.max(long),
+            _ => patience,
+        };
         match once(on, change, eased, patience).await {
             Err(error) if error.is_lock() => {}
             done => return done,
@@ -126,6 +139,16 @@ pub(super) async fn change(on: &mut Client, change: &Change<'_>, tell: impl Fn(S
         sleep(pause).await;
         pause = (2 * pause).min(PAUSE_MAX);
     }
+    unreachable!("it ends after {TRIED_MAX:?}")
+}
+
+/// How long whoever waits for a lock has to wait until an autovacuum that has it is ended, if that is not too long. (One that
+/// keeps transaction IDs from wrapping around never is.)
+async fn until_autovacuum_ends(on: &Client) -> Result<Option<Duration>, tokio_postgres::Error> {
+    let statement = "select s.setting::pg_catalog.int8 from pg_catalog.pg_settings s where s.name = 'deadlock_timeout'";
+    let limit: i64 = on.query_one(statement, &[]).await?.get(0);
+    let limit = Duration::from_millis(limit.unsigned_abs() + 200);
+    Ok((limit <= LONG_MAX).then_some(limit))
 }
 
 async fn once(on: &mut Client, change: &Change<'_>, eased: &str, patience: Duration) -> Result<(), Unchanged> {

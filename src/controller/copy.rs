@@ -17,6 +17,37 @@ const EVERY: Duration = Duration::from_millis(300);
 /// A copy that failed so often while it was watched, and got nowhere meanwhile, will not succeed by itself.
 const FAILURES_MAX: u64 = 5;
 
+/// Copies that were begun again, where the server does not count those that failed (up to 14): whoever copies a table writes
+/// that down as he begins, each time anew.
+#[derive(Default)]
+struct BegunAgain {
+    notes: BTreeMap<u32, String>,
+    times: u64,
+}
+
+impl BegunAgain {
+    async fn look(
+        &mut self,
+        target: &Client,
+        subscription: u32,
+        only: Option<&TableName>,
+    ) -> Result<u64, tokio_postgres::Error> {
+        let statement = "select r.srrelid, r.xmin::pg_catalog.text from pg_catalog.pg_subscription_rel r
+                          where r.srsubid = $1 and r.srsubstate = 'd'
+                            and ($2::pg_catalog.text is null or r.srrelid = pg_catalog.to_regclass($2))";
+        let only = only.map(ToString::to_string);
+        let rows = target.query(statement, &[&subscription, &only]).await?;
+        let notes: BTreeMap<u32, String> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let again = notes.iter().filter(|(table, note)| {
+            let before = self.notes.get(table);
+            before.is_some_and(|before| before != *note)
+        });
+        self.times += again.map(|_| 1).sum::<u64>();
+        self.notes = notes;
+        Ok(self.times)
+    }
+}
+
 /// Why the copy is not finished.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
@@ -200,7 +231,12 @@ pub async fn wait_for(
     let gone = || CopyError::Gone(name.to_owned());
     let oid = links::subscription(&**target, name).await?.ok_or_else(gone)?.oid;
     let sizes = sizes(source).await?;
+    let counted = Features::read(&**target).await?.subscription_errors();
+    let mut again = BegunAgain::default();
     let (applying_before, mut failures_before) = links::error_counts(target, oid).await?;
+    if !counted {
+        failures_before = Some(0);
+    }
     let mut last = Progress::default();
     let mut told = Instant::now();
     loop {
@@ -218,7 +254,10 @@ pub async fn wait_for(
         if let (Some(only), 0) = (only, now.tables) {
             return Err(CopyError::Out(name.to_owned(), only.to_string()));
         }
-        let (applying, failures) = links::error_counts(target, oid).await?;
+        let (applying, mut failures) = links::error_counts(target, oid).await?;
+        if !counted {
+            failures = Some(again.look(target, oid, only).await?);
+        }
         if now.ready > last.ready {
             failures_before = failures;
         }

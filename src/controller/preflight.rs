@@ -606,43 +606,14 @@ async fn carried(
     starting: bool,
     found: &mut Vec<Finding>,
 ) {
-    row_level_security(config, side, client, green, starting, found).await;
+    row_level_security(config, side, client, green, starting, None, found).await;
     let statement = include_str!("../pg/sql/preflight_tables.sql");
     for row in rows(&**client, statement, &[], &format!("The tables of {side}"), found).await {
         let table = links::TableName {
             schema: row.get("schema"),
             name: row.get("name"),
         };
-        let candidate: Option<String> = row.get("candidate");
-        let better = candidate.map(|index| format!("ALTER TABLE {table} REPLICA IDENTITY USING INDEX {index};"));
-        match row.get::<_, &str>("wrong") {
-            "none" => found.push(Finding::blocker(
-                "no_replica_identity",
-                format!("Table {table} has no primary key and no other replica identity."),
-                "Once it is published, every UPDATE and DELETE of the application on it would fail.",
-                better.unwrap_or_else(|| {
-                    format!("Add a primary key, or: ALTER TABLE {table} REPLICA IDENTITY FULL;")
-                }),
-            )),
-            "generated" => found.push(Finding::blocker(
-                "generated_identity",
-                format!("Table {table} is told apart by a generated column."),
-                "Generated columns are not sent: UPDATEs and DELETEs would not find their rows on the other side.",
-                better.unwrap_or_else(|| format!("Add a unique index over plain columns and: ALTER TABLE {table} REPLICA IDENTITY USING INDEX …;")),
-            )),
-            "json" => found.push(Finding::blocker(
-                "identity_without_equality",
-                format!("Table {table} has REPLICA IDENTITY FULL and a column whose type has no equality (json, xml, point …)."),
-                "UPDATEs and DELETEs could not be applied on the other side; the link would stop.",
-                better.unwrap_or_else(|| format!("Add a primary key to {table}, then: ALTER TABLE {table} REPLICA IDENTITY DEFAULT;")),
-            )),
-            _ => found.push(Finding::warning(
-                "slow_identity",
-                format!("Table {table} is large and has REPLICA IDENTITY FULL."),
-                "Each UPDATE and DELETE looks through the whole table on the other side: the link may fall behind.",
-                better.unwrap_or_else(|| format!("Add a primary key to {table}.")),
-            )),
-        }
+        found.push(identity(&table, row.get("wrong"), row.get("candidate")));
     }
     let mut kinds: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let statement = include_str!("../pg/sql/preflight_contents.sql");
@@ -683,12 +654,7 @@ async fn carried(
                 "Move what is needed into bytea columns. Then remove them one by one: SELECT oid FROM pg_largeobject_metadata; \
                  lists them, SELECT lo_unlink(…); removes one.",
             )),
-            "trigger" => found.push(Finding::blocker(
-                "always_trigger",
-                format!("Triggers that are ENABLE ALWAYS or REPLICA: {named}."),
-                "They would fire again on the other side when what they already did arrives there as well: doubled.",
-                "ALTER TABLE … ENABLE TRIGGER …; (they then fire where the client writes, once).",
-            )),
+            "trigger" => found.push(always_trigger(&named)),
             "subscription" if regime == Regime::OriginFilter => found.push(Finding::blocker(
                 "other_subscription",
                 format!("{side} subscribes to other servers itself: {named}."),
@@ -728,13 +694,116 @@ async fn carried(
     }
 }
 
-/// Tables that row level security keeps a link from carrying.
+/// What [`preflight_tables.sql`](../pg/sql/preflight_tables.sql) has found wrong with a table.
+fn identity(table: &links::TableName, wrong: &str, candidate: Option<String>) -> Finding {
+    let better = candidate.map(|index| format!("ALTER TABLE {table} REPLICA IDENTITY USING INDEX {index};"));
+    match wrong {
+        "none" => Finding::blocker(
+            "no_replica_identity",
+            format!("Table {table} has no primary key and no other replica identity."),
+            "Once it is published, every UPDATE and DELETE of the application on it would fail.",
+            better.unwrap_or_else(|| format!("Add a primary key, or: ALTER TABLE {table} REPLICA IDENTITY FULL;")),
+        ),
+        "generated" => Finding::blocker(
+            "generated_identity",
+            format!("Table {table} is told apart by a generated column."),
+            "Generated columns are not sent: UPDATEs and DELETEs would not find their rows on the other side.",
+            better.unwrap_or_else(|| {
+                format!(
+                    "Add a unique index over plain columns and: ALTER TABLE {table} REPLICA IDENTITY USING INDEX …;"
+                )
+            }),
+        ),
+        "json" => Finding::blocker(
+            "identity_without_equality",
+            format!(
+                "Table {table} has REPLICA IDENTITY FULL and a column whose type has no equality (json, xml, point …)."
+            ),
+            "UPDATEs and DELETEs could not be applied on the other side; the link would stop.",
+            better.unwrap_or_else(|| {
+                format!("Add a primary key to {table}, then: ALTER TABLE {table} REPLICA IDENTITY DEFAULT;")
+            }),
+        ),
+        _ => Finding::warning(
+            "slow_identity",
+            format!("Table {table} is large and has REPLICA IDENTITY FULL."),
+            "Each UPDATE and DELETE looks through the whole table on the other side: the link may fall behind.",
+            better.unwrap_or_else(|| format!("Add a primary key to {table}.")),
+        ),
+    }
+}
+
+/// What is so of a table of which [`may_be_published`] is not true.
+pub(super) const NOT_TO_BE_PUBLISHED: &str = "has nothing that tells its rows apart once it is published";
+
+/// A question: whether the application's UPDATEs and DELETEs of a table go on, and can be applied, once it is published.
+pub(super) fn may_be_published(table: &links::TableName) -> String {
+    let links::TableName { schema, name } = table;
+    format!(
+        "select not exists (select from (\n{}\n) w where w.wrong <> 'full' and w.schema = {} and w.name = {})",
+        include_str!("../pg/sql/preflight_tables.sql"),
+        Literal(schema),
+        Literal(name)
+    )
+}
+
+/// What keeps one of these tables from being published, as far as that is known.
+pub(super) async fn not_to_be_published<C: GenericClient>(on: &C, tables: &[&links::TableName]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let statement = include_str!("../pg/sql/preflight_tables.sql");
+    for row in rows(on, statement, &[], "How rows are told apart", &mut found).await {
+        let table = links::TableName {
+            schema: row.get("schema"),
+            name: row.get("name"),
+        };
+        if tables.contains(&&table) {
+            found.push(identity(&table, row.get("wrong"), row.get("candidate")));
+        }
+    }
+    found.retain(Finding::stops);
+    found
+}
+
+/// What else keeps one table from being carried that no preflight has seen: what [`carried`] finds of all.
+pub(super) async fn not_to_be_carried(
+    config: &Config,
+    side: Side,
+    client: &Client,
+    standby: Features,
+    table: &links::TableName,
+) -> Vec<Finding> {
+    let mut found = not_to_be_published(&**client, &[table]).await;
+    row_level_security(config, side, client, standby, true, Some(table), &mut found).await;
+    let statement = "select pg_catalog.format('%I on %s', t.tgname, t.tgrelid::pg_catalog.regclass)
+                       from pg_catalog.pg_trigger t
+                      where t.tgrelid = ($1::pg_catalog.text)::pg_catalog.regclass and not t.tgisinternal
+                        and t.tgenabled in ('A', 'R') and t.tgname <> 'pgflip_fence'";
+    let of = table.to_string();
+    let triggers = rows(&**client, statement, &[&of], "Its triggers", &mut found).await;
+    let triggers: Vec<String> = triggers.iter().map(|row| row.get(0)).collect();
+    if !triggers.is_empty() {
+        found.push(always_trigger(&list(&triggers)));
+    }
+    found
+}
+
+fn always_trigger(named: &str) -> Finding {
+    Finding::blocker(
+        "always_trigger",
+        format!("Triggers that are ENABLE ALWAYS or REPLICA: {named}."),
+        "They would fire again on the other side when what they already did arrives there as well: doubled.",
+        "ALTER TABLE … ENABLE TRIGGER …; (they then fire where the client writes, once).",
+    )
+}
+
+/// Tables that row level security keeps a link from carrying; all of them, or `only` this one.
 async fn row_level_security(
     config: &Config,
     side: Side,
     client: &Client,
     green: Features,
     starting: bool,
+    only: Option<&links::TableName>,
     found: &mut Vec<Finding>,
 ) {
     let statement = include_str!("../pg/sql/preflight_rls.sql");
@@ -751,6 +820,9 @@ async fn row_level_security(
             schema: row.get("schema"),
             name: row.get("name"),
         };
+        if only.is_some_and(|only| *only != table) {
+            continue;
+        }
         let owner = Ident::new(row.get::<_, String>("owner"));
         if row.get("forced") && green.links_write_as_owner() {
             found.push(Finding::blocker(

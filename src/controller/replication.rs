@@ -13,7 +13,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::brief_lock::{self, Against, Change, Part};
+use super::brief_lock::{self, Against, Change, Part, Unchanged};
 use super::finalized::{self, Finalized};
 use super::links::{
     self, Ends, LinkError, Make, PUBLICATION, Regime, TableName, list, marker_table, slot_name, tables_published,
@@ -632,15 +632,34 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     let regime = Regime::read(&*source, &*target).await.map_err(link)?;
     let forward = slot_name(run.target(), database);
     let again = links::given_up(&*source, run.target()).await.map_err(link)?.is_some();
+    let there = links::subscription(&*target, &forward).await.map_err(link)?;
+    let goes_on = !again && there.is_some();
+    if goes_on && there.is_some_and(|subscription| !subscription.enabled) {
+        links::enable(&mut target, &forward, &run.standby())
+            .await
+            .map_err(link)?;
+    }
     // Tables that a `resync` has taken out of the link may not come in again with what they hold.
-    let goes_on = !again && links::subscription(&*target, &forward).await.map_err(link)?.is_some();
     resync::whatever_was_begun(&run.config, &run.op, (run.source, run.epoch), database, goes_on).await?;
     run.started("publication", format!("Publications in database {database}"));
     if goes_on {
         nothing_is_in_the_way(run, database, &source, &target).await?;
     }
     publish(run, &mut target, run.target(), false).await?;
-    let published = publish(run, &mut source, run.source, goes_on).await?;
+    let published = match publish(run, &mut source, run.source, goes_on).await {
+        Err(failure) if goes_on => {
+            // Those that were published before are taken in: else no flip goes anywhere, and no `resync`. Where a copy can't pass
+            // the fence (13), that is for the next start.
+            let features = Features::read(&*target).await.map_err(|e| run.failed(describe(&e)))?;
+            if features.copy_has_origin()
+                && let Err(error) = refresh(run, &target, &forward, true, &run.standby()).await
+            {
+                run.info("publication", error.what, Value::Null);
+            }
+            return Err(failure);
+        }
+        published => published?,
+    };
     run.done(
         "publication",
         format!("{published} tables in database {database}"),
@@ -656,14 +675,7 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     }
     let there = links::subscription(&*target, &forward).await.map_err(link)?;
     match there {
-        Some(subscription) => {
-            if !subscription.enabled {
-                links::enable(&mut target, &forward, &run.standby())
-                    .await
-                    .map_err(link)?;
-            }
-            refresh(run, &target, &forward, true, &run.standby()).await?;
-        }
+        Some(_) => refresh(run, &target, &forward, true, &run.standby()).await?,
         None => {
             if let Some(table) = links::with_rows(&*target).await.map_err(link)?.first() {
                 return Err(Failure::new(
@@ -816,7 +828,10 @@ async fn nothing_is_in_the_way(run: &Run, database: &str, source: &Client, targe
         "Copying on top of them would fail or double them. None of these tables was copied or published.",
         format!(
             "`pgflip resync '{first}'` empties it there and copies it, so that it is carried from then on; likewise each other \
-             one. Then run `pgflip replication start` again."
+             one. Where pgflip may not do that (`resync` says so: it takes a superuser or, from 15 on, a GRANT), drop it there: \
+             `DROP TABLE {first};` on {}, as its owner or a superuser. Then run `pgflip replication start` again: it makes the \
+             table anew and copies it.",
+            run.target()
         ),
     ))
 }
@@ -864,7 +879,15 @@ async fn publish(run: &Run, on: &mut Client, side: Side, carried: bool) -> Resul
     }
     let new: Vec<_> = wanted.difference(&now).collect();
     if !carried && !new.is_empty() {
-        txn.batch_execute(&alter("add", new)).await.map_err(sql)?;
+        txn.batch_execute(&alter("add", new.clone())).await.map_err(sql)?;
+        // Their keys can't change any more before this is committed. Preflight may not have seen all of them.
+        let findings = preflight::not_to_be_published(&txn, &new).await;
+        if !findings.is_empty() {
+            return Err(Failure {
+                findings,
+                ..run.failed(format!("{side} has tables that no link can carry as they are"))
+            });
+        }
         txn.commit().await.map_err(sql)?;
         return Ok(wanted.len());
     }
@@ -875,13 +898,28 @@ async fn publish(run: &Run, on: &mut Client, side: Side, carried: bool) -> Resul
             side,
             expect,
             against: Against::Writers,
-            parts: &[Part::Run(links::publish_statement(table))],
+            parts: &[
+                Part::Run(links::publish_statement(table)),
+                Part::Require {
+                    so: preflight::may_be_published(table),
+                    otherwise: preflight::NOT_TO_BE_PUBLISHED,
+                },
+            ],
         };
         let tell = |message| {
             run.op
                 .event("publication", "progress", format!("waits: {message}"), Value::Null)
         };
-        brief_lock::change(on, &change, tell).await.map_err(|e| run.failed(e))?;
+        match brief_lock::change(on, &change, tell).await {
+            Ok(()) => {}
+            Err(Unchanged::Otherwise(why)) => {
+                return Err(Failure {
+                    findings: preflight::not_to_be_published(&**on, &[table]).await,
+                    ..run.failed(format!("{side}: {table} {why}"))
+                });
+            }
+            Err(error) => return Err(run.failed(error)),
+        }
     }
     Ok(wanted.len())
 }

@@ -12,10 +12,10 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Run, WRITES, note};
+use super::{GOES_ON, Run, WRITES, note};
 use crate::controller::brief_lock::{self, Against, Change, Part, Unchanged};
 use crate::controller::links::{self, PUBLICATION, TableName, list, marker_table, tables_published};
-use crate::controller::preflight::Failure;
+use crate::controller::preflight::{self, Failure};
 use crate::controller::state::{self, Expect, StateError};
 use crate::controller::{copy, fence, replication};
 use crate::fault;
@@ -76,7 +76,9 @@ async fn referenced(on: &tokio_postgres::Client, table: &TableName) -> Result<bo
 /// How far the copy of a table has come, and what belongs to it.
 pub(super) struct Stage {
     /// It has begun.
-    pub known: bool,
+    pub note: Option<note::Note>,
+    /// All that have.
+    pub noted: BTreeSet<TableName>,
     /// What the active side publishes.
     pub published: BTreeSet<TableName>,
     /// All that is left to do is to wait for PostgreSQL's copy.
@@ -98,7 +100,8 @@ impl Stage {
         let sql = |doing: &'static str| move |error: tokio_postgres::Error| run.halfway(table, doing, &error);
         let link = |error: links::LinkError| run.halfway_as(table, error);
         let notes = note::read(&**source).await.map_err(link)?;
-        let note = notes.iter().find(|note| note.table == *table);
+        let noted = notes.iter().map(|note| note.table.clone()).collect();
+        let note = notes.into_iter().find(|note| note.table == *table);
         let published = tables_published(&**source).await.map_err(link)?;
         let published: BTreeSet<TableName> = published.into_iter().map(|(_, name)| name).collect();
         let carried = links::subscription_tables(&**target, subscription)
@@ -112,9 +115,10 @@ impl Stage {
             .await
             .map_err(sql("reading the server's version"))?;
         Ok(Stage {
-            known: note.is_some(),
             // Without a copy that has begun, nobody knows what has been put there since it was emptied.
-            emptied: note.is_some_and(|note| note.emptied) && is_carried && published.contains(table),
+            emptied: note.as_ref().is_some_and(|note| note.emptied) && is_carried && published.contains(table),
+            note,
+            noted,
             published,
             statements: Statements::new(table, &run.link(), referenced),
             referenced,
@@ -144,7 +148,7 @@ pub(super) async fn shown(run: &Run, table: &TableName) -> Result<Shown, Failure
     let subscription = subscribed(run, &on_target, table).await?;
     let stage = Stage::read(run, &on_source, &on_target, subscription, table).await?;
     if !stage.emptied {
-        nothing_else_is_missing(run, &on_target, subscription, &stage.published, table).await?;
+        nothing_else_is_missing(run, &on_target, subscription, &stage, table, By::Itself).await?;
     }
     let of = stage.statements;
     let (mut statements, mut locks) = (Vec::new(), Vec::new());
@@ -160,8 +164,9 @@ pub(super) async fn shown(run: &Run, table: &TableName) -> Result<Shown, Failure
             (source, of.put_in),
         ]);
         locks.push(format!(
-            "{source}: of {table}, SHARE ROW EXCLUSIVE for a moment: it waits for transactions that write to the table, and others \
-             that want to wait behind it for a tenth of a second at each try"
+            "{source}: of {table}, SHARE ROW EXCLUSIVE for a moment, before it is taken out and as it is put in again: it waits for \
+             transactions that write to the table, and others that want to wait behind it for a tenth of a second at each try (or \
+             until autovacuum gives way, where pgflip is no superuser)"
         ));
         locks.push(match stage.referenced {
             true => format!(
@@ -206,23 +211,32 @@ async fn subscribed(run: &Run, target: &Client, table: &TableName) -> Result<u32
 pub(super) async fn all(run: &Run, table: &TableName) -> Result<(), Failure> {
     // Nobody else flips, or makes links, while the table is in neither state.
     let lock = replication::alone(&run.config, run.source, &run.acting).await?;
-    prepare(run, table).await?;
+    let token = prepare(run, table, By::Itself).await?;
     let target = run.reads_target().await?;
     let features = Features::read(&*target).await;
     let features = features.map_err(|error| run.halfway(table, "reading the server's version", &error))?;
     if features.copy_has_origin() {
         // From here on the note keeps flips away, and what looks after the links may go on.
         drop(lock);
-        return complete(run, table).await;
+        return complete(run, table, token.as_deref()).await;
     }
     // Whoever looks after the fence would arm the table, and its copy could not pass.
-    let done = complete(run, table).await;
+    let done = complete(run, table, token.as_deref()).await;
     drop(lock);
     done
 }
 
-/// Up to where PostgreSQL copies. The operator's lock is held.
-pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure> {
+/// For whom a table is copied anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// `resync`.
+    Itself,
+    /// `replication start`, which takes in afterwards whatever else is missing.
+    Start,
+}
+
+/// Up to where PostgreSQL copies. The operator's lock is held. The note's token.
+pub(super) async fn prepare(run: &Run, table: &TableName, by: By) -> Result<Option<String>, Failure> {
     let (mut source, mut target) = (run.on_source().await?, run.on_target().await?);
     let sql = |doing: &'static str| move |error: tokio_postgres::Error| run.halfway(table, doing, &error);
     let link = |error: links::LinkError| run.halfway_as(table, error);
@@ -231,32 +245,61 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
     end_left_behind(&target)
         .await
         .map_err(sql("ending what an earlier one has left"))?;
+    let stage = Stage::read(run, &source, &target, subscription, table).await?;
+    let mut token = stage.note.as_ref().and_then(|note| note.token.clone());
+    if !stage.emptied {
+        nothing_else_is_missing(run, &target, subscription, &stage, table, by).await?;
+    }
     let Stage {
-        known,
+        note: known,
         published,
         emptied,
         statements,
         referenced,
         copy_has_origin,
-    } = Stage::read(run, &source, &target, subscription, table).await?;
+        ..
+    } = stage;
     if !emptied {
-        nothing_else_is_missing(run, &target, subscription, &published, table).await?;
-
         run.started("take_out", format!("{table}: out of the link"));
         let on_source = (run.source, run.active());
-        let old = source
+        let notes = source
             .query_one(note::OLD, &[])
             .await
             .map_err(sql("reading the notes' table"))?;
-        let renew = old.get::<_, bool>(0).then(|| note::RENEW.to_owned());
-        let take_out = published.contains(table).then(|| statements.take_out.clone());
-        let take_out = take_out.into_iter().chain([note::begun(table, run.epoch)]);
-        let parts: Vec<Part> = renew.into_iter().chain(take_out).map(Part::Run).collect();
+        if !notes.get::<_, bool>(0) {
+            return Err(Failure::new(
+                format!(
+                    "{} has no table pgflip.resync: an earlier pgflip was installed there.",
+                    run.source
+                ),
+                "Nothing was changed: that a table is being copied anew is written down in it.",
+                "Run `pgflip replication start` first: it installs what is missing.",
+            ));
+        }
+        let renew = notes.get::<_, bool>(1).then(|| Part::Run(note::RENEW.to_owned()));
+        let mine = note::new_token();
+        // A table whose lock is not to be had is left as it is: the same one is needed to put it in again.
+        let mut parts = vec![
+            Part::Run(format!("lock table only {table} in share row exclusive mode")),
+            may_be_published(table),
+        ];
+        parts.extend(renew);
+        parts.extend(
+            published
+                .contains(table)
+                .then(|| Part::Run(statements.take_out.clone())),
+        );
+        parts.push(Part::Run(note::begun(table, run.epoch, &mine)));
+        token = Some(mine);
         change(run, &mut source, on_source, table, &parts)
             .await
             .map_err(|failure| match known {
-                false => run.failed(failure.what.trim_end_matches('.')),
-                true => failure,
+                None => Failure {
+                    means: "Nothing was changed.".into(),
+                    next: failure.next.replace(GOES_ON, "run it again."),
+                    ..failure
+                },
+                Some(_) => failure,
             })?;
         reached("out");
         refresh(run, &target, table, &statements.unsubscribe).await?;
@@ -294,10 +337,11 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
         let parts = [
             Part::Run(statements.put_in.clone()),
             Part::Require {
-                so: note::is_not_emptied(table),
+                so: note::is_not_emptied(table, token.as_deref()),
                 otherwise: "what was noted of the table is another thing by now: somebody else has gone on with it",
             },
-            Part::Run(note::emptied(table)),
+            may_be_published(table),
+            Part::Run(note::emptied(table, token.as_deref())),
         ];
         change(run, &mut source, on_source, table, &parts).await?;
         reached("in");
@@ -311,43 +355,76 @@ pub(super) async fn prepare(run: &Run, table: &TableName) -> Result<(), Failure>
     refresh(run, &target, table, &statements.subscribe).await?;
     run.done("put_in", format!("{} copies {table}", run.target()), Value::Null);
     reached("subscribed");
-    Ok(())
+    Ok(token)
 }
 
-/// To refresh a subscription without a copy takes in whatever it lacks, as if that were in step.
+/// Behind the lock of a table that is published: a change of its key can't come between.
+fn may_be_published(table: &TableName) -> Part {
+    Part::Require {
+        so: preflight::may_be_published(table),
+        otherwise: preflight::NOT_TO_BE_PUBLISHED,
+    }
+}
+
+/// To refresh a subscription takes in whatever else it lacks, and copies it on top of what the standby's has.
 async fn nothing_else_is_missing(
     run: &Run,
     target: &Client,
     subscription: u32,
-    published: &BTreeSet<TableName>,
+    stage: &Stage,
     table: &TableName,
+    by: By,
 ) -> Result<(), Failure> {
     let carried = links::subscription_tables(&**target, subscription).await;
     let carried = carried.map_err(|error| run.halfway_as(table, error))?;
     let carried: BTreeSet<&TableName> = carried.iter().map(|(name, _)| name).collect();
     let marker = marker_table();
-    let missing: Vec<&TableName> = published
+    let mut missing: Vec<&TableName> = stage
+        .published
         .iter()
         .chain([&marker])
         .filter(|name| *name != table && !carried.contains(name))
         .collect();
-    match missing.is_empty() {
-        true => Ok(()),
-        false => Err(Failure::new(
-            format!(
-                "{} publishes tables that {} has not taken in yet: {}.",
-                run.source,
-                run.target(),
-                list(&missing)
-            ),
-            "Nothing was changed: they would pass for copied.",
-            "Run `pgflip replication start` first: it copies them.",
-        )),
+    if by == By::Start {
+        // It is about to do just that itself, and would else wait for itself. Where a copy has no origin (13), the fence is in its
+        // way until then.
+        missing.retain(|name| **name != marker);
+        let mut full = Vec::new();
+        for name in missing {
+            let has_rows = links::has_rows(&**target, name).await;
+            if !stage.copy_has_origin || has_rows.map_err(|error| run.halfway_as(table, error))? {
+                full.push(name);
+            }
+        }
+        missing = full;
     }
+    let Some(first) = missing.first() else { return Ok(()) };
+    let noted = missing.iter().find(|name| stage.noted.contains(**name));
+    let quoted = |name: &TableName| name.to_string().replace('\'', "'\\''");
+    Err(Failure::new(
+        format!(
+            "{} publishes tables that {} has not taken in yet: {}.",
+            run.source,
+            run.target(),
+            list(&missing)
+        ),
+        "Nothing was changed: they would be copied on top of what is there.",
+        match (noted, by) {
+            (Some(noted), _) => format!(
+                "Run `pgflip resync '{}'` first: it was broken off, and goes on from where it stopped.",
+                quoted(noted)
+            ),
+            (None, By::Itself) => "Run `pgflip replication start` first: it copies them.".to_owned(),
+            (None, By::Start) => format!(
+                "Run `pgflip resync '{}'` first: it empties it there and copies it; likewise each other one.",
+                quoted(first)
+            ),
+        },
+    ))
 }
 
-/// Waits until the table is copied and in step, and takes the note away.
-pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure> {
+/// Waits until the table is copied and in step, and takes the note away, if it is still the one with this token.
+pub(super) async fn complete(run: &Run, table: &TableName, token: Option<&str>) -> Result<(), Failure> {
     let (mut source, target) = (run.on_source().await?, run.reads_target().await?);
     run.started("copy", format!("{table}: copied to {}", run.target()));
     let copied = copy::wait_for(&source, &target, &run.link(), Some(table), |now| {
@@ -361,7 +438,7 @@ pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure
     if let Err(error) = copied {
         if let copy::CopyError::Failing { .. } = error {
             // Something is in its way there, perhaps: it is emptied again before the next try.
-            let parts = [Part::Run(note::not_emptied(table))];
+            let parts = [Part::Run(note::not_emptied(table, token))];
             change(run, &mut source, (run.source, run.active()), table, &parts).await?;
         }
         if let copy::CopyError::Applying { .. } = error {
@@ -399,7 +476,7 @@ pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure
         );
         run.op.event("copy", "info", message, Value::Null);
     }
-    let parts = [Part::Run(note::ended(table))];
+    let parts = [Part::Run(note::ended(table, token))];
     change(run, &mut source, (run.source, run.active()), table, &parts).await?;
     state::history(&*source, run.epoch, 0, "resync", json!({ "table": table.to_string() }))
         .await
@@ -410,14 +487,17 @@ pub(super) async fn complete(run: &Run, table: &TableName) -> Result<(), Failure
 /// lock is held. `links`: there is a link that goes on; else all tables are copied anew, and nothing is left of it.
 pub(super) async fn whatever_was_begun(run: &Run, links: bool) -> Result<(), Failure> {
     let mut source = run.on_source().await?;
-    let notes = note::read(&*source).await.map_err(|error| run.failed(error))?;
+    let mut notes = note::read(&*source).await.map_err(|error| run.failed(error))?;
+    let published = tables_published(&*source).await.map_err(|error| run.failed(error))?;
+    // One that is published and not carried is in the way of all others.
+    notes.sort_by_key(|note| !published.iter().any(|(_, name)| *name == note.table));
     for note in notes {
         let table = &note.table;
         if links {
-            prepare(run, table).await?;
-            complete(run, table).await?;
+            let token = prepare(run, table, By::Start).await?;
+            complete(run, table, token.as_deref()).await?;
         } else {
-            let parts = [Part::Run(note::ended(table))];
+            let parts = [Part::Run(note::ended(table, note.token.as_deref()))];
             change(run, &mut source, (run.source, run.active()), table, &parts).await?;
         }
     }
@@ -457,15 +537,20 @@ async fn change(
         run.op
             .event("lock", "progress", format!("waits: {message}"), Value::Null)
     };
-    brief_lock::change(on, &change, tell)
-        .await
-        .map_err(|error| match error {
-            Unchanged::Locked(message) => run.halfway_as(table, message),
-            error => run.halfway_as(table, format!("{side}: {error}")),
-        })
+    match brief_lock::change(on, &change, tell).await {
+        Ok(()) => Ok(()),
+        Err(Unchanged::Locked(message)) => Err(run.halfway_as(table, message)),
+        Err(Unchanged::Otherwise(preflight::NOT_TO_BE_PUBLISHED)) => Err(Failure {
+            findings: preflight::not_to_be_published(&**on, &[table]).await,
+            ..run.halfway_as(table, format!("{side}: {table} {}", preflight::NOT_TO_BE_PUBLISHED))
+        }),
+        Err(error) => Err(run.halfway_as(table, format!("{side}: {error}"))),
+    }
 }
 
 /// It can't run in a transaction, so the state row is read right before it; what it takes in too late is what is published.
+/// (Whoever sleeps between both until a flip is over refreshes the active side's subscription. That does harm only if it lacks a
+/// table which the standby publishes, as between the steps of a `replication start`: what the standby has of it would be copied.)
 async fn refresh(run: &Run, target: &Client, table: &TableName, statement: &str) -> Result<(), Failure> {
     let expect = run.standby();
     match state::read(&**target).await {

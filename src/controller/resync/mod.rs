@@ -13,6 +13,7 @@ mod again;
 pub mod note;
 mod rows;
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,24 +21,31 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
 
 use super::finalized;
 use super::links::{self, TableName, slot_name, tables_published, tables_to_publish};
 use super::operation::Operation;
-use super::preflight::Failure;
+use super::preflight::{self, Failure};
 use super::recovery::Acting;
 use super::replication;
+use super::schema;
 use super::state::Expect;
 use super::verify;
 use super::verify::plan::{self, Method, PlanError, Table};
 use crate::config::Config;
 use crate::pg::connect::describe;
+use crate::pg::features::Features;
 use crate::pg::origin::connect_with_origin;
 use crate::pg::{Client, Ident, Purpose, Side, connect};
 
 const PURPOSE: Purpose = Purpose("resync");
 /// Of sessions that change the standby, with the operator's lock held.
 const WRITES: Purpose = Purpose("resync writes");
+
+/// What to do about a copy that was begun.
+const GOES_ON: &str =
+    "run the same command again: it goes on from where it stopped. So does `pgflip replication start`.";
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,7 +132,7 @@ impl Run {
                 "Clients are not affected. {} may have {table} not, or only in part: no flip goes there until it is copied.",
                 self.target()
             ),
-            "Mend what it says, then run the same command again: it goes on from where it stopped. So does `pgflip replication start`.",
+            format!("Mend what it says, then {GOES_ON}"),
         )
     }
     fn halfway(&self, table: &TableName, doing: &str, error: &tokio_postgres::Error) -> Failure {
@@ -322,8 +330,17 @@ async fn check(run: &Run, table: &TableName, rows: bool) -> Result<Option<Table>
     let published = tables_published(&*source).await.map_err(link)?;
     if !published.iter().any(|(_, name)| name == table) {
         // One that is new is taken in as all new ones are, unless it is full already, which `replication start` refuses.
-        if links::has_rows(&*target, table).await.unwrap_or(false) {
-            return Ok(None);
+        let has_rows = match links::has_rows(&*target, table).await {
+            Err(links::LinkError::Sql { source, .. })
+                if [Some(&SqlState::UNDEFINED_TABLE), Some(&SqlState::INVALID_SCHEMA_NAME)]
+                    .contains(&source.code()) =>
+            {
+                false
+            }
+            found => found.map_err(link)?,
+        };
+        if has_rows {
+            return new(run, &source, &target, table).await.map(|()| None);
         }
         return Err(refused(
             format!("No link carries {table} yet."),
@@ -374,6 +391,35 @@ async fn check(run: &Run, table: &TableName, rows: bool) -> Result<Option<Table>
         ));
     }
     Ok(Some(planned))
+}
+
+/// Whether a link can carry a table that none has carried before: `replication start` asks that of all others.
+async fn new(run: &Run, source: &Client, target: &Client, table: &TableName) -> Result<(), Failure> {
+    let sql = |error: tokio_postgres::Error| run.failed(format!("reading its columns: {}", describe(&error)));
+    let of_it = |mut all: BTreeMap<TableName, schema::Columns>| {
+        all.retain(|name, _| name == table);
+        all
+    };
+    let here = of_it(schema::columns(&**source).await.map_err(sql)?);
+    let there = of_it(schema::columns(&**target).await.map_err(sql)?);
+    if let Some(difference) = schema::compare(&here, &there).first() {
+        return Err(refused(
+            format!("On {}, {difference}.", run.target()),
+            "Make its columns the same first: `pgflip check` says how.",
+        ));
+    }
+    let standby = Features::read(&**target).await.map_err(sql)?;
+    let findings = preflight::not_to_be_carried(&run.config, run.source, source, standby, table).await;
+    match findings.is_empty() {
+        true => Ok(()),
+        false => Err(Failure {
+            findings,
+            ..refused(
+                format!("No link can carry {table} as it is."),
+                "Mend it as each says, then run it again.",
+            )
+        }),
+    }
 }
 
 /// Whether every value that both types have is the same text in both, and none becomes another one in the other.

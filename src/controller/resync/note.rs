@@ -19,6 +19,8 @@ pub struct Note {
     /// The standby's is empty, and the active side publishes it again: it has only to be copied. Not so: it is to be taken out
     /// of the link and emptied, whether that has been done already or not.
     pub emptied: bool,
+    /// Which of all that were ever written of the table. `None`: an earlier pgflip's.
+    pub token: Option<String>,
 }
 
 /// All of them, oldest first, as the active side has them.
@@ -32,6 +34,7 @@ pub async fn read<C: GenericClient>(active: &C) -> Result<Vec<Note>, LinkError> 
                     name: row.get("name"),
                 },
                 emptied: row.get("emptied"),
+                token: row.get("token"),
             })
             .collect()),
         // Installed before there was such a table: nobody has used it.
@@ -43,44 +46,54 @@ pub async fn read<C: GenericClient>(active: &C) -> Result<Vec<Note>, LinkError> 
     }
 }
 
-/// Whether the notes are those of an earlier pgflip, which knew tables by their names only.
-pub(super) const OLD: &str = "select not exists (select from pg_catalog.pg_attribute a
-      where a.attrelid = pg_catalog.to_regclass('pgflip.resync') and a.attname = 'relid')";
-/// Makes them those of this one.
-pub(super) const RENEW: &str = "alter table pgflip.resync add column relid oid, drop constraint if exists resync_pkey";
+/// Whether there is a table of notes, and whether it is that of an earlier pgflip, which knew tables by their names only, or did
+/// not tell a note from the next one.
+pub(super) const OLD: &str = "select pg_catalog.to_regclass('pgflip.resync') is not null,
+      (select count(*) < 2 from pg_catalog.pg_attribute a
+        where a.attrelid = pg_catalog.to_regclass('pgflip.resync') and a.attname in ('relid', 'token'))";
+/// Makes it that of this one.
+pub(super) const RENEW: &str = "alter table pgflip.resync add column if not exists relid oid,
+      add column if not exists token text, drop constraint if exists resync_pkey";
 
-/// It has been taken out of the publication. Nobody else writes notes meanwhile: the operator's lock is held.
-pub(super) fn begun(table: &TableName, epoch: u64) -> String {
+/// That of a new note: whoever has written another one of the same table, and sleeps, is not to change this one.
+pub(super) fn new_token() -> String {
+    format!("{:032x}", rand::random::<u128>())
+}
+
+/// It has been taken out of the publication. It takes the place of any other one of the table.
+pub(super) fn begun(table: &TableName, epoch: u64, token: &str) -> String {
     let TableName { schema, name } = table;
     format!(
-        "{}; insert into pgflip.resync (schema, name, epoch, relid) values ({}, {}, {epoch}, {})",
-        ended(table),
+        "delete from pgflip.resync r where {}; \
+         insert into pgflip.resync (schema, name, epoch, relid, token) values ({}, {}, {epoch}, {}, {})",
+        is_of(table),
         Literal(schema),
         Literal(name),
-        oid(table)
+        oid(table),
+        Literal(token)
     )
 }
 
 /// The standby's is empty, and it is published again.
-pub(super) fn emptied(table: &TableName) -> String {
-    format!("update pgflip.resync r set emptied = true where {}", is(table))
+pub(super) fn emptied(table: &TableName, token: Option<&str>) -> String {
+    format!("update pgflip.resync r set emptied = true where {}", is(table, token))
 }
 
 /// What is there now has to go before it can be copied.
-pub(super) fn not_emptied(table: &TableName) -> String {
-    format!("update pgflip.resync r set emptied = false where {}", is(table))
+pub(super) fn not_emptied(table: &TableName, token: Option<&str>) -> String {
+    format!("update pgflip.resync r set emptied = false where {}", is(table, token))
 }
 
 /// It is in step again.
-pub(super) fn ended(table: &TableName) -> String {
-    format!("delete from pgflip.resync r where {}", is(table))
+pub(super) fn ended(table: &TableName, token: Option<&str>) -> String {
+    format!("delete from pgflip.resync r where {}", is(table, token))
 }
 
-/// A question: whether it is noted, and not emptied.
-pub(super) fn is_not_emptied(table: &TableName) -> String {
+/// A question: whether it is noted with this token, and not emptied.
+pub(super) fn is_not_emptied(table: &TableName, token: Option<&str>) -> String {
     format!(
         "select exists (select from pgflip.resync r where not r.emptied and {})",
-        is(table)
+        is(table, token)
     )
 }
 
@@ -89,8 +102,17 @@ fn oid(table: &TableName) -> String {
     format!("pg_catalog.to_regclass({})::pg_catalog.oid", Literal(&name))
 }
 
+/// This note of the table, and no later one.
+fn is(table: &TableName, token: Option<&str>) -> String {
+    let token = token.map_or("null".to_owned(), |token| Literal(token).to_string());
+    format!(
+        "{} and pg_catalog.to_jsonb(r) ->> 'token' is not distinct from {token}",
+        is_of(table)
+    )
+}
+
 /// As `resync_notes.sql` knows it.
-fn is(table: &TableName) -> String {
+fn is_of(table: &TableName) -> String {
     let relid = "(pg_catalog.to_jsonb(r) ->> 'relid')::pg_catalog.oid";
     let TableName { schema, name } = table;
     format!(

@@ -186,10 +186,12 @@ create table if not exists pgflip.resync (
     epoch   bigint  not null,
     emptied boolean not null default false,            -- the standby's is empty, and published again: the copy may begin
     at      timestamptz not null default clock_timestamp(),
-    relid   oid                                        -- it may be renamed meanwhile
+    relid   oid,                                       -- it may be renamed meanwhile
+    token   text                                       -- random: whose note it is
 );
 -- Made by an earlier pgflip.
-alter table pgflip.resync add column if not exists relid oid, drop constraint if exists resync_pkey;
+alter table pgflip.resync add column if not exists relid oid, add column if not exists token text,
+    drop constraint if exists resync_pkey;
 
 -- The verification that was begun last and has not come to its end, in the active side's carrier: where it stands (n = 0), and what it
 -- has found of each table. For whoever goes on with it (`verify --resume`) when the process that kept it has ended.
