@@ -469,7 +469,6 @@ async fn only_in_part(
 
 /// What would be done.
 async fn dry(run: &Run, table: &TableName, rows: bool, planned: Option<Table>) -> Result<Value, Failure> {
-    let (source, standby) = (run.source, run.target());
     let mut result = json!({ "outcome": "dry_run", "database": run.database, "table": table.to_string() });
     if let (true, Some(planned)) = (rows, &planned) {
         let mut verified = compared(run, table).await?;
@@ -478,14 +477,7 @@ async fn dry(run: &Run, table: &TableName, rows: bool, planned: Option<Table>) -
         result["differences"] = report["differences"].take();
         result["unsettled"] = report["unsettled"].take();
         result["statements"] = json!(rows::shown(run, planned));
-        result["locks"] = json!([
-            format!(
-                "{source}: of each row that {standby} lacks or has otherwise, FOR SHARE, up to {} at a time (ten times as many that are in each other's way), until what was \
-                 committed before has arrived: writers of these rows wait for some milliseconds, a second at most",
-                rows::TOGETHER
-            ),
-            format!("{standby}: of each row that is written"),
-        ]);
+        result["locks"] = json!(rows::locks(run));
         return Ok(result);
     }
     result["way"] = json!("copy");

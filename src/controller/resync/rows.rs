@@ -5,6 +5,9 @@
 //! has can't be locked. That it is no row of the active side's is proven as a verification does it; and such a row stays as it is
 //! until it is deleted, because a row of the same key that comes later can't get past it: the link waits until it is gone.
 //!
+//! Rows that have what is another's, each of them, can't be written one after the other. They are locked all at once, and deleted and
+//! inserted in one transaction: whatever becomes of it, none of them is missing that was there.
+//!
 //! Values travel as the text that their types write, and are read by the types' own input functions, under the same settings on
 //! both sides. No trigger, rule or foreign key of the application's has a say in it.
 
@@ -12,13 +15,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::BytesMut;
+use futures_util::future::join_all;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 
-use super::{Run, again};
+use super::{Run, WRITES, again};
 use crate::controller::preflight::{Failure, Finding};
 use crate::controller::state::{self, StateError};
 use crate::controller::verify::VerifyError;
@@ -38,17 +42,23 @@ const HELD_BYTES: f64 = 8e6;
 /// How long a marker may take while nothing is locked.
 const LAG_MAX: Duration = Duration::from_secs(20);
 /// How long a marker may take while rows are locked.
-const LOCKED_MAX: Duration = Duration::from_secs(1);
+const MARKER_MAX: Duration = Duration::from_secs(1);
+/// How long rows are locked on the source, for all that has to be done meanwhile. Then they are let go, whatever has come of it.
+const LOCKED_MAX: Duration = Duration::from_millis(1_500);
+/// Should pgflip itself stand still meanwhile, the server lets go.
+const IDLE_MAX: Duration = Duration::from_secs(2);
 /// A lock that is not to be had in this time is tried for later.
 const LOCK_TIMEOUT_MS: u64 = 1_000;
-/// How long the target may take to write some rows, while they are locked on the source.
+/// How long the target may take for whatever nothing is locked for on the source.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Tries for one row.
 const TRIES: u32 = 20;
+/// Tries for rows that are in each other's way, before they are written without those that somebody else has locked.
+const LOCKS: u32 = 10;
 /// Rows that could not be mended, of which it is said why.
 const TOLD: usize = 20;
-/// Rows that wait for others to make room, at most: their keys are held in memory.
-const LATER_MAX: usize = 100_000;
+/// Rows that are in each other's way, at most: in the end they are locked all at once.
+const LATER_MAX: usize = 2_000;
 
 /// What was done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -60,7 +70,7 @@ pub(super) struct Mended {
     refused: u64,
     /// They could not be seen still, and not be locked.
     unsettled: u64,
-    /// Of those that are refused the first ones: key, and the server's words.
+    /// Of those the first ones of which it is known: key, and why.
     why: Vec<Value>,
 }
 
@@ -229,9 +239,25 @@ impl Written {
 pub(super) fn shown(run: &Run, table: &Table) -> Vec<String> {
     let written = Written::new(table, &BTreeSet::new(), false);
     let standby = run.target();
-    [written.delete_tuple(), written.insert(), written.update()]
+    let together = format!("{}; {}", written.delete(), written.insert());
+    [written.delete_tuple(), written.insert(), written.update(), together]
         .map(|statement| format!("{standby}: {statement}"))
         .into()
+}
+
+/// What is locked, for `--dry-run`.
+pub(super) fn locks(run: &Run) -> Vec<String> {
+    vec![
+        format!(
+            "{}: of each row that {} lacks or has otherwise, FOR SHARE, up to {TOGETHER} at a time, until what was committed before has \
+             arrived and the row is written there: writers of these rows wait for some milliseconds, {} s at most. Of rows whose \
+             unique values have changed places the same, of all of them at once, {LATER_MAX} at most",
+            run.source,
+            run.target(),
+            IDLE_MAX.as_secs()
+        ),
+        format!("{}: of each row that is written", run.target()),
+    ]
 }
 
 /// Finds the rows that differ, and mends them.
@@ -284,7 +310,7 @@ async fn all(run: &Run, table: &Table) -> Result<Mended, VerifyError> {
         writer: &open.writes_target,
         attempt: state::bigint(attempt),
         mended: Mended::default(),
-        later: BTreeSet::new(),
+        later: BTreeMap::new(),
         last: false,
     };
     walk(run, &readers, &sessions, &mut mender).await?;
@@ -295,8 +321,7 @@ async fn all(run: &Run, table: &Table) -> Result<Mended, VerifyError> {
 fn failure(run: &Run, table: &Table, error: &VerifyError) -> Failure {
     Failure::new(
         format!("{}: {error}.", table.name),
-        "Rows that were mended by then stay mended, the others are as they were; one that had to make room for another may be \
-         missing until it is run again. Clients are not affected.",
+        "Rows that were mended by then stay mended, the others are as they were. Clients are not affected.",
         match error {
             VerifyError::Marker(_) => format!(
                 "What {} commits has to arrive on {}: `pgflip lag`. If the link itself is stopped by a row of this table, have the \
@@ -325,7 +350,7 @@ impl Open {
         let session = |side| connect(run.config.server(side), &run.database, Purpose("resync"), run.limit());
         let (source, target) = (run.source, run.target());
         let server = run.config.server(target);
-        let origin = crate::pg::origin::connect_with_origin(server, &run.database, Purpose("resync"), run.limit());
+        let origin = crate::pg::origin::connect_with_origin(server, &run.database, WRITES, run.limit());
         let open = Open {
             reads_source: session(source).await?,
             reads_target: session(target).await?,
@@ -337,7 +362,10 @@ impl Open {
         for client in [&open.reads_source, &open.reads_target, &open.writes_target] {
             client.batch_execute(hash::PINNED).await?;
         }
-        let quiet = "set session_replication_role = 'replica'";
+        let told = include_str!("../../pg/sql/resync_session.sql");
+        open.writes_target.batch_execute(told).await?;
+        // Rows are locked on the source while it commits: no standby of the standby's is waited for. What is lost can be mended again.
+        let quiet = "set session_replication_role = 'replica'; set synchronous_commit = 'local'";
         open.writes_target.batch_execute(quiet).await?;
         Ok(open)
     }
@@ -407,6 +435,40 @@ struct Wrote {
     refused: Vec<(Key, tokio_postgres::Error)>,
 }
 
+/// What became of rows that are in each other's way.
+enum Together {
+    Written {
+        /// So many of them.
+        was_there: u64,
+        rows: Vec<Key>,
+    },
+    /// The source does not have these.
+    Gone(Vec<Key>),
+    /// The target refuses one of them.
+    Refused {
+        rows: BTreeMap<Key, Values>,
+        error: tokio_postgres::Error,
+    },
+    /// It may go better a moment later.
+    Later(String),
+}
+
+/// The sum of what each has done. Whatever is asked for behind one that has failed fails as well, and says nothing.
+fn of_all(
+    rows: &BTreeMap<Key, Values>,
+    done: Vec<Result<u64, tokio_postgres::Error>>,
+) -> Result<u64, (Key, tokio_postgres::Error)> {
+    let (mut sum, mut failed) = (0, None);
+    for (key, done) in rows.keys().zip(done) {
+        match done {
+            Ok(count) => sum += count,
+            Err(error) if failed.is_some() || error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {}
+            Err(error) => failed = Some((key.clone(), error)),
+        }
+    }
+    failed.map_or(Ok(sum), Err)
+}
+
 /// Takes rows that differ, and mends them.
 struct Mender<'a> {
     run: &'a Run,
@@ -415,9 +477,9 @@ struct Mender<'a> {
     sessions: &'a Sessions<'a>,
     writer: &'a Client,
     mended: Mended,
-    /// Another row of the target's is in their way, which may yet be mended itself.
-    later: BTreeSet<Key>,
-    /// By now it is, and these have made room.
+    /// Another row of the target's is in their way, which may yet be mended itself. With the server's words.
+    later: BTreeMap<Key, String>,
+    /// By now all others are mended.
     last: bool,
     /// The highest one that the target's row knew of when this began.
     attempt: i64,
@@ -445,6 +507,11 @@ impl Take for Mender<'_> {
 impl Mender<'_> {
     /// How many rows at a time: few, if they are large.
     fn together(&self) -> usize {
+        self.fit().min(TOGETHER)
+    }
+
+    /// How many may be held in memory.
+    fn fit(&self) -> usize {
         let table = self.readers[0].table();
         #[expect(
             clippy::cast_precision_loss,
@@ -453,7 +520,7 @@ impl Mender<'_> {
             reason = "about so many"
         )]
         let fit = (HELD_BYTES * table.rows.max(1.0) / (table.bytes as f64).max(1.0)) as usize;
-        fit.clamp(1, TOGETHER)
+        fit.max(1)
     }
 
     /// Together those that nobody has locked, the others one by one.
@@ -491,60 +558,188 @@ impl Mender<'_> {
         Ok(())
     }
 
-    /// What was in each other's way: as long as each of them has what is another's, none can be written. So first they go.
+    /// What was in each other's way. Nothing of it is deleted but in the transaction that inserts it again.
     async fn at_last(&mut self) -> Result<(), VerifyError> {
         self.last = true;
-        let later: Vec<Key> = self.later.iter().cloned().collect();
-        if self.written.keeps {
-            // Then it is hoped that each waits only for one behind it.
-            self.later.clear();
-        } else {
-            for some in later.chunks(TOGETHER) {
-                self.make_room(some).await?;
-                again::reached("room");
-            }
+        self.by_turns().await?;
+        if !self.written.keeps {
+            self.at_once().await?;
         }
-        for some in later.rchunks(self.together()) {
-            self.some(some).await?;
+        // They are as they were.
+        for (key, why) in std::mem::take(&mut self.later) {
+            self.mended.refused += 1;
+            self.tell(&key, why);
         }
         Ok(())
     }
 
-    /// Nothing has to be locked for it: each of them is written again, as it is then.
-    async fn make_room(&self, keys: &[Key]) -> Result<(), VerifyError> {
-        let statement = self.written.delete();
-        for attempt in 0..TRIES {
-            sleep(Duration::from_millis(10 * u64::from(attempt))).await;
-            let gone = async {
-                for key in keys {
-                    let parameters = Written::text(key.iter());
-                    self.writer.execute_typed(&statement, &parameters).await?;
+    /// Where each waits only for another one, all can be written one after the other.
+    async fn by_turns(&mut self) -> Result<(), VerifyError> {
+        let mut tries = 0;
+        for turn in 0..TRIES {
+            let mut keys: Vec<Key> = self.later.keys().cloned().collect();
+            if turn % 2 == 0 {
+                keys.reverse();
+            }
+            for some in keys.chunks(self.together()) {
+                if let Once::Later = self.once(some, false, true).await? {
+                    tries += 1;
+                    if tries >= TRIES {
+                        return Ok(());
+                    }
                 }
-                Ok(())
-            };
-            match self.in_transaction(gone).await {
-                Err(error) if error.is_of_the_moment() => {}
-                done => return done,
+            }
+            if self.later.len() == keys.len() {
+                break;
             }
         }
-        // Then they may still be in the way of others, and it is said of which.
         Ok(())
+    }
+
+    /// As long as each of them has what is another's, none can be written: so all of them are, in one transaction.
+    async fn at_once(&mut self) -> Result<(), VerifyError> {
+        let mut because = String::new();
+        for attempt in 0..TRIES {
+            if self.later.is_empty() {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(10 * u64::from(attempt))).await;
+            because = match self.all_at_once(attempt >= LOCKS).await {
+                Ok(None) => continue,
+                Ok(Some(because)) => because,
+                Err(error) if error.is_of_the_moment() => error.to_string(),
+                Err(error) => return Err(error),
+            };
+        }
+        for key in std::mem::take(&mut self.later).into_keys() {
+            self.mended.unsettled += 1;
+            self.tell(
+                &key,
+                format!("it has to be written together with others, and they could not be: {because}"),
+            );
+        }
+        Ok(())
+    }
+
+    /// One try. `without`: those that somebody else has locked. Why it has to be tried again, if something has become of none.
+    async fn all_at_once(&mut self, without: bool) -> Result<Option<String>, VerifyError> {
+        self.sessions.round_trip(LAG_MAX).await?;
+        let keys: Vec<Key> = self.later.keys().cloned().collect();
+        let source = self.readers[0].client();
+        source.batch_execute(&begin()).await?;
+        let done = self.all_locked(source, &keys, without).await;
+        source.batch_execute("rollback").await?;
+        match done? {
+            Together::Written { was_there, rows } => {
+                self.mended.updated += was_there;
+                self.mended.inserted += rows.len() as u64 - was_there;
+                for key in &rows {
+                    self.later.remove(key);
+                }
+                Ok(None)
+            }
+            Together::Gone(gone) if gone.is_empty() => Ok(None),
+            Together::Gone(gone) => {
+                // What only the target has goes as ever.
+                let left: BTreeSet<Key> = self.delete(gone.clone()).await?.into_iter().collect();
+                for key in gone.iter().filter(|key| !left.contains(*key)) {
+                    self.later.remove(key);
+                }
+                let because = format!("{} of them are not on {} any more", left.len(), self.run.source);
+                Ok((!left.is_empty()).then_some(because))
+            }
+            Together::Refused { rows, error } => {
+                let refused = self.refused(rows).await?;
+                if refused.is_empty() {
+                    return Ok(Some(describe(&error)));
+                }
+                for (key, why) in refused {
+                    self.later.remove(&key);
+                    self.mended.refused += 1;
+                    self.tell(&key, why);
+                }
+                Ok(None)
+            }
+            Together::Later(because) => Ok(Some(because)),
+        }
+    }
+
+    async fn all_locked(
+        &mut self,
+        source: &tokio_postgres::Client,
+        keys: &[Key],
+        without: bool,
+    ) -> Result<Together, VerifyError> {
+        let (rows, by) = self.lock(source, keys, false).await?;
+        let lacking: Vec<Key> = keys.iter().filter(|key| !rows.contains_key(*key)).cloned().collect();
+        if !lacking.is_empty() {
+            let there = self.readers[0].versions(&lacking, false).await?;
+            let (others, gone): (Vec<Key>, Vec<Key>) = lacking.into_iter().partition(|key| there.contains_key(key));
+            if !gone.is_empty() {
+                return Ok(Together::Gone(gone));
+            }
+            let because = format!("somebody keeps a row locked on {}", self.run.source);
+            if !without {
+                return Ok(Together::Later(because));
+            }
+            for key in others {
+                self.later.remove(&key);
+                self.mended.unsettled += 1;
+                self.tell(&key, because.clone());
+            }
+        }
+        if rows.is_empty() {
+            return Ok(Together::Gone(Vec::new()));
+        }
+        self.sessions.round_trip(MARKER_MAX).await?;
+        again::reached("locked");
+        let (mut was_there, mut refused) = (0, false);
+        let written = async {
+            match self.replace(&rows).await {
+                Ok(deleted) => was_there = deleted,
+                Err((_, error)) => {
+                    refused = error.code().is_some();
+                    return Err(error);
+                }
+            }
+            Ok(())
+        };
+        match self.in_transaction(Some((source, by)), written).await {
+            Ok(true) => Ok(Together::Written {
+                was_there,
+                rows: rows.into_keys().collect(),
+            }),
+            Ok(false) => Ok(Together::Later(format!(
+                "{} did not write {} rows within the time for which they may be locked on {}",
+                self.run.target(),
+                rows.len(),
+                self.run.source
+            ))),
+            Err(error) if error.is_of_the_moment() => Ok(Together::Later(error.to_string())),
+            Err(VerifyError::Sql(error)) if refused || is_of_data(&error) => Ok(Together::Refused { rows, error }),
+            Err(error) => Err(error),
+        }
     }
 
     /// The target does not take it.
     fn refuse(&mut self, key: Key, error: &tokio_postgres::Error) {
         let in_the_way = [SqlState::UNIQUE_VIOLATION, SqlState::EXCLUSION_VIOLATION];
         let is_in_the_way = error.code().is_some_and(|code| in_the_way.contains(code));
-        if is_in_the_way && !self.last && self.later.len() < LATER_MAX {
-            self.later.insert(key);
-            return;
+        let mut why = describe(error);
+        if is_in_the_way {
+            if self.later.len() < self.fit().min(LATER_MAX) {
+                self.later.insert(key, why);
+                return;
+            }
+            why += "; too many rows are in each other's way to be written together: have the table copied anew, which is the same \
+                    command without --rows";
         }
         self.mended.refused += 1;
+        self.tell(&key, why);
+    }
+
+    fn tell(&mut self, key: &Key, why: String) {
         if self.mended.why.len() < TOLD {
-            let mut why = describe(error);
-            if self.last && self.later.contains(&key) {
-                why += "; it had to make room for others, and is missing now";
-            }
             let names = self.written.key.iter().map(|column| column.name.clone());
             let key: Map<String, Value> = names.zip(key.iter().map(|value| json!(value))).collect();
             self.mended.why.push(json!({ "key": key, "why": why }));
@@ -554,7 +749,10 @@ impl Mender<'_> {
     /// Locks rows on the source and writes them on the target. `each`: for itself, so that one that is refused is left out.
     async fn once(&mut self, keys: &[Key], wait: bool, each: bool) -> Result<Once, VerifyError> {
         // First the target has to be near: nobody waits for a link that is behind.
-        self.sessions.round_trip(LAG_MAX).await?;
+        match self.sessions.round_trip(LAG_MAX).await {
+            Err(error) if self.last && error.is_of_the_moment() => return Ok(Once::Later),
+            near => near?,
+        }
         let source = self.readers[0].client();
         source.batch_execute(&begin()).await?;
         let done = self.locked(source, keys, wait, each).await;
@@ -565,24 +763,26 @@ impl Mender<'_> {
         }
     }
 
-    async fn locked(
-        &mut self,
+    /// Locks rows on the source, as many as there are and, without `wait`, nobody else has locked. Until when they may be.
+    async fn lock(
+        &self,
         source: &tokio_postgres::Client,
         keys: &[Key],
         wait: bool,
-        each: bool,
-    ) -> Result<Once, VerifyError> {
+    ) -> Result<(BTreeMap<Key, Values>, Instant), VerifyError> {
         let parts = self.written.key.len();
         let columns: Vec<Vec<&String>> = (0..parts).map(|n| keys.iter().map(|key| &key[n]).collect()).collect();
         let parameters: Vec<(&(dyn ToSql + Sync), Type)> = columns
             .iter()
             .map(|column| (column as &(dyn ToSql + Sync), Type::TEXT_ARRAY))
             .collect();
+        let began = Instant::now();
         let found = match source.query_typed(&self.written.read(wait), &parameters).await {
             // It has no such row: the key is none of its type.
             Err(error) if is_of_data(&error) && !self.written.same_keys => Vec::new(),
             found => found?,
         };
+        let by = if wait { Instant::now() } else { began } + LOCKED_MAX;
         let mut rows: BTreeMap<Key, Values> = BTreeMap::new();
         for row in &found {
             let key = |from: usize| (from..from + parts).map(|n| row.try_get(n)).collect::<Result<Key, _>>();
@@ -594,36 +794,51 @@ impl Mender<'_> {
                 rows.insert(wanted, values?);
             }
         }
+        Ok((rows, by))
+    }
+
+    async fn locked(
+        &mut self,
+        source: &tokio_postgres::Client,
+        keys: &[Key],
+        wait: bool,
+        each: bool,
+    ) -> Result<Once, VerifyError> {
+        let (rows, by) = self.lock(source, keys, wait).await?;
         if rows.is_empty() {
             return Ok(Once::Dealt(BTreeSet::new()));
         }
-        self.sessions.round_trip(LOCKED_MAX).await?;
+        self.sessions.round_trip(MARKER_MAX).await?;
         again::reached("locked");
         let Wrote {
             inserted,
             updated,
             refused,
-        } = match self.write(source, &rows, each).await {
-            Ok(wrote) => wrote,
+        } = match self.write((source, by), &rows, each).await {
+            Ok(Some(wrote)) => wrote,
+            Ok(None) => return Ok(Once::Later),
             // What it holds itself: constraints, and texts that a type there does not know (an enum's value).
             Err(VerifyError::Sql(error)) if is_of_data(&error) && !each => return Ok(Once::Refused),
             Err(error) => return Err(error),
         };
         self.mended.inserted += inserted;
         self.mended.updated += updated;
+        for key in rows.keys() {
+            self.later.remove(key);
+        }
         for (key, error) in refused {
             self.refuse(key, &error);
         }
         Ok(Once::Dealt(rows.into_keys().collect()))
     }
 
-    /// One transaction.
+    /// One transaction. `None`: it took too long, and nothing was changed.
     async fn write(
         &self,
-        source: &tokio_postgres::Client,
+        locked: (&tokio_postgres::Client, Instant),
         rows: &BTreeMap<Key, Values>,
         each: bool,
-    ) -> Result<Wrote, VerifyError> {
+    ) -> Result<Option<Wrote>, VerifyError> {
         let mut wrote = Wrote::default();
         let written = async {
             for (key, values) in rows {
@@ -631,9 +846,8 @@ impl Mender<'_> {
                     self.writer.batch_execute("savepoint one").await?;
                 }
                 match self.write_one(key, values).await {
-                    // One that has made room was there.
-                    Ok(was_there) if was_there || self.last && self.later.contains(key) => wrote.updated += 1,
-                    Ok(_) => wrote.inserted += 1,
+                    Ok(true) => wrote.updated += 1,
+                    Ok(false) => wrote.inserted += 1,
                     Err(error) if each && is_of_data(&error) => {
                         self.writer.batch_execute("rollback to savepoint one").await?;
                         wrote.refused.push((key.clone(), error));
@@ -644,13 +858,63 @@ impl Mender<'_> {
                     self.writer.batch_execute("release savepoint one").await?;
                 }
             }
-            // The rows are locked here by now: whatever happens to them later is applied behind this. So they have to be locked
-            // there still.
-            source.batch_execute("select 1").await?;
             Ok(())
         };
-        self.in_transaction(written).await?;
-        Ok(wrote)
+        let done = self.in_transaction(Some(locked), written).await?;
+        Ok(done.then_some(wrote))
+    }
+
+    /// Deletes rows and inserts them as the source has them. How many were there; or who is refused.
+    async fn replace(&self, rows: &BTreeMap<Key, Values>) -> Result<u64, (Key, tokio_postgres::Error)> {
+        let (delete, insert) = (self.written.delete(), self.written.insert());
+        // All are sent before the first one is answered.
+        let delete = async |key: &Key| {
+            let parameters = Written::text(key.iter());
+            self.writer.execute_typed(&delete, &parameters).await
+        };
+        let deleted = of_all(rows, join_all(rows.keys().map(delete)).await)?;
+        again::reached("room");
+        let insert = async |values: &Values| {
+            let values: Vec<_> = values.iter().map(|value| value.as_deref().map(AsText)).collect();
+            let parameters: Vec<(&(dyn ToSql + Sync), Type)> = values
+                .iter()
+                .map(|value| (value as &(dyn ToSql + Sync), Type::UNKNOWN))
+                .collect();
+            self.writer.execute_typed(&insert, &parameters).await
+        };
+        of_all(rows, join_all(rows.values().map(insert)).await)?;
+        Ok(deleted)
+    }
+
+    /// Which of them the target refuses, found by trying; nothing is changed, and nothing has to be locked on the source. As long as
+    /// one is there as it was, others may be in its way: they are refused, too.
+    async fn refused(&self, mut rows: BTreeMap<Key, Values>) -> Result<Vec<(Key, String)>, VerifyError> {
+        let mut refused = Vec::new();
+        let tried = async {
+            self.begin().await?;
+            while !rows.is_empty() {
+                self.writer.batch_execute("savepoint one").await?;
+                let Err((key, error)) = self.replace(&rows).await else {
+                    break;
+                };
+                let (why, lost) = (describe(&error), error.code().is_none());
+                let error = VerifyError::from(error);
+                if lost || error.is_of_the_moment() {
+                    return Err(error);
+                }
+                self.writer.batch_execute("rollback to savepoint one").await?;
+                rows.remove(&key);
+                refused.push((key, why));
+            }
+            Ok(())
+        };
+        // If that was too short, it is gone on with at the next try.
+        let tried: Result<(), VerifyError> = timeout(ANSWER_MAX, tried).await.unwrap_or(Ok(()));
+        self.roll_back().await?;
+        match tried {
+            Err(error) if !error.is_of_the_moment() => Err(error),
+            _ => Ok(refused),
+        }
     }
 
     /// Whether it was there.
@@ -709,66 +973,105 @@ impl Mender<'_> {
             }
             Ok(())
         };
-        match self.in_transaction(gone).await {
-            Ok(()) => self.mended.deleted += deleted,
+        match self.in_transaction(None, gone).await {
+            Ok(true) => self.mended.deleted += deleted,
+            Ok(false) => left.extend(proven.into_iter().map(|(key, _)| key)),
             Err(error) if error.is_of_the_moment() => left.extend(proven.into_iter().map(|(key, _)| key)),
             Err(error) => return Err(error),
         }
         Ok(left)
     }
 
-    /// On the target, as long as it is standby and the table in step.
-    async fn in_transaction(
-        &self,
-        act: impl Future<Output = Result<(), tokio_postgres::Error>>,
-    ) -> Result<(), VerifyError> {
-        let done = async {
-            self.writer.batch_execute(&begin()).await?;
-            // A flip notes its attempt there before it turns the links.
-            let standby = "select attempt from pgflip.state where state = 'standby' and epoch = $1 for share";
-            let epoch = state::bigint(self.run.epoch);
-            let row = self.writer.query_opt(standby, &[&epoch]).await?;
-            if row.is_none_or(|row| row.get::<_, i64>(0) != self.attempt) {
-                return Err(StateError::Superseded { found: None }.into());
-            }
-            let table = &self.written.table;
-            let lock = format!("lock table only {table} in row exclusive mode");
-            self.writer.batch_execute(&lock).await?;
-            let in_step = "select exists (select from pg_catalog.pg_subscription_rel r
-                  join pg_catalog.pg_subscription s on s.oid = r.srsubid
-                 where s.subname = $1 and r.srrelid = ($2::pg_catalog.text)::pg_catalog.regclass and r.srsubstate = 'r')";
-            if !self
-                .writer
-                .query_one(in_step, &[&self.run.link(), table])
-                .await?
-                .get::<_, bool>(0)
-            {
-                return Err(VerifyError::Link(Finding::blocker(
-                    "copy_unfinished",
-                    format!("{table} is not in step on {} any more", self.run.target()),
-                    "It is being copied.",
-                    "Wait until it is copied.",
-                )));
-            }
-            Ok(act.await?)
-        };
-        let late = |_| VerifyError::NoAnswer {
+    /// Begins one on the target, which goes on as long as that is standby and the table in step.
+    async fn begin(&self) -> Result<(), VerifyError> {
+        self.writer.batch_execute(&begin()).await?;
+        // A flip notes its attempt there before it turns the links.
+        let standby = "select attempt from pgflip.state where state = 'standby' and epoch = $1 for share";
+        let epoch = state::bigint(self.run.epoch);
+        let row = self.writer.query_opt(standby, &[&epoch]).await?;
+        if row.is_none_or(|row| row.get::<_, i64>(0) != self.attempt) {
+            return Err(StateError::Superseded { found: None }.into());
+        }
+        let table = &self.written.table;
+        let lock = format!("lock table only {table} in row exclusive mode");
+        self.writer.batch_execute(&lock).await?;
+        let in_step = "select exists (select from pg_catalog.pg_subscription_rel r
+              join pg_catalog.pg_subscription s on s.oid = r.srsubid
+             where s.subname = $1 and r.srrelid = ($2::pg_catalog.text)::pg_catalog.regclass and r.srsubstate = 'r')";
+        let in_step = self.writer.query_one(in_step, &[&self.run.link(), table]).await?;
+        if !in_step.get::<_, bool>(0) {
+            return Err(VerifyError::Link(Finding::blocker(
+                "copy_unfinished",
+                format!("{table} is not in step on {} any more", self.run.target()),
+                "It is being copied.",
+                "Wait until it is copied.",
+            )));
+        }
+        Ok(())
+    }
+
+    /// What a server does not answer to ends with its session.
+    fn no_answer(&self) -> VerifyError {
+        VerifyError::NoAnswer {
             side: self.run.target(),
             after: ANSWER_MAX,
+        }
+    }
+
+    async fn roll_back(&self) -> Result<(), VerifyError> {
+        let ended = timeout(ANSWER_MAX, self.writer.batch_execute("rollback")).await;
+        Ok(ended.map_err(|_| self.no_answer())??)
+    }
+
+    /// On the target. `locked`: the source's session that has locked rows, and until when. False: it took too long, and nothing
+    /// was changed.
+    async fn in_transaction(
+        &self,
+        locked: Option<(&tokio_postgres::Client, Instant)>,
+        act: impl Future<Output = Result<(), tokio_postgres::Error>>,
+    ) -> Result<bool, VerifyError> {
+        let by = locked.map_or_else(|| Instant::now() + ANSWER_MAX, |(_, by)| by);
+        let done = async {
+            self.begin().await?;
+            act.await?;
+            // Whatever happens to the rows later is applied behind this. So they have to be locked there still.
+            if let Some((source, _)) = locked {
+                source.batch_execute("select 1").await?;
+            }
+            Ok::<_, VerifyError>(())
         };
-        // What a server does not answer to ends with its session.
-        let done = timeout(ANSWER_MAX, done).await.map_err(late)?;
-        let end = if done.is_ok() { "commit" } else { "rollback" };
-        let ended = timeout(ANSWER_MAX, self.writer.batch_execute(end))
-            .await
-            .map_err(late)?;
-        done.and(ended.map_err(VerifyError::from))
+        let done = timeout_at(by, done).await;
+        let let_go = async {
+            match locked {
+                Some((source, _)) => source.batch_execute("rollback").await,
+                None => Ok(()),
+            }
+        };
+        let Ok(Ok(())) = done else {
+            let_go.await?;
+            self.roll_back().await?;
+            return match done {
+                Ok(Err(error)) => Err(error),
+                _ => Ok(false),
+            };
+        };
+        // If it takes longer, nobody waits for it on the source: what is applied there waits until it is done.
+        let mut commit = std::pin::pin!(timeout(ANSWER_MAX, self.writer.batch_execute("commit")));
+        let committed = match timeout_at(by, &mut commit).await {
+            Ok(committed) => committed,
+            Err(_) => {
+                let_go.await?;
+                commit.await
+            }
+        };
+        committed.map_err(|_| self.no_answer())??;
+        Ok(true)
     }
 }
 
 /// A transaction that does not outlive this program for long, whatever becomes of it.
 fn begin() -> String {
-    let idle = 2 * ANSWER_MAX.as_millis();
+    let idle = IDLE_MAX.as_millis();
     format!("begin; set local lock_timeout = {LOCK_TIMEOUT_MS}; set local idle_in_transaction_session_timeout = {idle}")
 }
 
