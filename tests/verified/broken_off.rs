@@ -232,13 +232,13 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     locks.batch_execute("begin; lock table few").await.expect("a lock");
     busy.end().await;
     let told = |line: String| {
-        line.contains("on green few is locked by server process") && line.contains("idle in transaction")
+        line.contains("on green public.few is locked by server process") && line.contains("idle in transaction")
     };
     while !told(waiting.line().await.expect("it waits")) {}
-    let until = tokio::time::Instant::now() + LIMIT;
+    let limit = tokio::time::Instant::now() + LIMIT;
     let kept = "select count(*) from pgflip.verification where n > 0";
     while blue.query_one(kept, &[]).await.expect("a table").get::<_, i64>(0) == 0 {
-        assert!(tokio::time::Instant::now() < until, "it is kept");
+        assert!(tokio::time::Instant::now() < limit, "it is kept");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     rig.sidecar.restart(&[]).expect("pgflip starts again");

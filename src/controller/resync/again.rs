@@ -87,6 +87,8 @@ pub(super) struct Stage {
     /// By other tables.
     pub referenced: bool,
     pub copy_has_origin: bool,
+    /// The standby publishes it as well, for the way back.
+    pub back: bool,
 }
 
 impl Stage {
@@ -114,7 +116,9 @@ impl Stage {
         let features = Features::read(&**target)
             .await
             .map_err(sql("reading the server's version"))?;
+        let there = tables_published(&**target).await.map_err(link)?;
         Ok(Stage {
+            back: there.iter().any(|(_, name)| name == table),
             // Without a copy that has begun, nobody knows what has been put there since it was emptied.
             emptied: note.as_ref().is_some_and(|note| note.emptied) && is_carried && published.contains(table),
             note,
@@ -155,7 +159,10 @@ pub(super) async fn shown(run: &Run, table: &TableName) -> Result<Shown, Failure
     if !stage.emptied {
         let take_out = stage.published.contains(table).then_some((source, of.take_out));
         let ended = "pg_terminate_backend(…) of the link's apply worker, which is started again".to_owned();
-        let empty = format!("set local session_replication_role = 'replica'; {}", of.empty);
+        let mut empty = format!("set local session_replication_role = 'replica'; {}", of.empty);
+        if !stage.back {
+            empty = format!("{empty}; {}", links::publish_statement(table));
+        }
         statements.extend(take_out);
         statements.extend([
             (standby, of.unsubscribe),
@@ -257,6 +264,7 @@ pub(super) async fn prepare(run: &Run, table: &TableName, by: By) -> Result<Opti
         statements,
         referenced,
         copy_has_origin,
+        back,
         ..
     } = stage;
     if !emptied {
@@ -326,7 +334,11 @@ pub(super) async fn prepare(run: &Run, table: &TableName, by: By) -> Result<Opti
                 so: out_of_link(&name, table),
                 otherwise: "the table is in the link again: somebody else has gone on with it",
             },
-            Part::Run(statements.empty.clone()),
+            Part::Run(match back {
+                true => statements.empty.clone(),
+                // One that no link has ever carried.
+                false => format!("{}; {}", statements.empty, links::publish_statement(table)),
+            }),
         ];
         let on_target = (run.target(), run.standby());
         change(run, &mut target, on_target, table, &parts).await?;

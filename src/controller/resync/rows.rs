@@ -513,13 +513,18 @@ impl Mender<'_> {
     /// How many may be held in memory.
     fn fit(&self) -> usize {
         let table = self.readers[0].table();
+        let measured = table.rows >= 1.0 && table.bytes < i64::MAX.unsigned_abs();
         #[expect(
             clippy::cast_precision_loss,
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             reason = "about so many"
         )]
-        let fit = (HELD_BYTES * table.rows.max(1.0) / (table.bytes as f64).max(1.0)) as usize;
+        let fit = match measured {
+            true => (HELD_BYTES * table.rows / (table.bytes as f64).max(1.0)) as usize,
+            // Of a table that was never analyzed each row may fill a page.
+            false => (HELD_BYTES / 8_192.0) as usize,
+        };
         fit.max(1)
     }
 
