@@ -79,7 +79,7 @@ async fn before_the_pivot(blue: u32, green: u32, databases: usize, source: Side)
     let mut steps: Vec<_> = REVERSIBLE.iter().collect();
     if source == Side::Green {
         rig.cutover().await;
-        let mut turn = (0..).map(|n| (n + databases) % 2 == 0);
+        let mut turn = (0..).map(|n| (n + databases).is_multiple_of(2));
         steps.retain(|_| turn.next() == Some(true) || std::env::var_os("PGFLIP_KILLS").is_some_and(|all| all == "all"));
     }
     for step in steps {

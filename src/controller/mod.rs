@@ -626,7 +626,7 @@ impl Controller {
         ending: &verify::Ending,
     ) -> Result<Value, Failure> {
         if let Some(before) = self.following() {
-            before.end("it is begun anew");
+            before.end(format!("verification {} was to follow both sides anew", operation.id()));
             before.gone().await;
         }
         let source = self.known_to_the_gate(source).await;
