@@ -30,7 +30,7 @@ use tokio_postgres::types::ToSql;
 
 use super::hash::{Seeds, Sum};
 use super::pending::{Pending, Turn};
-use super::plan::{self, Method, Table};
+use super::plan::{self, Method, Shape, Table, shapes};
 use super::read::{Key, Piece, Reader};
 use super::report::Report;
 use super::settle::{self, Patience, Sessions, Settled};
@@ -342,7 +342,7 @@ async fn end_slot(config: &Config, source: Side, database: &str, pid: i32) -> Re
         let ended = client
             .query_opt(
                 include_str!("../../pg/sql/verify_end.sql"),
-                &[&pid, &format!("pgflip: {}", PURPOSE.0)],
+                &[&[pid].as_slice(), &[format!("pgflip: {}", PURPOSE.0)].as_slice()],
             )
             .await;
         if ended.map_err(why("ending the session of the slot"))?.is_none() {
@@ -462,30 +462,6 @@ struct Followed {
     relation: Relation,
     /// Its place, and its key's columns among those that are sent. `None`: pgflip's own.
     place: Option<(usize, Option<Vec<usize>>)>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Shape {
-    oid: u32,
-    columns: String,
-    file: u32,
-}
-
-async fn shapes(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, Shape>, tokio_postgres::Error> {
-    let rows = client.query(include_str!("../../pg/sql/verify_shape.sql"), &[]).await?;
-    let shape = |row: &tokio_postgres::Row| {
-        let name = TableName {
-            schema: row.get("schema"),
-            name: row.get("name"),
-        };
-        let shape = Shape {
-            oid: row.get("oid"),
-            columns: row.get("columns"),
-            file: row.get("file"),
-        };
-        (name, shape)
-    };
-    Ok(rows.iter().map(shape).collect())
 }
 
 fn too_many<T>(differing: &BTreeMap<(usize, Key), T>) -> Result<(), Why> {

@@ -10,12 +10,40 @@ use crate::controller::links::TableName;
 use crate::pg::connect::describe;
 use crate::pg::{Ident, Side};
 
+/// What a table's rows on one server depend on beside what is written to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// Its own.
+    pub oid: u32,
+    /// A digest of its columns, of their types, of its key, and of its entry in the publication.
+    pub columns: String,
+    /// Another one if it was emptied or written anew.
+    pub file: u32,
+}
+
+/// Of every table in the publication.
+pub async fn shapes(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, Shape>, tokio_postgres::Error> {
+    let rows = client.query(include_str!("../../pg/sql/verify_shape.sql"), &[]).await?;
+    let shape = |row: &tokio_postgres::Row| {
+        let name = TableName {
+            schema: row.get("schema"),
+            name: row.get("name"),
+        };
+        let shape = Shape {
+            oid: row.get("oid"),
+            columns: row.get("columns"),
+            file: row.get("file"),
+        };
+        (name, shape)
+    };
+    Ok(rows.iter().map(shape).collect())
+}
+
 /// One table of one server.
 #[derive(Clone, Debug, Default)]
 struct Found {
     oid: u32,
-    /// What its rows depend on beside what is written to them: see `verify_shape.sql`.
-    made_of: String,
+    made_of: Shape,
     rows: f64,
     bytes: u64,
     columns: BTreeMap<String, Column>,
@@ -113,7 +141,7 @@ pub struct Table {
     /// Its OID on the source.
     pub oid: u32,
     /// What its rows on the source and on the target depend on beside what is written to them.
-    pub made_of: [String; 2],
+    pub made_of: [Shape; 2],
     /// Columns that both have, quoted, in the order of their names.
     pub columns: Vec<String>,
     /// Of these, the generated ones: each server computes them by itself.
@@ -185,19 +213,15 @@ async fn read(client: &tokio_postgres::Client) -> Result<BTreeMap<TableName, Fou
         }
         rows => rows?,
     };
-    let mut made_of: BTreeMap<u32, String> = BTreeMap::new();
-    for row in client.query(include_str!("../../pg/sql/verify_shape.sql"), &[]).await? {
-        let (file, columns): (u32, String) = (row.get("file"), row.get("columns"));
-        made_of.insert(row.get("oid"), format!("{file} {columns}"));
-    }
+    let mut shapes = shapes(client).await?;
     for row in rows {
         let name = TableName {
             schema: row.get("schema"),
             name: row.get("name"),
         };
-        let table = tables.entry(name).or_insert_with(|| Found {
+        let table = tables.entry(name).or_insert_with_key(|name| Found {
             oid: row.get("oid"),
-            made_of: made_of.remove(&row.get("oid")).unwrap_or_default(),
+            made_of: shapes.remove(name).unwrap_or_default(),
             rows: row.get("rows"),
             bytes: u64::try_from(row.get::<_, i64>("bytes")).unwrap_or(0),
             columns: BTreeMap::new(),

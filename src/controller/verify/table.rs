@@ -341,16 +341,7 @@ impl Database<'_> {
                 let mut found = Found::new(self.request.listed, &self.request.kinds);
                 found.source = here;
                 when.compared_by = table.method.shown().to_owned();
-                let readers = self.readers(table, &pairs[0]);
-                let report = Report::new(
-                    readers.each_ref(),
-                    self.source,
-                    self.name,
-                    found,
-                    &when,
-                    self.request.show_values,
-                )
-                .await?;
+                let report = self.reported(table, &pairs[0], found, &when).await?;
                 equal.push((table.clone(), origin, report));
                 progress.add(here.rows);
                 progress.tell(table, here.rows);
@@ -378,6 +369,13 @@ impl Database<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What was found of a table.
+    async fn reported(&self, table: &Table, pair: &Pair, found: Found, when: &When) -> Result<Report, VerifyError> {
+        let readers = self.readers(table, pair);
+        let show = self.request.show_values;
+        Report::new(readers.each_ref(), self.source, self.name, found, when, show).await
     }
 
     fn report(&self, origin: Origin, report: Report) {
@@ -519,17 +517,7 @@ impl Database<'_> {
             seconds: before + began.elapsed().as_secs_f64(),
             compared_by,
         };
-        let readers = self.readers(table, &pairs[0]);
-        let [source, target] = [&readers[0], &readers[1]];
-        let report = Report::new(
-            [source, target],
-            self.source,
-            self.name,
-            found,
-            &when,
-            self.request.show_values,
-        )
-        .await?;
+        let report = self.reported(table, &pairs[0], found, &when).await?;
         self.is_in_order(table, &origin, sessions).await?;
         if let Some(place) = &mut *self.place.lock() {
             place.table = None;
@@ -776,7 +764,7 @@ impl Drop for Unattended {
                     let client = connect(config.server(side), &database, Purpose("cancel"), limit).await?;
                     let names = ["pgflip: verify", "pgflip: guarantee"].as_slice();
                     client
-                        .execute(include_str!("../../pg/sql/verify_unattended.sql"), &[&pids, &names])
+                        .execute(include_str!("../../pg/sql/verify_end.sql"), &[&pids, &names])
                         .await?;
                     Ok::<_, VerifyError>(())
                 };
