@@ -178,12 +178,6 @@ async fn holders(on: &Client, change: &Change<'_>) -> Vec<String> {
         Err(_) => None,
     };
     let Some(oid) = oid else { return Vec::new() };
-    let holders = match change.against {
-        Against::Writers => fence::holders(on, &[oid]).await,
-        Against::Everybody => match on.query(include_str!("../pg/sql/table_holders.sql"), &[&oid]).await {
-            Ok(rows) => rows.iter().map(fence::Holder::from).collect(),
-            Err(_) => Vec::new(),
-        },
-    };
+    let holders = fence::holders(on, &[oid], change.against == Against::Everybody).await;
     holders.iter().map(ToString::to_string).collect()
 }

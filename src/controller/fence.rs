@@ -367,16 +367,16 @@ async fn locked(client: &Client, left: &BTreeMap<u32, Table>, began: Instant) ->
     let oids: Vec<u32> = left.keys().copied().collect();
     Locked {
         tables: left.values().map(|table| table.name.clone()).collect(),
-        holders: holders(client, &oids).await,
+        holders: holders(client, &oids, false).await,
         after: began.elapsed(),
     }
 }
 
-/// Who holds locks on these tables in the fence's way, as far as that can be read soon.
-pub(super) async fn holders(client: &Client, tables: &[u32]) -> Vec<Holder> {
+/// Who holds locks on these tables in the fence's way, or `any` at all, as far as that can be read soon.
+pub(super) async fn holders(client: &Client, tables: &[u32], any: bool) -> Vec<Holder> {
     let asked = async {
         client
-            .query(include_str!("../pg/sql/fence_holders.sql"), &[&tables])
+            .query(include_str!("../pg/sql/table_holders.sql"), &[&tables, &any])
             .await
     };
     match tokio::time::timeout(Duration::from_secs(2), asked).await {

@@ -1309,7 +1309,7 @@ impl Flip {
         else {
             return String::new();
         };
-        let writers = fence::holders(&database.source, &[row.get(0)]).await;
+        let writers = fence::holders(&database.source, &[row.get(0)], false).await;
         let named: Vec<String> = writers.iter().map(|holder| self.named(holder)).collect();
         match named.is_empty() {
             true => String::new(),

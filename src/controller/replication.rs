@@ -633,8 +633,9 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     let forward = slot_name(run.target(), database);
     let again = links::given_up(&*source, run.target()).await.map_err(link)?.is_some();
     let there = links::subscription(&*target, &forward).await.map_err(link)?;
-    let goes_on = !again && there.is_some();
-    if goes_on && there.is_some_and(|subscription| !subscription.enabled) {
+    let there = there.filter(|_| !again);
+    let goes_on = there.is_some();
+    if there.as_ref().is_some_and(|subscription| !subscription.enabled) {
         links::enable(&mut target, &forward, &run.standby())
             .await
             .map_err(link)?;
@@ -642,8 +643,8 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     // Tables that a `resync` has taken out of the link may not come in again with what they hold.
     resync::whatever_was_begun(&run.config, &run.op, (run.source, run.epoch), database, goes_on).await?;
     run.started("publication", format!("Publications in database {database}"));
-    if goes_on {
-        nothing_is_in_the_way(run, database, &source, &target).await?;
+    if let Some(subscription) = &there {
+        nothing_is_in_the_way(run, database, subscription.oid, (&source, &target)).await?;
     }
     publish(run, &mut target, run.target(), false).await?;
     let published = match publish(run, &mut source, run.source, goes_on).await {
@@ -673,7 +674,6 @@ async fn one_database(run: &Run, database: &str) -> Result<Value, Failure> {
     if again {
         empty(run, &mut target, &forward).await?;
     }
-    let there = links::subscription(&*target, &forward).await.map_err(link)?;
     match there {
         Some(_) => refresh(run, &target, &forward, true, &run.standby()).await?,
         None => {
@@ -802,15 +802,16 @@ async fn in_place(run: &Run, ends: &Ends<'_>, regime: Regime) -> Result<(), Fail
 
 /// A link that goes on copies the tables that it has not carried so far: what the standby's hold already would be doubled, or
 /// stop the copy for ever.
-async fn nothing_is_in_the_way(run: &Run, database: &str, source: &Client, target: &Client) -> Result<(), Failure> {
+async fn nothing_is_in_the_way(
+    run: &Run,
+    database: &str,
+    subscription: u32,
+    (source, target): (&Client, &Client),
+) -> Result<(), Failure> {
     let link = |e: LinkError| run.failed(e);
-    let name = slot_name(run.target(), database);
-    let carried = match links::subscription(&**target, &name).await.map_err(link)? {
-        Some(subscription) => links::subscription_tables(&**target, subscription.oid)
-            .await
-            .map_err(link)?,
-        None => Vec::new(),
-    };
+    let carried = links::subscription_tables(&**target, subscription)
+        .await
+        .map_err(link)?;
     let carried: BTreeSet<TableName> = carried.into_iter().map(|(table, _)| table).collect();
     let mut full = Vec::new();
     for (_, table) in tables_to_publish(&**source).await.map_err(link)? {

@@ -74,6 +74,16 @@ impl Busy {
     }
 }
 
+/// The metrics, which have these lines.
+async fn metrics_with(rig: &Rig, lines: &[&str]) -> String {
+    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
+    let metrics = metrics.as_str().expect("text").to_owned();
+    for line in lines {
+        assert!(metrics.lines().any(|one| one == *line), "{line}: {metrics}");
+    }
+    metrics
+}
+
 /// As `resync` of another sidecar does it.
 async fn copy_again(rig: &Rig, table: &str) {
     let green = rig.admin(Side::Green).await;
@@ -141,18 +151,18 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
     )
     .await;
     let (_, result) = verify(&rig, &["--limit", "7"]).await;
-    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
-    let metrics = metrics.as_str().expect("text");
-    for line in [
-        "pgflip_verifications_total{outcome=\"different\"} 1",
-        "pgflip_verified_equal 0",
-        "pgflip_verified_differences 125000",
-        "pgflip_verified_unsettled 0",
-        "pgflip_verifying 0",
-        "pgflip_follow_current 0",
-    ] {
-        assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
-    }
+    let metrics = metrics_with(
+        &rig,
+        &[
+            "pgflip_verifications_total{outcome=\"different\"} 1",
+            "pgflip_verified_equal 0",
+            "pgflip_verified_differences 125000",
+            "pgflip_verified_unsettled 0",
+            "pgflip_verifying 0",
+            "pgflip_follow_current 0",
+        ],
+    )
+    .await;
     assert!(
         metrics.contains("\npgflip_verified_began_timestamp_seconds "),
         "{metrics}"
@@ -319,15 +329,15 @@ async fn a_verification_is_paused_resumed_and_ended_by_a_flip_and_much_that_diff
         (Some(0), &"green".into(), &"equal".into()),
         "{result}"
     );
-    let (_, metrics) = rig.sidecar.get("/metrics").await.expect("metrics");
-    let metrics = metrics.as_str().expect("text");
-    for line in [
-        "pgflip_verified_equal 1",
-        "pgflip_follow_current 1",
-        "pgflip_follow_differences 0",
-    ] {
-        assert!(metrics.lines().any(|one| one == line), "{line}: {metrics}");
-    }
+    let metrics = metrics_with(
+        &rig,
+        &[
+            "pgflip_verified_equal 1",
+            "pgflip_follow_current 1",
+            "pgflip_follow_differences 0",
+        ],
+    )
+    .await;
     assert!(metrics.contains("\npgflip_follow_behind_bytes "), "{metrics}");
 
     // Another one that finds differences ends that at once, also while what is kept of it can't be deleted.

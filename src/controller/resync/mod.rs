@@ -31,8 +31,8 @@ use super::recovery::Acting;
 use super::replication;
 use super::schema;
 use super::state::Expect;
-use super::verify;
 use super::verify::plan::{self, Method, PlanError, Table};
+use super::verify::{self, VerifyError};
 use crate::config::Config;
 use crate::pg::connect::describe;
 use crate::pg::features::Features;
@@ -100,14 +100,14 @@ impl Run {
     /// With an origin: the fence lets it pass, and a link with an origin filter does not send back what it writes. Without such
     /// a filter the link back is off, and a flip moves its slot past all that.
     async fn on_target(&self) -> Result<Client, Failure> {
+        self.to_write().await.map_err(|error| self.failed(error))
+    }
+    async fn to_write(&self) -> Result<Client, VerifyError> {
         let server = self.config.server(self.target());
-        let client = connect_with_origin(server, &self.database, WRITES, self.limit()).await;
-        let client = client.map_err(|error| self.failed(error))?;
+        let client = connect_with_origin(server, &self.database, WRITES, self.limit()).await?;
         // Should pgflip end, whatever it has asked for last ends there too.
-        let told = client
-            .batch_execute(include_str!("../../pg/sql/resync_session.sql"))
-            .await;
-        told.map_err(|error| self.failed(describe(&error)))?;
+        let told = include_str!("../../pg/sql/resync_session.sql");
+        client.batch_execute(told).await?;
         Ok(client)
     }
     fn started(&self, step: &str, message: impl Into<String>) {

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 
-use super::{Run, WRITES, again};
+use super::{Run, again};
 use crate::controller::preflight::{Failure, Finding};
 use crate::controller::state::{self, StateError};
 use crate::controller::verify::VerifyError;
@@ -349,21 +349,17 @@ impl Open {
     async fn new(run: &Run) -> Result<Open, VerifyError> {
         let session = |side| connect(run.config.server(side), &run.database, Purpose("resync"), run.limit());
         let (source, target) = (run.source, run.target());
-        let server = run.config.server(target);
-        let origin = crate::pg::origin::connect_with_origin(server, &run.database, WRITES, run.limit());
         let open = Open {
             reads_source: session(source).await?,
             reads_target: session(target).await?,
             looks: session(source).await?,
             writes: session(source).await?,
             watches: session(target).await?,
-            writes_target: origin.await?,
+            writes_target: run.to_write().await?,
         };
         for client in [&open.reads_source, &open.reads_target, &open.writes_target] {
             client.batch_execute(hash::PINNED).await?;
         }
-        let told = include_str!("../../pg/sql/resync_session.sql");
-        open.writes_target.batch_execute(told).await?;
         // Rows are locked on the source while it commits: no standby of the standby's is waited for. What is lost can be mended again.
         let quiet = "set session_replication_role = 'replica'; set synchronous_commit = 'local'";
         open.writes_target.batch_execute(quiet).await?;
